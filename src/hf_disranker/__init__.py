@@ -1,0 +1,66 @@
+"""Distil a large language model's ranking skill into a BERT that any search stack can serve.
+
+Importing this package lets `transformers.AutoModel` return rankers for checkpoints that carry our marker. Public names
+load on first use, so the import itself takes neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_disranker import auto as _auto
+from hf_disranker.version import __version__
+
+if TYPE_CHECKING:
+    from hf_disranker.cpt import CptConfig, click_dataset
+    from hf_disranker.data import load_groups, mine_candidates, read_table
+    from hf_disranker.distillation import DistillationConfig, DistillationTrainer, RankDistillationTrainer
+    from hf_disranker.ranker import Ranker
+    from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
+    from hf_disranker.store import ScoreStore
+    from hf_disranker.student import BertDistilledRanker
+    from hf_disranker.teacher import LLMForLastTokenRanking
+
+_MODULES = {
+    "cpt": ("CptConfig", "click_dataset"),
+    "data": ("load_groups", "mine_candidates", "read_table"),
+    "distillation": ("DistillationConfig", "DistillationTrainer", "RankDistillationTrainer"),
+    "ranker": ("Ranker",),
+    "ranking_trainer": ("RankingConfig", "RankingTrainer"),
+    "store": ("ScoreStore",),
+    "student": ("BertDistilledRanker",),
+    "teacher": ("LLMForLastTokenRanking",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "BertDistilledRanker",
+    "CptConfig",
+    "DistillationConfig",
+    "DistillationTrainer",
+    "LLMForLastTokenRanking",
+    "RankDistillationTrainer",
+    "Ranker",
+    "RankingConfig",
+    "RankingTrainer",
+    "ScoreStore",
+    "__version__",
+    "click_dataset",
+    "load_groups",
+    "mine_candidates",
+    "read_table",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+_auto.install()
