@@ -1,0 +1,287 @@
+"""Readers of the tables, grouping by query, and candidate mining.
+
+A source is a parquet, jsonl or csv file, a folder of parquet files (a score store), an fsspec URL of either
+(`s3://`, `hf://datasets/...`), a Hub data set id, a `datasets.Dataset` or a `pandas.DataFrame`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import IO, Any, TypeAlias
+
+import bm25s
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, load_dataset
+from fsspec.core import url_to_fs
+from tqdm.auto import tqdm
+
+from hf_disranker.schema import TableError, validate
+
+logger = logging.getLogger(__name__)
+
+Source: TypeAlias = str | Dataset | pd.DataFrame
+
+_FORMATS: dict[str, Callable[[IO[bytes]], pd.DataFrame]] = {
+    ".parquet": pd.read_parquet,
+    # Types are the schema's business: "007" and "NA" are ids and texts like any other.
+    ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False, convert_dates=False),
+    ".csv": lambda file: pd.read_csv(file, dtype=str, keep_default_na=False),
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_BM25 = {"method": "lucene", "k1": 1.2, "b": 0.75}
+
+
+def read_table(source: Source, table: str, split: str | None = None, corpus: Source | None = None) -> pd.DataFrame:
+    """Read one table and check it.
+
+    Args:
+        source: see the module's text.
+        table: which contract it follows: clicks, judgments, corpus, candidates or scores.
+        split: keep only the rows whose `split` column holds this value; None or "" keeps all.
+        corpus: where texts come from when the table has ids only.
+
+    Returns:
+        The checked rows; with texts wherever a corpus was needed.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or data set.
+        TableError: the table breaks its contract, or a document is not in the corpus.
+    """
+    return _checked(_read(source), _name(source), table, split, corpus)
+
+
+def _checked(frame: pd.DataFrame, name: str, table: str, split: str | None, corpus: Source | None) -> pd.DataFrame:
+    frame = validate(frame, table, name)
+    if split:
+        frame = _only_split(frame, split, name)
+    if table in ("candidates", "scores") and not {"title", "summary"} <= set(frame.columns):
+        frame = _join_texts(frame, corpus, name)
+    if {"title", "summary"} <= set(frame.columns):
+        empty = int(((frame["title"].str.strip() == "") & (frame["summary"].str.strip() == "")).sum())
+        if empty:
+            logger.warning("%s: %d document(s) have neither title nor summary.", name, empty)
+    return frame
+
+
+def load_groups(source: Source, split: str | None = None, corpus: Source | None = None) -> Dataset:
+    """One row per query with all its documents, from a judgments or a scores table.
+
+    Args:
+        source: see the module's text.
+        split: as in `read_table`.
+        corpus: as in `read_table`.
+
+    Returns:
+        Rows {query_id, query, doc_ids, titles, summaries, labels?, teacher_scores?} in order of first appearance; the
+        last five are lists of equal length in the order of the table.
+
+    Raises:
+        FileNotFoundError, TableError: as in `read_table`.
+    """
+    frame = _read(source)
+    table = "scores" if "teacher_score" in frame.columns else "judgments"
+    return group_rows(_checked(frame, _name(source), table, split, corpus))
+
+
+def group_rows(frame: pd.DataFrame) -> Dataset:
+    """Turn checked rows into one row per query; see `load_groups`."""
+    codes, _ = pd.factorize(frame["query_id"])
+    frame = frame.iloc[np.argsort(codes, kind="stable")]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(codes))])
+    first = frame.iloc[offsets[:-1]]
+    # large_string: one column of a big table holds more than 2 GiB of text.
+    columns = {name: pa.array(first[name], pa.large_string()) for name in ("query_id", "query")}
+    lists = {"doc_ids": "doc_id", "titles": "title", "summaries": "summary"}
+    lists |= {"labels": "label", "teacher_scores": "teacher_score"}
+    for name, column in lists.items():
+        if column in frame.columns:
+            kind = {"label": pa.int64(), "teacher_score": pa.float32()}.get(column, pa.large_string())
+            values = pa.array(frame[column], kind)
+            columns[name] = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+    return Dataset(pa.table(columns))
+
+
+def write_table(frame: pd.DataFrame, path: str) -> None:
+    """Write rows as parquet to a path or fsspec URL, making its folder."""
+    fs, inner = url_to_fs(path)
+    fs.makedirs(fs._parent(inner), exist_ok=True)
+    with fs.open(inner, "wb") as file:
+        frame.to_parquet(file, index=False)
+
+
+def mine_candidates(queries: pd.DataFrame, corpus: pd.DataFrame, top_k: int = 20) -> pd.DataFrame:
+    """The first-stage candidates of each query by BM25 (Lucene's form, k1 1.2, b 0.75) over title and summary.
+
+    Args:
+        queries: columns query_id, query; one row per query.
+        corpus: columns doc_id, title, summary.
+        top_k: documents per query; fewer where fewer share a word with it.
+
+    Returns:
+        A candidates table: query_id, query, doc_id, rank (int, from 1) and bm25 (float32).
+    """
+    index = _bm25_index(corpus)
+    doc_ids = corpus["doc_id"].to_numpy()
+    tokens = [bm25_tokens(query) for query in queries["query"]]
+    found, scores = index.retrieve(tokens, k=min(top_k, len(corpus)), show_progress=False)
+    rank = np.broadcast_to(np.arange(1, found.shape[1] + 1), found.shape)
+    kept = scores > 0
+    row = np.nonzero(kept)[0]
+    return pd.DataFrame(
+        {
+            "query_id": queries["query_id"].to_numpy()[row],
+            "query": queries["query"].to_numpy()[row],
+            "doc_id": doc_ids[found[kept]],
+            "rank": rank[kept].astype(np.int32),
+            "bm25": scores[kept].astype(np.float32),
+        }
+    )
+
+
+def click_judgments(clicks: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
+    """Clicks as weak labels: 1 for a query's clicked documents, 0 for its other candidates.
+
+    Args:
+        clicks: a clicks table with query_id and doc_id.
+        candidates: a candidates table with texts.
+
+    Returns:
+        A judgments table of the queries that have both; the documents of a query in order of their ids, so that their
+        order tells nothing.
+    """
+    clicked = clicks[clicks["query_id"].isin(candidates["query_id"])].assign(label=1)
+    others = candidates[candidates["query_id"].isin(clicked["query_id"])].assign(label=0)
+    columns = ["query_id", "query", "doc_id", "title", "summary", "label"]
+    rows = pd.concat([clicked[columns], others[columns]]).drop_duplicates(["query_id", "doc_id"], keep="first")
+    return rows.sort_values(["query_id", "doc_id"], ignore_index=True)
+
+
+def bm25_scores(pairs: pd.DataFrame, corpus: pd.DataFrame | None = None) -> np.ndarray:
+    """BM25 of given pairs, the baseline that every ranker has to beat.
+
+    Args:
+        pairs: columns query_id, query, doc_id, title, summary.
+        corpus: the documents over which words are counted; None takes the distinct documents of `pairs`.
+
+    Returns:
+        Scores, shape (len(pairs),), float64; 0 where no word is shared.
+
+    Raises:
+        TableError: a document of `pairs` is not in `corpus`.
+    """
+    if corpus is None:
+        corpus = pairs.drop_duplicates("doc_id")
+    index = _bm25_index(corpus)
+    places = pd.Index(corpus["doc_id"]).get_indexer(pairs["doc_id"])
+    if (places < 0).any():
+        raise TableError(f"{int((places < 0).sum())} documents are not in the corpus.")
+    scores = np.zeros(len(pairs))
+    groups = pairs.groupby("query_id", sort=False).indices
+    for rows in tqdm(groups.values(), desc="BM25", leave=False):
+        tokens = [token for token in bm25_tokens(pairs["query"].iloc[rows[0]]) if token in index.vocab_dict]
+        if tokens:
+            scores[rows] = index.get_scores(tokens)[places[rows]]
+    return scores
+
+
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_WORD = re.compile(f"[{_CJK}]+|[^\\W{_CJK}]+")
+
+
+def bm25_tokens(text: str) -> list[str]:
+    """Lower-case words; a run of Chinese, Japanese or Korean signs gives its overlapping pairs, as Lucene does."""
+    tokens: list[str] = []
+    for word in _WORD.findall(text.lower()):
+        if re.match(f"[{_CJK}]", word) and len(word) > 1:
+            tokens += [word[i : i + 2] for i in range(len(word) - 1)]
+        else:
+            tokens.append(word)
+    return tokens
+
+
+def _bm25_index(corpus: pd.DataFrame) -> Any:
+    index = bm25s.BM25(**_BM25)
+    texts = tqdm(corpus["title"] + " " + corpus["summary"], desc="BM25 index", leave=False)
+    index.index([bm25_tokens(text) for text in texts], show_progress=False)
+    return index
+
+
+def _name(source: Source) -> str:
+    return source if isinstance(source, str) else f"<{type(source).__name__}>"
+
+
+def _read(source: Source) -> pd.DataFrame:
+    if isinstance(source, Dataset):
+        return source.to_pandas()
+    if isinstance(source, pd.DataFrame):
+        return source
+    fs, path = url_to_fs(source)
+    if fs.isdir(path):
+        files = sorted(fs.glob(f"{path}/*.parquet"))
+        if not files:
+            raise FileNotFoundError(f"{source}: the folder holds no parquet file.")
+        return pd.concat([_read_file(fs, file) for file in files], ignore_index=True)
+    if fs.exists(path):
+        return _read_file(fs, path)
+    if _HUB_ID.fullmatch(source) and not source.endswith(tuple(_FORMATS)):
+        return _read_hub(source)
+    raise FileNotFoundError(f"{source}: no such file or folder.")
+
+
+def _read_file(fs: Any, path: str) -> pd.DataFrame:
+    suffix = "." + path.rsplit(".", 1)[-1]
+    if suffix not in _FORMATS:
+        raise TableError(f"{path}: a table is one of {', '.join(_FORMATS)}, or a folder of parquet files.")
+    if fs.size(path) == 0:
+        raise TableError(f"{path}: the file is empty.")
+    try:
+        with fs.open(path, "rb") as file:
+            return _FORMATS[suffix](file)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise TableError(f"{path}: cannot be read as {suffix[1:]}: {error}") from error
+
+
+def _read_hub(name: str) -> pd.DataFrame:
+    """A Hub data set; with several splits and no `split` column, the column is made of their names."""
+    try:
+        splits = load_dataset(name)
+    except (
+        Exception
+    ) as error:  # whatever datasets and the Hub client raise, the user first wants to know about the path
+        raise FileNotFoundError(
+            f"{name}: no such file or folder, and no such data set could be read from the Hub ({error})"
+        ) from error
+    assert isinstance(splits, DatasetDict)
+    frames = [part.to_pandas().assign(**_split_column(part, str(split))) for split, part in splits.items()]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _split_column(part: Dataset, split: str) -> dict[str, str]:
+    return {} if "split" in part.column_names else {"split": split}
+
+
+def _only_split(frame: pd.DataFrame, split: str, name: str) -> pd.DataFrame:
+    if "split" not in frame.columns:
+        raise TableError(f"{name}: there is no column 'split' to take '{split}' from; name no split to use all rows.")
+    chosen = frame[frame["split"] == split].reset_index(drop=True)
+    if chosen.empty:
+        present = ", ".join(sorted(frame["split"].unique()))
+        raise TableError(f"{name}: no row has split '{split}'; there are: {present}.")
+    return chosen
+
+
+def _join_texts(frame: pd.DataFrame, corpus: Source | None, name: str) -> pd.DataFrame:
+    if corpus is None:
+        raise TableError(f"{name}: the rows have no title and summary; name the corpus that holds them.")
+    texts = read_table(corpus, "corpus").set_index("doc_id")[["title", "summary"]]
+    unknown = ~frame["doc_id"].isin(texts.index)
+    if unknown.any():
+        first = ", ".join(frame.loc[unknown, "doc_id"].head(3))
+        raise TableError(
+            f"{name}: {int(unknown.sum())} row(s) name a doc_id that is not in the corpus, first: {first}."
+        )
+    return frame.drop(columns=["title", "summary"], errors="ignore").join(texts, on="doc_id")
