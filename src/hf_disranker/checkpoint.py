@@ -1,0 +1,102 @@
+"""What makes a stock checkpoint a ranker: the marker in its config, and the configs and outputs that know it.
+
+On disk a ranker is a stock `<Family>ForSequenceClassification` with one label, so every loader and server reads it
+without this package. The key `disranker` of config.json says how it was trained to be fed:
+`{"format", "role", "head", "templates", "max_length", "max_query_length", "score_transform", "teacher"}`.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from hf_disranker.texts import Templates
+
+MARKER = "disranker"
+FORMAT = 1
+# CrossEncoder and vLLM would put a sigmoid on one label unless the config names this.
+RAW_LOGITS = {"activation_fn": "torch.nn.modules.linear.Identity"}
+
+
+@dataclass
+class RankerOutput(SequenceClassifierOutput):
+    """A sequence classifier's output with one label, and its `scores`."""
+
+    @property
+    def scores(self) -> Tensor:
+        """Raw logits, shape (rows,), fp32."""
+        return self.logits.squeeze(-1).float()
+
+
+class RankerConfigMixin:
+    """Turns a stock config class into that of a marked checkpoint; put it before the stock class.
+
+    `from_dict` gives the stock config where there is no marker, so that it may stand in for the stock class in
+    `AutoConfig`; `to_dict` writes the stock architecture.
+    """
+
+    stock: type[PreTrainedConfig]
+    architecture: str
+    role: str
+    head: str
+    default_templates: Templates
+    disranker: dict[str, Any]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; raises ValueError for another model type, another role or a newer marker."""
+        found = config_dict.get("model_type", cls.stock.model_type)
+        if found != cls.stock.model_type:
+            raise ValueError(
+                f"This checkpoint holds a {found} model; {cls.architecture} reads {cls.stock.model_type}."
+            )
+        if MARKER not in config_dict:
+            return cls.stock.from_dict(config_dict, **kwargs)
+        check_marker(config_dict[MARKER], cls.role)
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def mark(cls, config: PreTrainedConfig) -> Any:
+        """The ranker config of a stock one, with a fresh marker and one label; a ranker config is given back as is."""
+        if isinstance(config, cls):
+            return config
+        if config.model_type != cls.stock.model_type:
+            raise ValueError(f"A {config.model_type} config; {cls.architecture} needs {cls.stock.model_type}.")
+        config = copy.deepcopy(config)
+        # Only the class changes: what transformers keeps on the object (dtype, attention kind) stays.
+        config.__class__ = cls
+        config.num_labels = 1
+        config.sentence_transformers = dict(RAW_LOGITS)
+        config.disranker = {
+            "format": FORMAT,
+            "role": cls.role,
+            "head": cls.head,
+            "templates": cls.default_templates.to_dict(),
+            "score_transform": None,
+        }
+        return config
+
+    @property
+    def templates(self) -> Templates:
+        """How a query and a document become this model's input."""
+        return Templates(**self.disranker["templates"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain data, naming the stock architecture."""
+        return super().to_dict() | {"architectures": [self.architecture]}  # type: ignore[misc]
+
+
+def check_marker(marker: dict[str, Any], role: str) -> None:
+    """Raise ValueError when a marker is newer than this package, or of another role."""
+    if marker.get("format", 0) > FORMAT:
+        raise ValueError(
+            f"The checkpoint's marker has format {marker['format']}, this package knows up to {FORMAT}: "
+            "pip install --upgrade hf-disranker"
+        )
+    if marker.get("role", role) != role:
+        raise ValueError(f"This checkpoint is a {marker['role']}, not a {role}.")

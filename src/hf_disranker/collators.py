@@ -1,0 +1,139 @@
+"""From texts to tensors: pairs for scoring, whole groups for training.
+
+Tokenisation happens here, in the data loader's workers, never in the training step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from hf_disranker.texts import Templates
+
+# Room for a document behind the longest query allowed: special tokens, the template's words, and a few tokens of text.
+_DOCUMENT_ROOM = 16
+_ROW_KEYS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@dataclass
+class Encoded:
+    """Tokenised rows: for each a dict of lists, and how many queries and documents did not fit whole."""
+
+    rows: list[dict[str, list[int]]]
+    queries_cut: int
+    documents_cut: int
+
+
+@dataclass
+class PairCollator:
+    """Tokenises (query, document) pairs as a model's templates say.
+
+    The query is cut at its own limit, then the document's end at the limit of the whole.
+
+    Args:
+        tokenizer: a fast tokenizer of the model.
+        templates: the model's templates.
+        max_length: tokens of a pair at most, special tokens included.
+        max_query_length: tokens of a query at most.
+
+    Raises:
+        ValueError: the limits leave no room for a document.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    templates: Templates
+    max_length: int
+    max_query_length: int
+
+    def __post_init__(self) -> None:
+        if self.max_query_length + _DOCUMENT_ROOM > self.max_length:
+            raise ValueError(
+                f"max_query_length {self.max_query_length} leaves no room for a document within max_length "
+                f"{self.max_length}; it can be {self.max_length - _DOCUMENT_ROOM} at most."
+            )
+
+    def encode(self, queries: list[str], documents: list[str]) -> Encoded:
+        """Tokenise without padding.
+
+        Args:
+            queries: one query per pair, as typed.
+            documents: one document per pair, as one string.
+        """
+        shorter = self._shorten(set(queries))
+        rendered = [self.templates.render_query(shorter.get(query, query)) for query in queries]
+        if self.templates.text is None:
+            batch = self.tokenizer(rendered, documents, truncation="only_second", max_length=self.max_length)
+        else:
+            texts = [self.templates.render_text(*pair) for pair in zip(rendered, documents, strict=True)]
+            batch = self.tokenizer(texts, truncation=True, max_length=self.max_length)
+        keys = [key for key in _ROW_KEYS if key in batch]
+        rows = [dict(zip(keys, values, strict=True)) for values in zip(*(batch[key] for key in keys), strict=True)]
+        cut = sum(1 for encoding in batch.encodings or [] if encoding.overflowing)
+        return Encoded(rows, sum(query in shorter for query in queries), cut)
+
+    def pad(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """Stack rows of `encode` to tensors of shape (rows, longest)."""
+        fill = {"input_ids": self.tokenizer.pad_token_id}
+        return {
+            key: pad_sequence(
+                [torch.tensor(row[key]) for row in rows],
+                batch_first=True,
+                padding_value=fill.get(key, 0),
+                padding_side=self.tokenizer.padding_side,
+            )
+            for key in rows[0]
+        }
+
+    def _shorten(self, queries: set[str]) -> dict[str, str]:
+        """What is left of the queries beyond the limit."""
+        # A token holds at least one byte, so most queries need no look.
+        suspects = sorted(query for query in queries if len(query.encode()) > self.max_query_length)
+        if not suspects:
+            return {}
+        batch = self.tokenizer(
+            suspects,
+            add_special_tokens=False,
+            truncation=True,
+            max_length=self.max_query_length,
+            return_offsets_mapping=True,
+        )
+        rows = zip(suspects, batch["offset_mapping"], batch.encodings, strict=True)
+        return {query: query[: offsets[-1][1]] for query, offsets, encoding in rows if encoding.overflowing}
+
+
+@dataclass
+class GroupCollator:
+    """Turns rows of `load_groups` into one flat batch of pairs and what is known of them.
+
+    The batch holds the padded pairs of all groups, shape (pairs, longest), in group order, and over (groups, docs):
+    `mask`, True where a document exists; `labels`, float, NaN where none is known; `teacher_scores`, likewise.
+    `model_output[mask]` and a scatter by `mask` lead from one shape to the other.
+
+    Args:
+        pairs: how a pair is tokenised.
+    """
+
+    pairs: PairCollator
+
+    def __call__(self, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Collate groups of any sizes."""
+        queries = [group["query"] for group in groups for _ in group["doc_ids"]]
+        documents = [
+            self.pairs.templates.render_document(title, summary)
+            for group in groups
+            for title, summary in zip(group["titles"], group["summaries"], strict=True)
+        ]
+        batch = self.pairs.pad(self.pairs.encode(queries, documents).rows)
+        sizes = torch.tensor([len(group["doc_ids"]) for group in groups])
+        mask = torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
+        batch["mask"] = mask
+        for key in ("labels", "teacher_scores"):
+            batch[key] = torch.full(mask.shape, torch.nan)
+            if groups[0].get(key) is not None:
+                batch[key][mask] = torch.tensor([value for group in groups for value in group[key]]).float()
+        return batch

@@ -1,0 +1,112 @@
+"""Small models and tokenizers from nothing but text: for the quickstart, tests, and wherever no checkpoint may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from hf_disranker.student import BertDistilledRanker
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
+    """A lower-case BERT tokenizer whose vocabulary comes from `texts`.
+
+    Args:
+        texts: what the vocabulary is learned from; never development data.
+        vocab_size: number of tokens at most.
+        max_length: tokens of a query-document pair that the model will read.
+    """
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    )
+    return BertTokenizer(vocab=backend.get_vocab(), model_max_length=max_length)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
+    """A lower-case byte-level BPE tokenizer for a decoder: `<s>` before each text, `</s>` behind it, `<pad>` apart.
+
+    Args:
+        texts: what the vocabulary is learned from; never development data.
+        vocab_size: number of tokens at most, at least 259 (every byte and the special tokens).
+        max_length: tokens of a text that the model will read.
+    """
+    special = ["<s>", "</s>", "<pad>"]
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A $B:1 </s>:1", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=max_length,
+        padding_side="left",
+    )
+
+
+def small_bert(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, **options: Any) -> BertDistilledRanker:
+    """A BERT ranker with random weights for a tokenizer: heads of 32, feed-forward of four times the size.
+
+    Further options go to `BertConfig`.
+    """
+    return BertDistilledRanker(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=size,
+            num_hidden_layers=layers,
+            num_attention_heads=max(1, size // 32),
+            intermediate_size=4 * size,
+            max_position_embeddings=tokenizer.model_max_length,
+            pad_token_id=tokenizer.pad_token_id,
+            **options,
+        )
+    )
+
+
+def small_llama(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, **options: Any) -> LlamaForCausalLM:
+    """A Llama language model with random weights and tied embeddings for a tokenizer: heads of 32.
+
+    Further options go to `LlamaConfig`.
+    """
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=size,
+            num_hidden_layers=layers,
+            num_attention_heads=max(1, size // 32),
+            intermediate_size=3 * size,
+            max_position_embeddings=tokenizer.model_max_length,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **options,
+        )
+    )

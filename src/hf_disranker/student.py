@@ -1,0 +1,72 @@
+"""BertDistilledRanker: the BERT that is served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_disranker.checkpoint import RankerConfigMixin, RankerOutput
+from hf_disranker.texts import STUDENT_TEMPLATES
+
+
+class DisRankerBertConfig(RankerConfigMixin, BertConfig):
+    """The config of a marked BERT checkpoint."""
+
+    model_type = "bert"
+    stock = BertConfig
+    architecture = "BertForSequenceClassification"
+    role = "student"
+    head = "cls"
+    default_templates = STUDENT_TEMPLATES
+
+
+class BertDistilledRanker(BertForSequenceClassification):
+    """A BERT that reads a query and a document as a pair and gives one raw score, from the [CLS] token.
+
+    It is a `BertForSequenceClassification` with one label: same weights, same logits, and that is what it is on disk.
+    `from_pretrained` takes a ranker, a CrossEncoder with one label or a plain BERT (whose new head is random).
+
+    Args:
+        config: a `BertConfig`, plain or of a marked checkpoint. A plain one is copied and marked.
+    """
+
+    config_class = DisRankerBertConfig
+    _keys_to_ignore_on_load_unexpected = [r"^cls\."]
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(DisRankerBertConfig.mark(config))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> RankerOutput | tuple[Tensor, ...]:
+        """As in `BertForSequenceClassification`; the output also has `scores`, shape (rows,), fp32."""
+        output = super().forward(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, labels, **kwargs
+        )
+        return output if isinstance(output, tuple) else RankerOutput(**output)
+
+    def keep_layers(self, layers: Sequence[int]) -> BertDistilledRanker:
+        """Keep only the named encoder layers, in the order given: a smaller student from a bigger BERT.
+
+        Args:
+            layers: layer numbers from 0, for example (0, 3, 6, 9).
+
+        Raises:
+            ValueError: a number that no layer has, one named twice, or none at all.
+        """
+        count = self.config.num_hidden_layers
+        if not layers or len(set(layers)) != len(layers) or not set(layers) <= set(range(count)):
+            raise ValueError(f"Cannot keep layers {list(layers)} of a BERT with layers 0 to {count - 1}.")
+        self.bert.encoder.layer = nn.ModuleList(self.bert.encoder.layer[layer] for layer in layers)
+        self.config.num_hidden_layers = len(layers)
+        return self

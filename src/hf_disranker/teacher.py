@@ -1,0 +1,205 @@
+"""LLMForLastTokenRanking: a decoder that scores a text by the hidden state of its last token."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+from tokenizers import processors
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    LlamaConfig,
+    LlamaPreTrainedModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2PreTrainedModel,
+    Qwen3Config,
+    Qwen3PreTrainedModel,
+)
+
+from hf_disranker.checkpoint import RankerConfigMixin, RankerOutput
+from hf_disranker.pooling import last_token
+from hf_disranker.texts import TEACHER_TEMPLATES
+
+PAD_TOKEN = "<|pad|>"
+
+
+class TeacherConfigMixin(RankerConfigMixin):
+    """What the configs of all teacher families share."""
+
+    role = "teacher"
+    head = "last_token"
+    default_templates = TEACHER_TEMPLATES
+
+
+class DisRankerLlamaConfig(TeacherConfigMixin, LlamaConfig):
+    """The config of a marked Llama checkpoint."""
+
+    model_type = "llama"
+    stock = LlamaConfig
+    architecture = "LlamaForSequenceClassification"
+
+
+class DisRankerQwen2Config(TeacherConfigMixin, Qwen2Config):
+    """The config of a marked Qwen2 checkpoint."""
+
+    model_type = "qwen2"
+    stock = Qwen2Config
+    architecture = "Qwen2ForSequenceClassification"
+
+
+class DisRankerQwen3Config(TeacherConfigMixin, Qwen3Config):
+    """The config of a marked Qwen3 checkpoint."""
+
+    model_type = "qwen3"
+    stock = Qwen3Config
+    architecture = "Qwen3ForSequenceClassification"
+
+
+class LLMForLastTokenRanking(PreTrainedModel):
+    """A decoder whose last token's hidden state, times one row of weights, is the score of the text.
+
+    It reads one text that holds the query and then the document (`config.templates`); the tokenizer ends it with the
+    end-of-sequence token, which has seen all the others. On disk it is the stock `<Family>ForSequenceClassification`.
+    `from_pretrained` and `from_config` give the class of the checkpoint's family; a causal language model is taken as
+    well, its score row is then new.
+
+    Args:
+        config: a config of a known family, plain or of a marked checkpoint. A plain one is copied and marked.
+    """
+
+    base_model_prefix = "model"
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        config = self.config_class.mark(config)
+        super().__init__(config)
+        # The stock config: Auto classes would answer the marked one with this very class.
+        self.model = AutoModel.from_config(_stock_config(config))
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: the checkpoint is of a family that is not known.
+        """
+        if cls is not LLMForLastTokenRanking:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        hub_options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "subfolder") if key in kwargs}
+        config = kwargs.get("config") or AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub_options)
+        return _family(config).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig) -> LLMForLastTokenRanking:
+        """A teacher with random weights; raises ValueError for a family that is not known."""
+        return _family(config)(config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings of the decoder."""
+        return self.model.get_input_embeddings()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> RankerOutput | tuple[Tensor]:
+        """Score each row by its last real token.
+
+        Args:
+            input_ids: shape (rows, tokens).
+            attention_mask: 1 for real tokens, shape (rows, tokens); padding may stand left or right.
+            position_ids: as in the backbone.
+            inputs_embeds: in place of `input_ids`, shape (rows, tokens, size).
+            return_dict: False gives the tuple (logits,).
+            kwargs: go to the backbone.
+
+        Returns:
+            Logits of shape (rows, 1) and `scores` of shape (rows,), fp32.
+        """
+        output = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            **kwargs,
+        )
+        logits = self.score(last_token(output.last_hidden_state, attention_mask))
+        if return_dict is False:
+            return (logits,)
+        return RankerOutput(logits=logits, hidden_states=output.hidden_states, attentions=output.attentions)
+
+
+class LlamaForLastTokenRanking(LLMForLastTokenRanking, LlamaPreTrainedModel):
+    """The teacher on Llama."""
+
+    config_class = DisRankerLlamaConfig
+
+
+class Qwen2ForLastTokenRanking(LLMForLastTokenRanking, Qwen2PreTrainedModel):
+    """The teacher on Qwen2."""
+
+    config_class = DisRankerQwen2Config
+
+
+class Qwen3ForLastTokenRanking(LLMForLastTokenRanking, Qwen3PreTrainedModel):
+    """The teacher on Qwen3."""
+
+    config_class = DisRankerQwen3Config
+
+
+FAMILIES = {
+    family.config_class.model_type: family
+    for family in (LlamaForLastTokenRanking, Qwen2ForLastTokenRanking, Qwen3ForLastTokenRanking)
+}
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Let a decoder's tokenizer end every text with its end-of-sequence token, and pad with another one.
+
+    The tokenizer itself puts the token on: in the text it would be lost to truncation. A padding id that is also
+    the end-of-sequence id would make stock loaders read the token before it. Works in place and only once; when the
+    vocabulary has grown, call `model.resize_token_embeddings(len(tokenizer))`.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-sequence token, or no fast implementation.
+    """
+    if tokenizer.eos_token is None or not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__}: a teacher needs a fast tokenizer with an end-of-sequence token."
+        )
+    if tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
+        backend, eos = tokenizer.backend_tokenizer, tokenizer.eos_token
+        ending = processors.TemplateProcessing(
+            single=f"$A {eos}", pair=f"$A $B:1 {eos}:1", special_tokens=[(eos, tokenizer.eos_token_id)]
+        )
+        before = [backend.post_processor] if backend.post_processor is not None else []
+        backend.post_processor = processors.Sequence([*before, ending])
+    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    return tokenizer
+
+
+def _family(config: PreTrainedConfig) -> type[LLMForLastTokenRanking]:
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"A {config.model_type} model cannot be a teacher; known families: {', '.join(FAMILIES)}.")
+    return FAMILIES[config.model_type]
+
+
+def _stock_config(config: Any) -> PreTrainedConfig:
+    """A copy that the Auto classes take for a stock config."""
+    stock = copy.deepcopy(config)
+    stock.__class__ = config.stock
+    return stock
