@@ -1,0 +1,68 @@
+"""Stage 3b: distil a teacher's scores into a BERT, with mixed Point-MSE and Margin-MSE.
+
+    disranker distill --student bert-base-uncased --student_layers 0,2,4,6,8,10 --scores runs/scores
+              --judgments judgments.parquet --output_dir runs/student
+
+`scores` is the folder that `disranker score` wrote, or any table with its columns; `judgments`, if given, measures
+the student as it learns. A run that was cut off goes on from its last checkpoint.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import AutoTokenizer
+from trl import TrlParser
+
+from hf_disranker.data import load_groups
+from hf_disranker.distillation import DistillationConfig, DistillationTrainer
+from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model
+from hf_disranker.store import teacher_of
+from hf_disranker.student import BertDistilledRanker
+
+
+@dataclass
+class ScriptArguments:
+    """What the stage reads."""
+
+    student: str = field(metadata={"help": "A BERT to start from: folder or Hub id."})
+    scores: str = field(metadata={"help": "Teacher scores: a score store, or a table of scores."})
+    corpus: str | None = field(default=None, metadata={"help": "Table with the texts, if the scores have none."})
+    judgments: str | None = field(default=None, metadata={"help": "Judgments to evaluate on."})
+    eval_split: str = field(default="dev", metadata={"help": "Split to evaluate on; '' for all rows."})
+    student_layers: str | None = field(default=None, metadata={"help": "Layers to keep, from 0: for example 0,3,6,9."})
+    revision: str = field(default="main", metadata={"help": "Revision of the student on the Hub."})
+
+
+def make_parser() -> TrlParser:
+    """The command line of this stage."""
+    return recipe_parser("distill", __doc__, ScriptArguments, DistillationConfig)
+
+
+def main(script_args: ScriptArguments, training_args: DistillationConfig) -> None:
+    """Read the scores, train, evaluate, save."""
+    train_dataset = load_groups(script_args.scores, corpus=script_args.corpus)
+    eval_dataset = load_groups(script_args.judgments, split=script_args.eval_split) if script_args.judgments else None
+    if eval_dataset is None:
+        training_args.eval_strategy = "no"
+
+    tokenizer = AutoTokenizer.from_pretrained(script_args.student, revision=script_args.revision)
+    student = BertDistilledRanker.from_pretrained(script_args.student, revision=script_args.revision)
+    if script_args.student_layers:
+        student.keep_layers([int(layer) for layer in script_args.student_layers.split(",")])
+    student.config.disranker["teacher"] = teacher_of(script_args.scores)
+
+    trainer = DistillationTrainer(
+        model=student,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=resume_point(training_args.output_dir))
+    measures = trainer.evaluate() if eval_dataset else {}
+    if trainer.is_world_process_zero():
+        save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
+        save_json(measures, f"{training_args.output_dir}/eval.json")
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

@@ -1,0 +1,77 @@
+"""Stage 2: fit a ranker to graded judgments, with a pairwise hinge loss on each query's documents.
+
+    disranker fit_teacher --model_name_or_path runs/cpt --judgments judgments.parquet --output_dir runs/teacher
+
+`judgments` is a table with the columns query_id, query, doc_id, title, summary, label and, if it holds both, split.
+A decoder becomes a teacher that scores by its last token; a BERT becomes the baseline student that never saw a
+teacher. With `--use_peft` LoRA weights and the score row are trained and merged at the end. A run that was cut off
+goes on from its last checkpoint.
+"""
+
+from dataclasses import dataclass, field
+
+from peft import get_peft_model
+from transformers import AutoConfig, AutoTokenizer
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from hf_disranker.data import load_groups
+from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
+from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model
+from hf_disranker.student import BertDistilledRanker
+from hf_disranker.teacher import LLMForLastTokenRanking, prepare_tokenizer
+
+
+@dataclass
+class ScriptArguments:
+    """What the stage reads."""
+
+    judgments: str = field(metadata={"help": "Table of judgments: file, URL or Hub data set id."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on; '' for all rows."})
+    eval_judgments: str | None = field(
+        default=None, metadata={"help": "Judgments to evaluate on, if in another table."}
+    )
+    eval_split: str = field(default="dev", metadata={"help": "Split to evaluate on; '' for all rows."})
+
+
+def make_parser() -> TrlParser:
+    """The command line of this stage."""
+    return recipe_parser("fit_teacher", __doc__, ScriptArguments, RankingConfig, ModelConfig)
+
+
+def main(script_args: ScriptArguments, training_args: RankingConfig, model_args: ModelConfig) -> None:
+    """Read the judgments, train, evaluate, save."""
+    train_dataset = load_groups(script_args.judgments, split=script_args.train_split)
+    eval_dataset = load_groups(script_args.eval_judgments or script_args.judgments, split=script_args.eval_split)
+
+    source, revision = model_args.model_name_or_path, model_args.model_revision
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    is_bert = AutoConfig.from_pretrained(source, revision=revision).model_type == "bert"
+    kind = BertDistilledRanker if is_bert else LLMForLastTokenRanking
+    model = kind.from_pretrained(
+        source, revision=revision, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+    )
+    if not is_bert:
+        prepare_tokenizer(tokenizer)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+        model.config.pad_token_id = tokenizer.pad_token_id
+    model_args.lora_task_type = "SEQ_CLS"  # trains and keeps the score row too
+    if peft_config := get_peft_config(model_args):
+        model = get_peft_model(model, peft_config)
+
+    trainer = RankingTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=resume_point(training_args.output_dir))
+    measures = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
+        save_json(measures, f"{training_args.output_dir}/eval.json")
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

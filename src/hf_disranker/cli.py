@@ -1,0 +1,57 @@
+"""The command `disranker STAGE`: runs the recipe of that name."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from hf_disranker.schema import TableError
+from hf_disranker.version import __version__
+
+STAGES = {
+    "quickstart": "all stages on the Python documentation of this machine, in about a quarter of an hour",
+    "cpt": "1   continued pre-training of a language model on clicks",
+    "fit_teacher": "2   fit a ranker to graded judgments",
+    "score": "3a  a teacher's scores for unlabelled pairs",
+    "distill": "3b  distil the scores into a BERT",
+    "evaluate": "4   PNR, NDCG, MRR and MAP of a model, of scores or of BM25",
+}
+
+USAGE = """disranker {version}: distil a large language model's ranking skill into a BERT.
+
+usage: disranker STAGE [--config FILE.yaml] [--option value ...]
+
+{stages}
+
+disranker STAGE --help     the options of a stage, and what it reads and writes
+accelerate launch -m hf_disranker.recipes.STAGE ...     the same on several GPUs or machines
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one stage; a wrong table or path ends in one plain line."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if arguments[0] == "--version":
+        print(__version__)
+        return
+    stage, *rest = arguments
+    if stage not in STAGES:
+        sys.exit(f"disranker: there is no stage '{stage}'; there are: {', '.join(STAGES)}.")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hf_disranker").setLevel(logging.INFO)
+    sys.argv = [f"disranker {stage}", *rest]
+    recipe = importlib.import_module(f"hf_disranker.recipes.{stage}")
+    try:
+        recipe.main(*recipe.make_parser().parse_args_and_config())
+    except (TableError, FileNotFoundError) as error:
+        sys.exit(f"disranker {stage}: {error}")
+
+
+def usage() -> str:
+    """The text of `disranker --help`."""
+    return USAGE.format(version=__version__, stages="\n".join(f"  {name:<12} {what}" for name, what in STAGES.items()))
