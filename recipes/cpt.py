@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass, field
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, SFTTrainer, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser, get_peft_config
 
-from hf_disranker.cpt import CptConfig, click_dataset
+from hf_disranker.cpt import ClickTrainer, CptConfig, click_dataset
 from hf_disranker.data import read_table
 from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model
 
@@ -53,7 +53,7 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
 
-    trainer = SFTTrainer(
+    trainer = ClickTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,

@@ -30,6 +30,7 @@ class ScriptArguments:
     eval_split: str = field(default="dev", metadata={"help": "Split to evaluate on; '' for all rows."})
     student_layers: str | None = field(default=None, metadata={"help": "Layers to keep, from 0: for example 0,3,6,9."})
     revision: str = field(default="main", metadata={"help": "Revision of the student on the Hub."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention: sdpa, eager ..."})
 
 
 def make_parser() -> TrlParser:
@@ -39,16 +40,19 @@ def make_parser() -> TrlParser:
 
 def main(script_args: ScriptArguments, training_args: DistillationConfig) -> None:
     """Read the scores, train, evaluate, save."""
+    teacher = teacher_of(script_args.scores)
     train_dataset = load_groups(script_args.scores, corpus=script_args.corpus)
     eval_dataset = load_groups(script_args.judgments, split=script_args.eval_split) if script_args.judgments else None
     if eval_dataset is None:
         training_args.eval_strategy = "no"
 
     tokenizer = AutoTokenizer.from_pretrained(script_args.student, revision=script_args.revision)
-    student = BertDistilledRanker.from_pretrained(script_args.student, revision=script_args.revision)
+    student = BertDistilledRanker.from_pretrained(
+        script_args.student, revision=script_args.revision, attn_implementation=script_args.attn_implementation
+    )
     if script_args.student_layers:
         student.keep_layers([int(layer) for layer in script_args.student_layers.split(",")])
-    student.config.disranker["teacher"] = teacher_of(script_args.scores)
+    student.config.disranker["teacher"] = teacher
 
     trainer = DistillationTrainer(
         model=student,

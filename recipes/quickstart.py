@@ -7,6 +7,7 @@ pairs; a small BERT learns from these scores. Two rivals, the same BERT without 
 Each stage is the recipe of that name with a config of configs/quickstart; finished stages are skipped.
 """
 
+import functools
 import importlib
 import json
 import time
@@ -20,12 +21,13 @@ import torch
 from trl import TrlParser
 
 from hf_disranker import from_scratch, metrics, python_docs
-from hf_disranker.data import bm25_scores, click_judgments, read_table, write_table
+from hf_disranker.data import bm25_scores, click_judgments, read_table, with_random_documents, write_table
 from hf_disranker.evaluation import Scored, evaluate, score_with
 from hf_disranker.ranker import Ranker
 from hf_disranker.runs import recipe_parser, save_json
 
 CONFIGS = Path(__file__).parent / "configs" / "quickstart"
+FIRST_CANDIDATES, RANDOM_DOCUMENTS = 6, 2
 RANKERS = ("label_student", "click_student", "teacher", "student")
 
 
@@ -56,13 +58,20 @@ def main(args: QuickstartArguments) -> None:
 
 
 def make_data(folder: Path) -> None:
-    """The tables of the embedded data set, and the clicks as positives among the mined candidates."""
+    """The tables of the embedded data set, and what the quickstart makes of them.
+
+    Unlabelled pairs are a query's first candidates and two random documents; for the rival without a teacher the same
+    pairs are judged by the clicks.
+    """
     say("data", "reading the Python documentation installed here")
-    print(json.dumps(python_docs.build(folder)))
-    if not (folder / "click_judgments.parquet").exists():
-        candidates = read_table(f"{folder}/candidates.parquet", "candidates")
-        rows = click_judgments(read_table(f"{folder}/clicks.parquet", "clicks"), candidates)
-        write_table(rows, f"{folder}/click_judgments.parquet")
+    print(", ".join(f"{rows:,} rows of {table}" for table, rows in python_docs.build(folder).items()))
+    corpus = read_table(f"{folder}/corpus.parquet", "corpus")
+    candidates = read_table(f"{folder}/candidates.parquet", "candidates", corpus=corpus)
+    first = candidates[candidates["rank"] <= FIRST_CANDIDATES]
+    pairs = with_random_documents(first, corpus[corpus["split"] == "train"], RANDOM_DOCUMENTS)
+    write_table(pairs, f"{folder}/unlabelled.parquet")
+    clicks = read_table(f"{folder}/clicks.parquet", "clicks")
+    write_table(click_judgments(clicks, pairs), f"{folder}/click_judgments.parquet")
 
 
 def make_base_models(out: Path, seed: int) -> None:
@@ -73,8 +82,8 @@ def make_base_models(out: Path, seed: int) -> None:
     clicks = read_table(f"{out}/data/clicks.parquet", "clicks")
     texts = [" ".join(row) for row in clicks[["query", "title", "summary"]].itertuples(index=False)]
     torch.manual_seed(seed)
-    decoder_tokens = from_scratch.train_bpe(texts, vocab_size=4000, max_length=64)
-    bert_tokens = from_scratch.train_wordpiece(texts, vocab_size=4000, max_length=64)
+    decoder_tokens = from_scratch.train_bpe(texts, vocab_size=4000, max_length=48)
+    bert_tokens = from_scratch.train_wordpiece(texts, vocab_size=4000, max_length=48)
     decoder = from_scratch.small_llama(decoder_tokens, layers=3, size=256)
     bert = from_scratch.small_bert(bert_tokens, layers=2, size=128)
     for name, model, tokenizer in (("decoder", decoder, decoder_tokens), ("bert", bert, bert_tokens)):
@@ -93,7 +102,7 @@ def stages(out: Path, configs: Path) -> Iterator[tuple[str, str, list[str]]]:
     start, to, bert = "--model_name_or_path", "--output_dir", out / "base" / "bert"
     yield "cpt", "cpt", arguments("cpt", start, out / "base" / "decoder", *clicks, to, out / "cpt")
     yield "teacher", "fit_teacher", arguments("fit_teacher", start, out / "cpt", *judgments, to, out / "teacher")
-    pairs = ["--pairs", data / "candidates.parquet", "--out", out / "scores"]
+    pairs = ["--pairs", data / "unlabelled.parquet", "--out", out / "scores"]
     yield "scores", "score", arguments("score", "--model", out / "teacher", *pairs)
     scores = ["--student", bert, "--scores", out / "scores", *judgments]
     yield "student", "distill", arguments("distill", *scores, to, out / "student")
@@ -114,8 +123,26 @@ def run_stage(folder: Path, recipe: str, arguments: list[str]) -> None:
     say(folder.name, f"disranker {recipe} {' '.join(arguments)}")
     begin = time.perf_counter()
     module = importlib.import_module(f"hf_disranker.recipes.{recipe}")
-    module.main(*module.make_parser().parse_args_and_config(arguments))
+    precision = [] if recipe == "score" else fast_precision()
+    module.main(*module.make_parser().parse_args_and_config(arguments + precision))
     save_json({**run, "seconds": round(time.perf_counter() - begin, 1)}, str(finished))
+
+
+@functools.cache
+def fast_precision() -> list[str]:
+    """Train in bf16 where this machine's CPU multiplies clearly faster in it; on a GPU these models need no hurry."""
+    if torch.accelerator.is_available():
+        return []
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.randn(1024, 1024).to(dtype)
+        runs = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            matrix @ matrix
+            runs.append(time.perf_counter() - begin)
+        seconds[dtype] = min(runs)
+    return ["--bf16", "true", "--use_cpu", "true"] if 1.5 * seconds[torch.bfloat16] < seconds[torch.float32] else []
 
 
 def report(out: Path) -> None:

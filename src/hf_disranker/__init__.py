@@ -13,7 +13,7 @@ from hf_disranker import auto as _auto
 from hf_disranker.version import __version__
 
 if TYPE_CHECKING:
-    from hf_disranker.cpt import CptConfig, click_dataset
+    from hf_disranker.cpt import ClickTrainer, CptConfig, click_dataset
     from hf_disranker.data import load_groups, mine_candidates, read_table
     from hf_disranker.distillation import DistillationConfig, DistillationTrainer, RankDistillationTrainer
     from hf_disranker.ranker import Ranker
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hf_disranker.teacher import LLMForLastTokenRanking
 
 _MODULES = {
-    "cpt": ("CptConfig", "click_dataset"),
+    "cpt": ("ClickTrainer", "CptConfig", "click_dataset"),
     "data": ("load_groups", "mine_candidates", "read_table"),
     "distillation": ("DistillationConfig", "DistillationTrainer", "RankDistillationTrainer"),
     "ranker": ("Ranker",),
@@ -36,6 +36,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "BertDistilledRanker",
+    "ClickTrainer",
     "CptConfig",
     "DistillationConfig",
     "DistillationTrainer",

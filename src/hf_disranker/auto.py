@@ -2,28 +2,32 @@
 
 `AutoConfig` gets a subclass of each family's config that turns back into the stock config where there is no marker;
 `AutoModel` and the others then choose by the config's type. Everything goes by their public `register`.
+
+It happens in two steps, since transformers must be whole before our models can be imported: as soon as `AutoConfig` is
+there, a gate takes each family's place in it; the first checkpoint or config that comes to a gate does the rest.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-_MODELS = "transformers.models.auto.modeling_auto"
+MODEL_TYPES = ("bert", "llama", "qwen2", "qwen3")
+
+_CONFIGS = "transformers.models.auto.configuration_auto"
 
 
 def install() -> None:
-    """Register now if transformers' Auto models are loaded, else when they are; off with HF_DISRANKER_NO_AUTO=1."""
+    """Set the gates now if transformers is loaded, else when it is; off with HF_DISRANKER_NO_AUTO=1."""
     if os.environ.get("HF_DISRANKER_NO_AUTO") == "1":
         return
-    if _MODELS in sys.modules:
-        register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+    if _CONFIGS in sys.modules:
+        _set_gates(sys.modules[_CONFIGS])
+    else:
         sys.meta_path.insert(0, _AfterImport())
 
 
@@ -35,6 +39,7 @@ def register() -> None:
     """
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
     from hf_disranker.student import BertDistilledRanker
@@ -47,34 +52,57 @@ def register() -> None:
         AutoModelForSequenceClassification.register(config, model, exist_ok=True)
         if config.stock in TOKENIZER_MAPPING:  # others are found by the class that the tokenizer's own files name
             AutoTokenizer.register(config, tokenizer_class=TOKENIZER_MAPPING[config.stock], exist_ok=True)
-        if CONFIG_MAPPING[config.model_type] is not config or AutoModel._model_mapping[config] is not model:
+        if CONFIG_MAPPING[config.model_type] is not config or config not in MODEL_MAPPING:
             raise RuntimeError(
                 f"This transformers ignores the registration of {model.__name__}; set HF_DISRANKER_NO_AUTO=1 to go on "
                 "without, and load rankers with their own from_pretrained."
             )
 
 
-class _AfterImport(MetaPathFinder, Loader):
-    """Runs `register` right after transformers' Auto models were imported, then leaves.
+class _Gate:
+    """Stands for a family's config class until it is first asked for."""
 
-    Importing them ourselves would make `import hf_disranker` take seconds.
+    model_type: str
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._config_class()(*args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return cls._config_class().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _config_class(cls) -> Any:
+        register()
+        return sys.modules[_CONFIGS].CONFIG_MAPPING[cls.model_type]
+
+
+def _set_gates(configs: ModuleType) -> None:
+    for model_type in MODEL_TYPES:
+        # Under the stock name, by which transformers finds the model type of a config class.
+        gate = type(configs.CONFIG_MAPPING_NAMES[model_type], (_Gate,), {"model_type": model_type})
+        configs.AutoConfig.register(model_type, gate, exist_ok=True)
+
+
+class _AfterImport(MetaPathFinder, Loader):
+    """Sets the gates right after transformers' `AutoConfig` was imported.
+
+    Importing it ourselves would make `import hf_disranker` take seconds.
     """
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _MODELS:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        self._loader = spec.loader
-        spec.loader = self
+        spec = PathFinder.find_spec(name, path, target) if name == _CONFIGS else None
+        if spec is not None and spec.loader is not None:
+            self._loader, spec.loader = spec.loader, self
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self._loader  # type: ignore[union-attr]
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        register()
+        sys.meta_path.remove(self)
+        _set_gates(module)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
-from hf_disranker.schema import TableError
 from hf_disranker.version import __version__
 
 STAGES = {
@@ -31,7 +32,7 @@ accelerate launch -m hf_disranker.recipes.STAGE ...     the same on several GPUs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one stage; a wrong table or path ends in one plain line."""
+    """Run one stage; a wrong option, table, path or checkpoint ends in one plain line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -47,11 +48,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.argv = [f"disranker {stage}", *rest]
     recipe = importlib.import_module(f"hf_disranker.recipes.{stage}")
     try:
-        recipe.main(*recipe.make_parser().parse_args_and_config())
-    except (TableError, FileNotFoundError) as error:
+        options = recipe.make_parser().parse_args_and_config()
+    except (ValueError, OSError) as error:
         sys.exit(f"disranker {stage}: {error}")
+    try:
+        recipe.main(*options)
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) or _raised_here(error):
+            sys.exit(f"disranker {stage}: {error}")
+        raise
+
+
+def _raised_here(error: ValueError) -> bool:
+    """Whether our own code refused something in plain words; another library's error keeps its traceback."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(os.path.dirname(__file__))
 
 
 def usage() -> str:
     """The text of `disranker --help`."""
     return USAGE.format(version=__version__, stages="\n".join(f"  {name:<12} {what}" for name, what in STAGES.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -91,8 +91,8 @@ class PairCollator:
 
     def _shorten(self, queries: set[str]) -> dict[str, str]:
         """What is left of the queries beyond the limit."""
-        # A token holds at least one byte, so most queries need no look.
-        suspects = sorted(query for query in queries if len(query.encode()) > self.max_query_length)
+        # A token holds at least one byte, of the query or of the blank put before it: most queries need no look.
+        suspects = sorted(query for query in queries if len(query.encode()) >= self.max_query_length)
         if not suspects:
             return {}
         batch = self.tokenizer(

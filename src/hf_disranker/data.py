@@ -1,12 +1,13 @@
 """Readers of the tables, grouping by query, and candidate mining.
 
-A source is a parquet, jsonl or csv file, a folder of parquet files (a score store), an fsspec URL of either
+A source is the path of a parquet, jsonl or csv file or of a folder of parquet files (a score store), their fsspec URL
 (`s3://`, `hf://datasets/...`), a Hub data set id, a `datasets.Dataset` or a `pandas.DataFrame`.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from typing import IO, Any, TypeAlias
@@ -23,13 +24,21 @@ from hf_disranker.schema import TableError, validate
 
 logger = logging.getLogger(__name__)
 
-Source: TypeAlias = str | Dataset | pd.DataFrame
+Source: TypeAlias = str | os.PathLike[str] | Dataset | pd.DataFrame
+
+
+def _read_csv(file: IO[bytes]) -> pd.DataFrame:
+    frame = pd.read_csv(file, dtype=str, keep_default_na=False)
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas has shifted every value one column to the left
+        raise ValueError("its rows have more fields than its header.")
+    return frame
+
 
 _FORMATS: dict[str, Callable[[IO[bytes]], pd.DataFrame]] = {
     ".parquet": pd.read_parquet,
     # Types are the schema's business: "007" and "NA" are ids and texts like any other.
     ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False, convert_dates=False),
-    ".csv": lambda file: pd.read_csv(file, dtype=str, keep_default_na=False),
+    ".csv": _read_csv,
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BM25 = {"method": "lucene", "k1": 1.2, "b": 0.75}
@@ -105,6 +114,12 @@ def group_rows(frame: pd.DataFrame) -> Dataset:
     return Dataset(pa.table(columns))
 
 
+def pair_texts(rows: pd.DataFrame) -> list[tuple[str, dict[str, str]]]:
+    """The rows of a table with query, title and summary as `Ranker.predict` takes them."""
+    columns = zip(rows["query"], rows["title"], rows["summary"], strict=True)
+    return [(query, {"title": title, "summary": summary}) for query, title, summary in columns]
+
+
 def write_table(frame: pd.DataFrame, path: str) -> None:
     """Write rows as parquet to a path or fsspec URL, making its folder."""
     fs, inner = url_to_fs(path)
@@ -140,6 +155,31 @@ def mine_candidates(queries: pd.DataFrame, corpus: pd.DataFrame, top_k: int = 20
             "bm25": scores[kept].astype(np.float32),
         }
     )
+
+
+def with_random_documents(
+    candidates: pd.DataFrame, corpus: pd.DataFrame, per_query: int, seed: int = 0
+) -> pd.DataFrame:
+    """Candidates and, for each query, some documents drawn from the corpus: the easy end of what a ranker will meet.
+
+    Args:
+        candidates: a candidates table.
+        corpus: columns doc_id, title, summary.
+        per_query: documents to draw for each query; one that is among its candidates is not added again.
+        seed: of the draw.
+
+    Returns:
+        The candidates table with the drawn rows behind each query's own; further columns are missing there.
+    """
+    queries = candidates.drop_duplicates("query_id")[["query_id", "query"]]
+    drawn = queries.loc[queries.index.repeat(per_query)]
+    places = np.random.default_rng(seed).integers(len(corpus), size=len(drawn))
+    texts = corpus.iloc[places][["doc_id", "title", "summary"]]
+    columns = texts.columns.intersection(candidates.columns)
+    drawn = pd.concat([drawn.reset_index(drop=True), texts[columns].reset_index(drop=True)], axis=1)
+    rows = pd.concat([candidates, drawn]).drop_duplicates(["query_id", "doc_id"], keep="first")
+    order = np.argsort(pd.factorize(rows["query_id"])[0], kind="stable")
+    return rows.iloc[order].reset_index(drop=True)
 
 
 def click_judgments(clicks: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
@@ -206,12 +246,15 @@ def bm25_tokens(text: str) -> list[str]:
 def _bm25_index(corpus: pd.DataFrame) -> Any:
     index = bm25s.BM25(**_BM25)
     texts = tqdm(corpus["title"] + " " + corpus["summary"], desc="BM25 index", leave=False)
-    index.index([bm25_tokens(text) for text in texts], show_progress=False)
+    tokens = [bm25_tokens(text) for text in texts]
+    if not any(tokens):
+        raise TableError("BM25 finds no word in any document.")
+    index.index(tokens, show_progress=False)
     return index
 
 
 def _name(source: Source) -> str:
-    return source if isinstance(source, str) else f"<{type(source).__name__}>"
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else f"<{type(source).__name__}>"
 
 
 def _read(source: Source) -> pd.DataFrame:
@@ -219,14 +262,18 @@ def _read(source: Source) -> pd.DataFrame:
         return source.to_pandas()
     if isinstance(source, pd.DataFrame):
         return source
-    fs, path = url_to_fs(source)
+    source = os.fspath(source)
+    try:
+        fs, path = url_to_fs(source)
+    except (ValueError, ImportError) as error:
+        raise FileNotFoundError(f"{source}: {error}") from error
+    if fs.isfile(path):
+        return _read_file(fs, path)
     if fs.isdir(path):
-        files = sorted(fs.glob(f"{path}/*.parquet"))
+        files = sorted(file for file in fs.ls(path, detail=False) if file.endswith(".parquet"))
         if not files:
             raise FileNotFoundError(f"{source}: the folder holds no parquet file.")
         return pd.concat([_read_file(fs, file) for file in files], ignore_index=True)
-    if fs.exists(path):
-        return _read_file(fs, path)
     if _HUB_ID.fullmatch(source) and not source.endswith(tuple(_FORMATS)):
         return _read_hub(source)
     raise FileNotFoundError(f"{source}: no such file or folder.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any, NamedTuple
 
@@ -9,9 +10,11 @@ import numpy as np
 import pandas as pd
 
 from hf_disranker import metrics
+from hf_disranker.data import pair_texts
 from hf_disranker.ranker import Ranker
 from hf_disranker.schema import TableError
-from hf_disranker.scoring import pair_texts
+
+logger = logging.getLogger(__name__)
 
 
 class Scored(NamedTuple):
@@ -24,7 +27,9 @@ class Scored(NamedTuple):
 def score_with(ranker: Ranker, judgments: pd.DataFrame, progress: bool = True) -> Scored:
     """Score judged pairs with a ranker; the time includes tokenisation, and the machine is warm."""
     pairs = pair_texts(judgments)
+    cut = ranker.queries_cut, ranker.documents_cut
     ranker.predict(pairs[:256])
+    ranker.queries_cut, ranker.documents_cut = cut  # what warms the machine up is not counted
     start = time.perf_counter()
     scores = ranker.predict(pairs, progress=progress)
     return Scored(scores, len(pairs) / (time.perf_counter() - start))
@@ -33,16 +38,21 @@ def score_with(ranker: Ranker, judgments: pd.DataFrame, progress: bool = True) -
 def scores_of(judgments: pd.DataFrame, scores: pd.DataFrame) -> Scored:
     """Look judged pairs up in a scores table.
 
+    A judged document that the table lacks ranks last of its query, below all that it holds, and is counted.
+
     Raises:
         TableError: no judged pair is in the table.
-
-    A judged document that the table lacks ranks last of its query, below all that it holds.
     """
     key = ["query_id", "doc_id"]
-    found = judgments[key].merge(scores[[*key, "teacher_score"]], on=key, how="left")["teacher_score"].to_numpy()
-    if np.isnan(found).all():
+    found = judgments[key].merge(scores[[*key, "teacher_score"]], on=key, how="left")["teacher_score"]
+    unknown = found.isna()
+    if unknown.all():
         raise TableError("No judged (query_id, doc_id) is in the scores table: do the ids come from the same source?")
-    return Scored(np.where(np.isnan(found), np.nanmin(found) - 1.0, found))
+    if unknown.any():
+        logger.warning("%d of %d judged documents are not in the scores; they rank last.", unknown.sum(), len(found))
+    # float64: in float32 a large score less 1 is the score itself.
+    values = found.to_numpy(np.float64)
+    return Scored(np.where(unknown, np.nanmin(values) - 1.0, values))
 
 
 def evaluate(judgments: pd.DataFrame, scores: np.ndarray) -> dict[str, Any]:

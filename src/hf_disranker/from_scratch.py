@@ -72,7 +72,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrai
 
 
 def small_bert(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, **options: Any) -> BertDistilledRanker:
-    """A BERT ranker with random weights for a tokenizer: heads of 32, feed-forward of four times the size.
+    """A BERT ranker with random weights for a tokenizer: heads of 64, feed-forward of four times the size.
 
     Further options go to `BertConfig`.
     """
@@ -81,7 +81,7 @@ def small_bert(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, **
             vocab_size=len(tokenizer),
             hidden_size=size,
             num_hidden_layers=layers,
-            num_attention_heads=max(1, size // 32),
+            num_attention_heads=max(1, size // 64),
             intermediate_size=4 * size,
             max_position_embeddings=tokenizer.model_max_length,
             pad_token_id=tokenizer.pad_token_id,
@@ -91,7 +91,7 @@ def small_bert(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, **
 
 
 def small_llama(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, **options: Any) -> LlamaForCausalLM:
-    """A Llama language model with random weights and tied embeddings for a tokenizer: heads of 32.
+    """A Llama language model with random weights and tied embeddings for a tokenizer: heads of 64.
 
     Further options go to `LlamaConfig`.
     """
@@ -100,7 +100,7 @@ def small_llama(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, *
             vocab_size=len(tokenizer),
             hidden_size=size,
             num_hidden_layers=layers,
-            num_attention_heads=max(1, size // 32),
+            num_attention_heads=max(1, size // 64),
             intermediate_size=3 * size,
             max_position_embeddings=tokenizer.model_max_length,
             tie_word_embeddings=True,

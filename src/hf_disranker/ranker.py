@@ -126,9 +126,11 @@ def pair_collator(
     model: BertDistilledRanker | LLMForLastTokenRanking, tokenizer: PreTrainedTokenizerBase
 ) -> PairCollator:
     """The collator that feeds a model as its checkpoint says."""
-    if isinstance(model, LLMForLastTokenRanking):
-        tokenizer = prepare_tokenizer(tokenizer)
     marker = model.config.disranker
+    if marker["role"] == "teacher":
+        tokenizer = prepare_tokenizer(tokenizer)
+    else:
+        tokenizer.padding_side = "right"  # BERT counts its positions from the left
     max_length = marker.get("max_length") or min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
     max_query_length = marker.get("max_query_length") or min(DEFAULT_MAX_QUERY_LENGTH, max_length // 2)
     return PairCollator(tokenizer, model.config.templates, max_length, max_query_length)

@@ -35,16 +35,15 @@ class Table:
     key: tuple[str, ...] = ()
 
 
+_PAIR = ("query_id", "query", "doc_id")
 TABLES = {
     "clicks": Table(("query", "title", "summary"), ("query_id", "doc_id", "weight", "users", "split")),
     "judgments": Table(
         ("query_id", "query", "doc_id", "title", "summary", "label"), ("split",), ("query_id", "doc_id")
     ),
-    "corpus": Table(("doc_id", "title", "summary"), (), ("doc_id",)),
-    "candidates": Table(("query_id", "query", "doc_id"), ("title", "summary"), ("query_id", "doc_id")),
-    "scores": Table(
-        ("query_id", "query", "doc_id", "teacher_score"), ("title", "summary", "label"), ("query_id", "doc_id")
-    ),
+    "corpus": Table(("doc_id", "title", "summary"), ("split",), ("doc_id",)),
+    "candidates": Table(_PAIR, ("title", "summary", "label", "split"), ("query_id", "doc_id")),
+    "scores": Table((*_PAIR, "teacher_score"), ("title", "summary", "label", "split"), ("query_id", "doc_id")),
 }
 
 
@@ -85,9 +84,9 @@ def validate(frame: pd.DataFrame, table: str, source: str) -> pd.DataFrame:
 
 
 def _read_id(values: pd.Series, where: str) -> pd.Series:
+    _refuse(values, values.isna() | (values.astype(str) == ""), where, "hold no id")
     if pd.api.types.is_float_dtype(values.dtype):
         raise TableError(f"{where} holds decimal numbers; ids are strings or integers. {_shown(values)}")
-    _refuse(values, values.isna() | (values.astype(str) == ""), where, "hold no id")
     return values.astype(str).astype(object)
 
 
@@ -109,7 +108,7 @@ def _read_label(values: pd.Series, where: str) -> pd.Series:
 
 
 def _read_score(values: pd.Series, where: str) -> pd.Series:
-    return _numbers(values, where).astype(np.float32)
+    return _numbers(values, where, np.float32)
 
 
 def _read_amount(values: pd.Series, where: str) -> pd.Series:
@@ -118,9 +117,10 @@ def _read_amount(values: pd.Series, where: str) -> pd.Series:
     return numbers
 
 
-def _numbers(values: pd.Series, where: str) -> pd.Series:
-    """The values as finite float64."""
-    numbers = pd.to_numeric(values, errors="coerce").astype(np.float64)
+def _numbers(values: pd.Series, where: str, dtype: type[np.floating] = np.float64) -> pd.Series:
+    """The values as finite numbers; one that is too large for the type is not finite."""
+    with np.errstate(over="ignore"):
+        numbers = pd.to_numeric(values, errors="coerce").astype(dtype)
     _refuse(values, ~np.isfinite(numbers), where, "hold no finite number")
     return numbers
 

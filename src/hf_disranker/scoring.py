@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from hf_disranker.data import pair_texts
 from hf_disranker.ranker import Ranker
 from hf_disranker.schema import TableError
 from hf_disranker.store import ScoreStore
@@ -36,19 +37,13 @@ def score_pairs(ranker: Ranker, pairs: pd.DataFrame, store: ScoreStore, teacher:
     store.open(manifest_of(ranker, pairs, teacher, shard_rows))
     starts = [(shard, start) for shard, start in enumerate(range(0, len(pairs), shard_rows)) if not store.has(shard)]
     done = 0
-    with tqdm(total=len(pairs), initial=len(pairs) - _rows(starts, len(pairs), shard_rows), unit=" pairs") as bar:
+    with tqdm(total=len(pairs), initial=len(pairs) - store.missing(), unit=" pairs") as bar:
         for shard, start in starts:
             rows = pairs.iloc[start : start + shard_rows]
             store.write(shard, rows.assign(teacher_score=_finite(ranker.predict(pair_texts(rows)), rows)))
             done += len(rows)
             bar.update(len(rows))
     return done
-
-
-def pair_texts(rows: pd.DataFrame) -> list[tuple[str, dict[str, str]]]:
-    """The rows of a table with query, title and summary as `Ranker.predict` takes them."""
-    columns = zip(rows["query"], rows["title"], rows["summary"], strict=True)
-    return [(query, {"title": title, "summary": summary}) for query, title, summary in columns]
 
 
 def manifest_of(ranker: Ranker, pairs: pd.DataFrame, teacher: str, shard_rows: int) -> dict[str, Any]:
@@ -85,7 +80,3 @@ def _finite(scores: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
         first = rows.loc[bad, ["query_id", "doc_id"]].head(3).to_dict("records")
         raise TableError(f"The teacher gave {int(bad.sum())} score(s) that are not finite, first: {first}.")
     return scores
-
-
-def _rows(starts: list[tuple[int, int]], total: int, shard_rows: int) -> int:
-    return sum(min(shard_rows, total - start) for _, start in starts)

@@ -55,10 +55,16 @@ class Templates:
 
 
 def _check_fields(template: str, known: set[str]) -> list[str]:
-    """The fields of a template in order. Only plain names are allowed: a format string can reach attributes."""
-    fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    """The fields of a template in order.
+
+    Only plain names are allowed: a format string can reach attributes, and a width can fill the memory.
+    """
+    parts = [(name, spec, conversion) for _, name, spec, conversion in Formatter().parse(template) if name is not None]
+    fields = [name for name, _, _ in parts]
     if not fields or not set(fields) <= known:
         raise ValueError(f"Template {template!r} has the fields {fields}; it must use {sorted(known)}.")
+    if any(spec or conversion for _, spec, conversion in parts):
+        raise ValueError(f"Template {template!r} formats a field; it must hold plain names, such as {{{fields[0]}}}.")
     return fields
 
 

@@ -1,0 +1,317 @@
+"""Readers, grouping, and BM25 against numbers worked out by hand."""
+
+import logging
+from math import log
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import Dataset, DatasetDict
+
+from hf_disranker import data
+from hf_disranker.data import (
+    bm25_scores,
+    bm25_tokens,
+    click_judgments,
+    load_groups,
+    mine_candidates,
+    read_table,
+    write_table,
+)
+from hf_disranker.schema import TableError
+
+# The queries take turns, "0" and "007" are ids, "NA" is a text, and a row may hold whatever people write.
+ROWS = pd.DataFrame(
+    [
+        ("0", "red car", "d1", "Car", "A red one.", 2, "train", "fr"),
+        ("007", "東京 タワー 🗼", "d1", "Car", "A red one.", 0, "dev", "jp"),
+        ("0", "red car", "007", "NA", 'He said: "no,\nnever".', 0, "train", ""),
+        ("007", "東京 タワー 🗼", "0", "", "Ünï©ødé, שלום {title} 🚗" + "x" * 100_000, 1, "dev", "jp"),
+        ("0", "red car", "d2", "None", "null", 1, "train", "de"),
+    ],
+    columns=["query_id", "query", "doc_id", "title", "summary", "label", "split", "market"],
+)
+
+
+def parquet(frame, folder):
+    frame.to_parquet(folder / "rows.parquet")
+    return str(folder / "rows.parquet")
+
+
+def jsonl(frame, folder):
+    frame.to_json(folder / "rows.jsonl", orient="records", lines=True, force_ascii=False)
+    return str(folder / "rows.jsonl")
+
+
+def csv(frame, folder):
+    frame.to_csv(folder / "rows.csv", index=False)
+    return str(folder / "rows.csv")
+
+
+def folder_of_parquet(frame, folder):
+    shards = folder / "scores [1]"
+    shards.mkdir()
+    frame[:2].to_parquet(shards / "part-00000.parquet")
+    frame[2:].to_parquet(shards / "part-00001.parquet")
+    (shards / "part-00002.parquet.tmp").write_bytes(b"torn")
+    (shards / "manifest.json").write_text("{}")
+    return str(shards)
+
+
+def url(frame, folder):
+    frame.to_csv("memory://tables/rows.csv", index=False)
+    return "memory://tables/rows.csv"
+
+
+SOURCES = {
+    "parquet": parquet,
+    "jsonl": jsonl,
+    "csv": csv,
+    "folder": folder_of_parquet,
+    "url": url,
+    "path object": lambda frame, folder: folder / parquet(frame, folder),
+    "dataset": lambda frame, folder: Dataset.from_pandas(frame),
+    "frame": lambda frame, folder: frame,
+}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that holds the data sets of this dict, and fails for others as the real one does."""
+    sets = {}
+
+    def load_dataset(name):
+        if name not in sets:
+            raise ConnectionError("cannot be reached")
+        return sets[name]
+
+    monkeypatch.setattr(data, "load_dataset", load_dataset)
+    return sets
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_format_gives_the_same_rows(kind, tmp_path):
+    read = read_table(SOURCES[kind](ROWS, tmp_path), "judgments")
+    assert read["label"].dtype == np.int64
+    pd.testing.assert_frame_equal(read, ROWS, check_dtype=False)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv", "dataset"])
+def test_integer_ids_are_read_as_strings(kind, tmp_path):
+    frame = ROWS.assign(query_id=[0, 7, 0, 7, 0], doc_id=[0, 0, 1, 1, 2**60 + 1])
+    read = read_table(SOURCES[kind](frame, tmp_path), "judgments")
+    assert read["query_id"].tolist() == ["0", "7", "0", "7", "0"]
+    assert read["doc_id"].tolist() == ["0", "0", "1", "1", "1152921504606846977"]
+
+
+def test_the_splits_of_a_hub_data_set_become_the_split_column(hub):
+    rows = ROWS.drop(columns="split")
+    train, dev = rows[ROWS["split"] == "train"], rows[ROWS["split"] == "dev"]
+    hub["org/set"] = DatasetDict(
+        {part: Dataset.from_pandas(frame, preserve_index=False) for part, frame in (("train", train), ("dev", dev))}
+    )
+    assert load_groups("org/set", split="dev")["query_id"] == ["007"]
+    assert load_groups("org/set")["query_id"] == ["0", "007"]
+
+
+def test_the_split_column_of_a_hub_data_set_is_kept(hub):
+    hub["org/set"] = DatasetDict({"train": Dataset.from_pandas(ROWS)})
+    assert load_groups("org/set", split="dev")["query_id"] == ["007"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no/such/file.parquet", "no/such/file.parquet: no such file or folder."),
+        ("no/file.csv", "no/file.csv: no such file or folder."),
+        ("memory://no/file.csv", "memory://no/file.csv: no such file or folder."),
+        ("s4://bucket/file.csv", "s4://bucket/file.csv: Protocol not known: s4"),
+        ("org/no_set", "org/no_set: no such file or folder, and no such data set could be read from the Hub "),
+    ],
+)
+def test_a_wrong_path_is_named(hub, source, message):
+    with pytest.raises(FileNotFoundError) as error:
+        read_table(source, "judgments")
+    assert str(error.value).startswith(message)
+
+
+def test_a_folder_without_parquet_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="the folder holds no parquet file"):
+        read_table(str(tmp_path), "judgments")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.parquet", b"", "empty.parquet: the file is empty."),
+        ("empty.jsonl", b"", "empty.jsonl: the file is empty."),
+        ("empty.csv", b"", "empty.csv: the file is empty."),
+        ("torn.parquet", b"PAR1 and no more", "torn.parquet: cannot be read as parquet: "),
+        ("torn.jsonl", b'{"doc_id": "1", "titl', "torn.jsonl: cannot be read as jsonl: "),
+        ("latin.csv", b"doc_id,title,summary\n1,caf\xe9,x\n", "latin.csv: cannot be read as csv: 'utf-8' codec "),
+        ("wide.csv", b"doc_id,title,summary\n1,a,b,\n2,c,d,\n", "csv: its rows have more fields than its header."),
+        ("uneven.csv", b"doc_id,title,summary\n1,a,b\n2,c,d,e\n", "uneven.csv: cannot be read as csv: "),
+        ("head.csv", b"doc_id,title,summary\n", "head.csv: the corpus table has no rows."),
+        ("names.csv", b"id,title,summary\n1,a,b\n", "a corpus table needs the column(s) doc_id; it has: id, title, "),
+        ("twice.csv", b"doc_id,title,summary\n0,a,b\n007,c,d\n0,e,f\n", "First: row 2: {'doc_id': '0'}."),
+        ("rows.xlsx", b"PK", "rows.xlsx: a table is one of .parquet, .jsonl, .csv, or a folder of parquet files."),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TableError) as error:
+        read_table(str(tmp_path / name), "corpus")
+    assert name in str(error.value) and message in str(error.value)
+
+
+def test_a_split_takes_its_rows_and_a_wrong_one_is_refused():
+    assert read_table(ROWS, "judgments", split="dev")["query_id"].tolist() == ["007", "007"]
+    assert len(read_table(ROWS, "judgments", split="")) == len(ROWS)
+    with pytest.raises(TableError, match="no row has split 'test'; there are: dev, train."):
+        read_table(ROWS, "judgments", split="test")
+    with pytest.raises(TableError, match="there is no column 'split' to take 'dev' from"):
+        read_table(ROWS.drop(columns="split"), "judgments", split="dev")
+
+
+def test_a_split_of_any_table_is_a_text():
+    with pytest.raises(TableError, match="column 'split' of the candidates table: 5 row.s. hold no text"):
+        read_table(ROWS.assign(split=1), "candidates", split="dev")
+
+
+def test_candidates_take_their_texts_from_the_corpus(candidates, corpus, judgments):
+    joined = read_table(candidates, "candidates", corpus=corpus.sample(frac=1, random_state=0))
+    expected = judgments[["query_id", "query", "doc_id", "title", "summary"]]
+    pd.testing.assert_frame_equal(joined[list(expected.columns)], expected, check_dtype=False)
+    assert joined["rank"].tolist() == candidates["rank"].tolist()
+
+
+def test_a_document_that_the_corpus_lacks_is_named(candidates, corpus):
+    with pytest.raises(TableError, match=r"2 row\(s\) name a doc_id that is not in the corpus, first: d0-1, d3-2\."):
+        read_table(candidates, "candidates", corpus=corpus[~corpus["doc_id"].isin(["d0-1", "d3-2"])])
+    with pytest.raises(TableError, match="the rows have no title and summary; name the corpus that holds them"):
+        read_table(candidates, "candidates")
+
+
+def test_documents_without_any_text_are_kept_and_counted(caplog):
+    frame = ROWS.assign(title=["", " ", "x", "", ""], summary=["", "\n", "", "y", ""])
+    with caplog.at_level(logging.WARNING, "hf_disranker"):
+        assert len(read_table(frame, "judgments")) == len(ROWS)
+    assert caplog.messages == ["<DataFrame>: 3 document(s) have neither title nor summary."]
+
+
+def test_groups_match_hand_example():
+    groups = load_groups(ROWS)
+    assert groups.column_names == ["query_id", "query", "doc_ids", "titles", "summaries", "labels"]
+    assert groups[0] == {
+        "query_id": "0",
+        "query": "red car",
+        "doc_ids": ["d1", "007", "d2"],
+        "titles": ["Car", "NA", "None"],
+        "summaries": ["A red one.", 'He said: "no,\nnever".', "null"],
+        "labels": [2, 0, 1],
+    }
+    assert groups[1]["doc_ids"] == ["d1", "0"]
+    assert len(groups[1]["summaries"][1]) > 100_000 and groups[1]["labels"] == [0, 1]
+    assert len(groups) == 2
+
+
+def test_groups_of_scores_hold_the_teachers_scores_in_float32():
+    scores = [0.1, -7, 2.5, 3, 4]
+    groups = load_groups(ROWS.drop(columns="label").assign(teacher_score=scores))
+    assert "labels" not in groups.column_names
+    assert groups["teacher_scores"] == [[np.float32(0.1), 2.5, 4.0], [-7.0, 3.0]]
+    assert groups.features["teacher_scores"].feature.dtype == "float32"
+    assert "labels" in load_groups(ROWS.assign(teacher_score=scores)).column_names
+
+
+def test_a_query_with_one_document_is_a_group():
+    groups = load_groups(ROWS.iloc[[0, 1, 2]])
+    assert groups["doc_ids"] == [["d1", "007"], ["d1"]]
+
+
+@pytest.mark.parametrize("start", ["{tmp}/new/folder/", "memory://written/"])
+def test_a_written_table_reads_back(tmp_path, start):
+    path = start.format(tmp=tmp_path) + "rows.parquet"
+    write_table(ROWS.iloc[[3, 1]], path)
+    pd.testing.assert_frame_equal(
+        read_table(path, "judgments"), ROWS.iloc[[3, 1]].reset_index(drop=True), check_dtype=False
+    )
+    assert fsspec.core.url_to_fs(path)[0].exists(path)
+
+
+def test_clicked_documents_are_label_1_and_other_candidates_0():
+    candidates = ROWS.drop(columns=["label", "split", "market"])
+    clicks = candidates.iloc[[4]]
+    clicks = pd.concat([clicks, clicks.assign(doc_id="d9"), clicks.assign(query_id="unseen")])
+    judged = click_judgments(clicks, candidates)
+    assert judged[["query_id", "doc_id", "label"]].to_numpy().tolist() == [
+        ["0", "007", 0],
+        ["0", "d1", 0],
+        ["0", "d2", 1],
+        ["0", "d9", 1],
+    ]
+
+
+# Words: a = red apple apple pie, b = green pear, c = a red red car; mean length 10/3.
+FRUIT = pd.DataFrame(
+    {
+        "doc_id": ["a", "b", "c"],
+        "title": ["Red apple", "green", ""],
+        "summary": ["apple: pie", "pear", "a red red car"],
+    }
+)
+RED, APPLE = log(1 + 1.5 / 2.5), log(1 + 2.5 / 1.5)  # in 2 and in 1 of 3 documents
+NORM = 1.2 * (0.25 + 0.75 * 4 / (10 / 3))  # of a and c
+BM25 = {"a": RED * 1 / (1 + NORM) + APPLE * 2 / (2 + NORM), "b": 0.0, "c": RED * 2 / (2 + NORM)}
+
+
+def test_bm25_matches_hand_example():
+    pairs = FRUIT.assign(query_id="q", query="RED apple, please")
+    assert bm25_scores(pairs).tolist() == pytest.approx(list(BM25.values()), rel=1e-6)
+    reversed_scores = bm25_scores(pairs[::-1], corpus=FRUIT)
+    assert reversed_scores.tolist() == pytest.approx(list(BM25.values())[::-1], rel=1e-6)
+
+
+def test_bm25_counts_words_over_the_corpus():
+    pairs = FRUIT.assign(query_id="q", query="red apple")
+    corpus = pd.concat([FRUIT, pd.DataFrame({"doc_id": ["e"], "title": ["red"], "summary": ["wine from home"]})])
+    # Mean length 14/4, red in 3 and apple in 1 of 4 documents.
+    norm = 1.2 * (0.25 + 0.75 * 4 / 3.5)
+    expected = log(1 + 1.5 / 3.5) * 2 / (2 + norm)
+    assert bm25_scores(pairs, corpus)[2] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(TableError, match="1 documents are not in the corpus"):
+        bm25_scores(pairs, FRUIT[1:])
+
+
+def test_mined_candidates_match_hand_example():
+    queries = pd.DataFrame({"query_id": ["1", "2", "3", "4"], "query": ["red apple", "???", "pear red", "plum"]})
+    mined = mine_candidates(queries, FRUIT, top_k=2)
+    # Queries 2 and 4 share no word with a document. b is short, and pear is rarer than red.
+    assert mined[["query_id", "query", "doc_id", "rank"]].to_numpy().tolist() == [
+        ["1", "red apple", "a", 1],
+        ["1", "red apple", "c", 2],
+        ["3", "pear red", "b", 1],
+        ["3", "pear red", "c", 2],
+    ]
+    assert mined["bm25"].tolist()[:2] == pytest.approx([BM25["a"], BM25["c"]], rel=1e-6)
+    assert read_table(mined, "candidates", corpus=FRUIT)["title"].tolist() == ["Red apple", "", "green", ""]
+
+
+def test_bm25_without_a_word_says_so():
+    silent = FRUIT.assign(title="", summary="🍎 ...")
+    with pytest.raises(TableError, match="BM25 finds no word in any document"):
+        bm25_scores(silent.assign(query_id="q", query="red"))
+
+
+def test_words_and_cjk_pairs():
+    assert bm25_tokens("Read_CSV, 3.5 times!") == ["read_csv", "3", "5", "times"]
+    assert bm25_tokens("東京タワーのiPhone") == ["東京", "京タ", "タワ", "ワー", "ーの", "iphone"]
+    assert bm25_tokens("山 서울시") == ["山", "서울", "울시"]
+    assert bm25_tokens("🗼 … ") == []
+
+
+def test_a_chinese_query_finds_its_document():
+    corpus = pd.DataFrame({"doc_id": ["x", "y"], "title": ["北京大学", "京北风光"], "summary": ["", ""]})
+    mined = mine_candidates(pd.DataFrame({"query_id": ["1"], "query": ["北京"]}), corpus)
+    assert mined["doc_id"].tolist() == ["x"]
