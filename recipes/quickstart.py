@@ -2,13 +2,11 @@
 
     disranker quickstart
 
-A small language model is pre-trained on clicks, fitted to a few judgments and made to score an ocean of unlabelled
-pairs; a small BERT learns from these scores. Two rivals, the same BERT without a teacher, show what that is worth.
-Each stage is the recipe of that name with a config of configs/quickstart; finished stages are skipped.
+A small language model is pre-trained on clicks, fitted to the clicks and to a few judgments, and made to score many
+unlabelled pairs; a small BERT learns from these scores. Two rivals, the same BERT without a teacher, show what that is
+worth. Each stage is the recipe of that name with a config of configs/quickstart; finished stages are skipped.
 """
 
-import functools
-import importlib
 import json
 import time
 from collections.abc import Iterator
@@ -24,11 +22,14 @@ from hf_disranker import from_scratch, metrics, python_docs
 from hf_disranker.data import bm25_scores, click_judgments, read_table, with_random_documents, write_table
 from hf_disranker.evaluation import Scored, evaluate, score_with
 from hf_disranker.ranker import Ranker
-from hf_disranker.runs import recipe_parser, save_json
+from hf_disranker.report import query_example, results_table
+from hf_disranker.runs import fast_precision, recipe_parser, run_recipe, save_json
 
 CONFIGS = Path(__file__).parent / "configs" / "quickstart"
-FIRST_CANDIDATES, RANDOM_DOCUMENTS = 6, 2
 RANKERS = ("label_student", "click_student", "teacher", "student")
+# Unlabelled pairs of a query: the first that BM25 finds, and some that have nothing to do with it.
+FIRST_CANDIDATES, RANDOM_DOCUMENTS = 3, 3
+MAX_LENGTH = 40
 
 
 @dataclass
@@ -51,19 +52,16 @@ def main(args: QuickstartArguments) -> None:
     out = Path(args.out)
     make_data(out / "data")
     make_base_models(out, args.seed)
+    precision = fast_precision()
     for name, recipe, arguments in stages(out, Path(args.configs)):
-        run_stage(out / name, recipe, arguments)
-    report(out)
+        run_recipe(out / name, recipe, arguments, [] if recipe == "score" else precision)
+    show_results(out)
     print(f"\nDone in {(time.perf_counter() - begin) / 60:.1f} minutes. All of it lies in {out}/.")
 
 
 def make_data(folder: Path) -> None:
-    """The tables of the embedded data set, and what the quickstart makes of them.
-
-    Unlabelled pairs are a query's first candidates and two random documents; for the rival without a teacher the same
-    pairs are judged by the clicks.
-    """
-    say("data", "reading the Python documentation installed here")
+    """The tables of the embedded data set; the unlabelled pairs; and the same pairs as the clicks judge them."""
+    print("== data: reading the Python documentation installed here", flush=True)
     print(", ".join(f"{rows:,} rows of {table}" for table, rows in python_docs.build(folder).items()))
     corpus = read_table(f"{folder}/corpus.parquet", "corpus")
     candidates = read_table(f"{folder}/candidates.parquet", "candidates", corpus=corpus)
@@ -75,94 +73,67 @@ def make_data(folder: Path) -> None:
 
 
 def make_base_models(out: Path, seed: int) -> None:
-    """A decoder and a BERT with random weights; their vocabularies come from the training side alone."""
+    """A decoder and a BERT that know nothing but which words go together, from the training side's texts alone."""
     if (out / "base" / "bert" / "config.json").exists():
         return
-    say("base", "vocabularies and random weights, from the training side's texts")
+    print("\n== base: vocabularies and first weights, from the training side's texts", flush=True)
     clicks = read_table(f"{out}/data/clicks.parquet", "clicks")
     texts = [" ".join(row) for row in clicks[["query", "title", "summary"]].itertuples(index=False)]
     torch.manual_seed(seed)
-    decoder_tokens = from_scratch.train_bpe(texts, vocab_size=4000, max_length=48)
-    bert_tokens = from_scratch.train_wordpiece(texts, vocab_size=4000, max_length=48)
-    decoder = from_scratch.small_llama(decoder_tokens, layers=3, size=256)
-    bert = from_scratch.small_bert(bert_tokens, layers=2, size=128)
+    decoder_tokens = from_scratch.train_bpe(texts, vocab_size=4000, max_length=MAX_LENGTH)
+    decoder = from_scratch.small_llama(decoder_tokens, layers=3, size=256, initializer_range=0.05)
+    bert_tokens = from_scratch.train_wordpiece(texts, vocab_size=4000, max_length=MAX_LENGTH)
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    bert = from_scratch.small_bert(bert_tokens, layers=2, size=128, initializer_range=0.06, **no_dropout)
     for name, model, tokenizer in (("decoder", decoder, decoder_tokens), ("bert", bert, bert_tokens)):
+        from_scratch.embed_by_svd(model, tokenizer, texts)
         tokenizer.save_pretrained(out / "base" / name)
         model.save_pretrained(out / "base" / name)
 
 
 def stages(out: Path, configs: Path) -> Iterator[tuple[str, str, list[str]]]:
     """Each stage's folder, recipe and command line, in order."""
-    data, judgments = out / "data", ["--judgments", f"{out}/data/judgments.parquet"]
+    data, base = out / "data", out / "base"
 
-    def arguments(config: str, *options: object) -> list[str]:
-        return ["--config", f"{configs}/{config}.yaml", *map(str, options)]
+    def fit(name: str, config: str, start: Path, judgments: str) -> tuple[str, str, list[str]]:
+        options = ["--judgments", data / judgments, "--eval_judgments", data / "judgments.parquet"]
+        return stage(name, "fit_teacher", config, "--model_name_or_path", start, *options)
+
+    def stage(name: str, recipe: str, config: str, *options: object) -> tuple[str, str, list[str]]:
+        to = "--out" if recipe == "score" else "--output_dir"
+        return name, recipe, ["--config", f"{configs}/{config}.yaml", *map(str, options), to, str(out / name)]
 
     clicks = ["--clicks", data / "clicks.parquet", "--eval_clicks", data / "heldout_clicks.parquet"]
-    start, to, bert = "--model_name_or_path", "--output_dir", out / "base" / "bert"
-    yield "cpt", "cpt", arguments("cpt", start, out / "base" / "decoder", *clicks, to, out / "cpt")
-    yield "teacher", "fit_teacher", arguments("fit_teacher", start, out / "cpt", *judgments, to, out / "teacher")
-    pairs = ["--pairs", data / "unlabelled.parquet", "--out", out / "scores"]
-    yield "scores", "score", arguments("score", "--model", out / "teacher", *pairs)
-    scores = ["--student", bert, "--scores", out / "scores", *judgments]
-    yield "student", "distill", arguments("distill", *scores, to, out / "student")
-    yield "label_student", "fit_teacher", arguments("labels", start, bert, *judgments, to, out / "label_student")
-    positives = ["--judgments", data / "click_judgments.parquet", "--eval_judgments", data / "judgments.parquet"]
-    clicked = out / "click_student" / "clicks"
-    yield "click_student/clicks", "fit_teacher", arguments("clicks", start, bert, *positives, to, clicked)
-    yield "click_student", "fit_teacher", arguments("labels", start, clicked, *judgments, to, out / "click_student")
+    yield stage("cpt", "cpt", "cpt", "--model_name_or_path", base / "decoder", *clicks)
+    yield fit("teacher/clicks", "teacher_clicks", out / "cpt", "click_judgments.parquet")
+    yield fit("teacher", "teacher_labels", out / "teacher" / "clicks", "judgments.parquet")
+    yield stage("scores", "score", "score", "--model", out / "teacher", "--pairs", data / "unlabelled.parquet")
+    scores = ["--scores", out / "scores", "--judgments", data / "judgments.parquet"]
+    yield stage("student", "distill", "distill", "--student", base / "bert", *scores)
+    yield fit("label_student", "student_labels", base / "bert", "judgments.parquet")
+    yield fit("click_student/clicks", "student_clicks", base / "bert", "click_judgments.parquet")
+    yield fit("click_student", "student_labels", out / "click_student" / "clicks", "judgments.parquet")
 
 
-def run_stage(folder: Path, recipe: str, arguments: list[str]) -> None:
-    """Run a recipe unless it has finished with these arguments and this config."""
-    run = {"recipe": recipe, "arguments": arguments, "config": Path(arguments[1]).read_text()}
-    finished = folder / "finished.json"
-    if finished.exists() and {**json.loads(finished.read_text()), "seconds": None} == {**run, "seconds": None}:
-        say(folder.name, "finished before, skipped")
-        return
-    say(folder.name, f"disranker {recipe} {' '.join(arguments)}")
-    begin = time.perf_counter()
-    module = importlib.import_module(f"hf_disranker.recipes.{recipe}")
-    precision = [] if recipe == "score" else fast_precision()
-    module.main(*module.make_parser().parse_args_and_config(arguments + precision))
-    save_json({**run, "seconds": round(time.perf_counter() - begin, 1)}, str(finished))
-
-
-@functools.cache
-def fast_precision() -> list[str]:
-    """Train in bf16 where this machine's CPU multiplies clearly faster in it; on a GPU these models need no hurry."""
-    if torch.accelerator.is_available():
-        return []
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.randn(1024, 1024).to(dtype)
-        runs = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            matrix @ matrix
-            runs.append(time.perf_counter() - begin)
-        seconds[dtype] = min(runs)
-    return ["--bf16", "true", "--use_cpu", "true"] if 1.5 * seconds[torch.bfloat16] < seconds[torch.float32] else []
-
-
-def report(out: Path) -> None:
+def show_results(out: Path) -> None:
     """Measure every ranker on the development queries and show what there is to see."""
-    say("report", "every ranker on the same development queries")
+    print("\n== report: every ranker on the same development queries", flush=True)
     dev = read_table(f"{out}/data/judgments.parquet", "judgments", split="dev")
     corpus = read_table(f"{out}/data/corpus.parquet", "corpus")
     scored = {"bm25": Scored(bm25_scores(dev, corpus[corpus["split"] == "dev"]))}
     rankers = {name: Ranker.from_pretrained(out / name) for name in RANKERS}
     scored |= {name: score_with(ranker, dev, progress=False) for name, ranker in rankers.items()}
     results = []
-    for name, (scores, speed) in scored.items():
-        measures = evaluate(dev, scores)
+    for name, (values, speed) in scored.items():
+        measures = evaluate(dev, values)
         row = {"name": name, "parameters": rankers[name].model.num_parameters() if name in rankers else None}
-        row |= {measure: measures[measure] for measure in ("ndcg@5", "ndcg@10", "pnr")}
-        results.append(row | {"pairs_per_s": speed, "intervals": measures["intervals"]})
+        row |= {measure: measures[measure] for measure in ("ndcg@5", "ndcg@10", "pnr", "intervals")}
+        results.append(row | {"pairs_per_s": speed})
     save_json(results, f"{out}/report/results.json")
-    show_table(results)
-    show_method(out, dev, {name: scores for name, (scores, _) in scored.items()})
-    show_query(dev, scored)
+    print("\n" + results_table(results))
+    show_method(out, dev, {name: values for name, (values, _) in scored.items()})
+    shown = {name: scored[name].scores for name in ("bm25", "student")}
+    print("\n" + query_example(dev, shown, dev["query_id"].iloc[0]))
     print(f"""
 The student is a plain BERT classifier; sentence-transformers loads it as it is:
 
@@ -171,29 +142,8 @@ The student is a plain BERT classifier; sentence-transformers loads it as it is:
     print(ranker.rank("read a json file", ["json.load: read a document from a file", "os.remove: delete a file"]))""")
 
 
-def show_table(results: list[dict]) -> None:
-    """The rankers side by side; the brackets are 95% intervals by query."""
-    titles = {
-        "bm25": "BM25",
-        "label_student": "BERT, labels alone",
-        "click_student": "BERT, clicks then labels",
-        "teacher": "LLM teacher",
-        "student": "BERT, distilled",
-    }
-    print(f"\n{'':26}{'parameters':>11}{'NDCG@5':>9}{'NDCG@10':>9}{'':18}{'PNR':>7}{'':16}{'pairs/s':>8}")
-    for row in results:
-        low, high = row["intervals"]["ndcg@10"]
-        pnr_low, pnr_high = row["intervals"]["pnr"]
-        size = f"{row['parameters'] / 1e6:.1f}M" if row["parameters"] else "-"
-        speed = f"{row['pairs_per_s']:,.0f}" if row["pairs_per_s"] else "-"
-        print(
-            f"{titles[row['name']]:26}{size:>11}{row['ndcg@5']:9.3f}{row['ndcg@10']:9.3f}  [{low:.3f}, {high:.3f}]"
-            f"{row['pnr']:9.2f}  [{pnr_low:.2f}, {pnr_high:.2f}]{speed:>10}"
-        )
-
-
 def show_method(out: Path, dev: pd.DataFrame, scores: dict[str, np.ndarray]) -> None:
-    """What each stage did: the loss of the pre-training, and who agrees with the teacher."""
+    """What the stages did: the loss of the pre-training, and who agrees with the teacher."""
     losses = json.loads((out / "cpt" / "cpt.json").read_text())
     print(
         f"\nHeld-out title + summary loss: {losses['loss_before']:.2f} -> {losses['loss_after']:.2f} nats per token."
@@ -202,28 +152,13 @@ def show_method(out: Path, dev: pd.DataFrame, scores: dict[str, np.ndarray]) -> 
         name: metrics.kendall_tau(scores[name], scores["teacher"], dev["query_id"].to_numpy())
         for name in ("label_student", "click_student", "student")
     }
-    agreement = ", ".join(f"{name} {metrics.query_mean(values):.3f}" for name, values in taus.items())
+    means = {name: metrics.query_mean(values) for name, values in taus.items()}
+    print(
+        "Kendall tau with the teacher, mean over queries: " + ", ".join(f"{n} {tau:.3f}" for n, tau in means.items())
+    )
     low, high = metrics.bootstrap(taus["student"] - taus["label_student"])
-    print(f"Kendall tau with the teacher, mean over queries: {agreement}.")
-    print(f"Distilled minus labels alone, on the same queries: 95% interval [{low:+.3f}, {high:+.3f}].")
-    save_json({name: metrics.query_mean(values) for name, values in taus.items()}, f"{out}/report/agreement.json")
-
-
-def show_query(dev: pd.DataFrame, scored: dict[str, Scored]) -> None:
-    """The first three documents of one query, by BM25 and by the student."""
-    query = dev["query_id"].iloc[0]
-    rows = (dev["query_id"] == query).to_numpy()
-    print(f"\nQuery: {dev['query'].iloc[0]}")
-    for name in ("bm25", "student"):
-        best = np.argsort(-scored[name].scores[rows], kind="stable")[:3]
-        for place, row in enumerate(best, start=1):
-            document = dev[rows].iloc[row]
-            print(f"  {name:8} {place}. [{document['label']}] {document['title']}")
-
-
-def say(stage: str, what: str) -> None:
-    """One plain line that a stage begins with."""
-    print(f"\n== {stage}: {what}", flush=True)
+    print(f"Distilled less labels alone, on the same queries: 95% interval [{low:+.3f}, {high:+.3f}].")
+    save_json(means | {"student_less_label_student": [low, high]}, f"{out}/report/agreement.json")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from hf_disranker.store import ScoreStore, teacher_of
 MANIFEST = {
     "teacher": "runs/teacher",
     "revision": None,
+    "weights": "a1",
     "pairs": 5,
     "shard_rows": 2,
     "templates": {"query": "{query}"},
@@ -55,17 +56,20 @@ def test_the_same_run_may_go_on(store, rows):
     again = ScoreStore(store.path)
     again.open(dict(MANIFEST))
     assert again.has(0) and again.manifest() == MANIFEST
+    # The same weights from another place, or after an upgrade of this package, are the same teacher.
+    again.open({**MANIFEST, "teacher": "org/teacher", "hf_disranker": "9.9"})
+    assert again.has(0)
 
 
 def test_another_run_is_refused_with_the_differences(store):
     store.open(MANIFEST)
     with pytest.raises(ValueError) as error:
-        store.open({**MANIFEST, "teacher": "runs/other", "templates": {"query": "Q {query}"}, "dtype": "bfloat16"})
+        store.open({**MANIFEST, "weights": "b2", "templates": {"query": "Q {query}"}, "dtype": "bfloat16"})
     assert str(error.value).splitlines() == [
         f"{store.path} holds the scores of another run; use a new folder.",
         "  dtype: None there, 'bfloat16' now",
-        "  teacher: 'runs/teacher' there, 'runs/other' now",
         "  templates: {'query': '{query}'} there, {'query': 'Q {query}'} now",
+        "  weights: 'a1' there, 'b2' now",
     ]
     assert store.manifest() == MANIFEST
 
@@ -103,6 +107,10 @@ def test_a_shard_that_cannot_be_written_does_not_appear(tmp_path, rows):
 def test_the_teacher_of_scores_is_known_where_a_manifest_tells(tmp_path, rows):
     store = ScoreStore(tmp_path / "scores")
     store.open(MANIFEST)
+    with pytest.raises(ValueError, match="still lacks the scores of 5 pairs"):
+        teacher_of(store.path)
+    for shard in range(3):
+        store.write(shard, rows[2 * shard : 2 * shard + 2])
     assert teacher_of(store.path) == {"id": "runs/teacher", "revision": None}
     rows.to_parquet(tmp_path / "scores.parquet")
     assert teacher_of(tmp_path / "scores.parquet") is None

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from sklearn.feature_extraction.text import TfidfTransformer
+from sklearn.utils.extmath import randomized_svd
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
     BertTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from hf_disranker.student import BertDistilledRanker
+
+_EMBEDDING_SPREAD = 0.1
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
@@ -110,3 +118,31 @@ def small_llama(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, *
             **options,
         )
     )
+
+
+def embed_by_svd(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+    """Start the token embeddings from a truncated SVD of the texts' TF-IDF matrix (latent semantic analysis).
+
+    Tokens that keep the same company then lie together before any training, in a few seconds for 10,000 texts. Works
+    in place; position embeddings, which say nothing yet, are made small beside them.
+
+    Args:
+        model: a model of `small_bert` or `small_llama`.
+        tokenizer: its tokenizer.
+        texts: what the statistics come from; never development data.
+
+    Source: Deerwester et al. 1990, "Indexing by latent semantic analysis".
+    """
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    tokens, sizes = np.concatenate(rows).astype(np.int64), [len(row) for row in rows]
+    shape = (len(rows), len(tokenizer))
+    counts = csr_matrix((np.ones(len(tokens)), (np.repeat(np.arange(len(rows)), sizes), tokens)), shape=shape)
+    weights = model.get_input_embeddings().weight
+    _, strengths, directions = randomized_svd(
+        TfidfTransformer(sublinear_tf=True).fit_transform(counts), weights.shape[1], n_iter=2, random_state=0
+    )
+    vectors = directions.T * np.sqrt(strengths)
+    with torch.no_grad():
+        weights.copy_(torch.from_numpy(_EMBEDDING_SPREAD * vectors / vectors.std()))
+        if isinstance(model, BertDistilledRanker):
+            model.bert.embeddings.position_embeddings.weight.mul_(_EMBEDDING_SPREAD)

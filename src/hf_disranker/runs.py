@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
+import time
+import timeit
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
@@ -53,3 +58,35 @@ def recipe_parser(stage: str, description: str | None, *arguments: type) -> TrlP
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the line breaks of the description and shows defaults."""
+
+
+def run_recipe(folder: Path, recipe: str, arguments: list[str], passing: list[str]) -> None:
+    """Run a recipe as a stage of a longer run, unless it has finished before.
+
+    Args:
+        folder: the stage's; `finished.json` in it tells what ran.
+        recipe: name of a module of `hf_disranker.recipes`.
+        arguments: its command line, beginning with `--config FILE`. The stage runs again when they or the file change.
+        passing: further arguments that change nothing about the result's meaning, such as the precision.
+    """
+    run = {"recipe": recipe, "arguments": arguments, "config": Path(arguments[1]).read_text()}
+    finished = folder / "finished.json"
+    if finished.exists() and json.loads(finished.read_text()).items() >= run.items():
+        print(f"\n== {folder}: finished before, skipped", flush=True)
+        return
+    print(f"\n== {folder}: disranker {recipe} {' '.join(arguments)}", flush=True)
+    begin = time.perf_counter()
+    module = importlib.import_module(f"hf_disranker.recipes.{recipe}")
+    module.main(*module.make_parser().parse_args_and_config(arguments + passing))
+    save_json({**run, "seconds": round(time.perf_counter() - begin, 1)}, str(finished))
+
+
+def fast_precision() -> list[str]:
+    """Options that train in bf16 where the CPU multiplies clearly faster in it; none on a machine with a GPU."""
+    if torch.accelerator.is_available():
+        return []
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.randn(1024, 1024).to(dtype)
+        seconds[dtype] = min(timeit.repeat("matrix @ matrix", globals={"matrix": matrix}, number=1, repeat=5))
+    return ["--bf16", "true", "--use_cpu", "true"] if 1.5 * seconds[torch.bfloat16] < seconds[torch.float32] else []
