@@ -27,8 +27,8 @@ from hf_disranker.runs import fast_precision, recipe_parser, run_recipe, save_js
 
 CONFIGS = Path(__file__).parent / "configs" / "quickstart"
 RANKERS = ("label_student", "click_student", "teacher", "student")
-# Unlabelled pairs of a query: the first that BM25 finds, and some that have nothing to do with it.
-FIRST_CANDIDATES, RANDOM_DOCUMENTS = 3, 3
+# The unlabelled pairs of a query: what was clicked, the first that BM25 finds, some that have nothing to do with it.
+FIRST_CANDIDATES, RANDOM_DOCUMENTS = 2, 3
 MAX_LENGTH = 40
 
 
@@ -60,16 +60,16 @@ def main(args: QuickstartArguments) -> None:
 
 
 def make_data(folder: Path) -> None:
-    """The tables of the embedded data set; the unlabelled pairs; and the same pairs as the clicks judge them."""
+    """The tables of the embedded data set; pairs as the clicks judge them; the same pairs without a label."""
     print("== data: reading the Python documentation installed here", flush=True)
     print(", ".join(f"{rows:,} rows of {table}" for table, rows in python_docs.build(folder).items()))
     corpus = read_table(f"{folder}/corpus.parquet", "corpus")
     candidates = read_table(f"{folder}/candidates.parquet", "candidates", corpus=corpus)
     first = candidates[candidates["rank"] <= FIRST_CANDIDATES]
     pairs = with_random_documents(first, corpus[corpus["split"] == "train"], RANDOM_DOCUMENTS)
-    write_table(pairs, f"{folder}/unlabelled.parquet")
-    clicks = read_table(f"{folder}/clicks.parquet", "clicks")
-    write_table(click_judgments(clicks, pairs), f"{folder}/click_judgments.parquet")
+    judged = click_judgments(read_table(f"{folder}/clicks.parquet", "clicks"), pairs)
+    write_table(judged, f"{folder}/click_judgments.parquet")
+    write_table(judged.drop(columns="label"), f"{folder}/unlabelled.parquet")
 
 
 def make_base_models(out: Path, seed: int) -> None:
@@ -84,7 +84,7 @@ def make_base_models(out: Path, seed: int) -> None:
     decoder = from_scratch.small_llama(decoder_tokens, layers=3, size=256, initializer_range=0.05)
     bert_tokens = from_scratch.train_wordpiece(texts, vocab_size=4000, max_length=MAX_LENGTH)
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    bert = from_scratch.small_bert(bert_tokens, layers=2, size=128, initializer_range=0.06, **no_dropout)
+    bert = from_scratch.small_bert(bert_tokens, layers=2, size=192, initializer_range=0.06, **no_dropout)
     for name, model, tokenizer in (("decoder", decoder, decoder_tokens), ("bert", bert, bert_tokens)):
         from_scratch.embed_by_svd(model, tokenizer, texts)
         tokenizer.save_pretrained(out / "base" / name)

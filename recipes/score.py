@@ -26,7 +26,7 @@ class ScoreArguments:
     out: str = field(metadata={"help": "Folder or URL for the scores."})
     corpus: str | None = field(default=None, metadata={"help": "Table with the texts of the candidates."})
     dtype: str = field(default="auto", metadata={"help": "Precision of the model: auto, float32, bfloat16 ..."})
-    token_budget: int = field(default=8192, metadata={"help": "Tokens of a forward pass."})
+    token_budget: int | None = field(default=None, metadata={"help": "Tokens of a forward pass; by the device."})
     shard_rows: int = field(default=10_000, metadata={"help": "Pairs per shard: what a crash can cost at most."})
 
 
@@ -39,7 +39,7 @@ def main(args: ScoreArguments) -> None:
     """Read the pairs, then score what the store does not hold yet."""
     pairs = read_table(args.pairs, "candidates", corpus=args.corpus)
     ranker = Ranker.from_pretrained(args.model, dtype=args.dtype)
-    ranker.token_budget = args.token_budget
+    ranker.token_budget = args.token_budget or ranker.token_budget
     done = score_pairs(ranker, pairs, ScoreStore(args.out), args.model, args.shard_rows)
     cut = f"{ranker.documents_cut} documents and {ranker.queries_cut} queries were cut"
     print(f"Scored {done} of {len(pairs)} pairs into {args.out}; {cut}.")
