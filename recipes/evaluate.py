@@ -41,7 +41,9 @@ def main(args: EvaluateArguments) -> dict:
         raise SystemExit("Name one of --model, --scores and --bm25.")
     judgments = read_table(args.judgments, "judgments", split=args.split)
     if args.model:
-        scored = score_with(Ranker.from_pretrained(args.model), judgments)
+        ranker = Ranker.from_pretrained(args.model)
+        scored = score_with(ranker, judgments)
+        print(f"{ranker.documents_cut} of {len(judgments)} documents and {ranker.queries_cut} queries were cut.")
     elif args.scores:
         scored = scores_of(judgments, read_table(args.scores, "scores", corpus=args.corpus))
     else:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from transformers import AutoConfig
 from trl import TrlParser
 
 from hf_disranker import from_scratch, metrics, python_docs
@@ -145,17 +146,16 @@ The student is a plain BERT classifier; sentence-transformers loads it as it is:
 def show_method(out: Path, dev: pd.DataFrame, scores: dict[str, np.ndarray]) -> None:
     """What the stages did: the loss of the pre-training, and who agrees with the teacher."""
     losses = json.loads((out / "cpt" / "cpt.json").read_text())
-    print(
-        f"\nHeld-out title + summary loss: {losses['loss_before']:.2f} -> {losses['loss_after']:.2f} nats per token."
-    )
+    before, after = losses["loss_before"], losses["loss_after"]
+    guess = np.log(AutoConfig.from_pretrained(out / "cpt").vocab_size)
+    print(f"\nHeld-out loss on title + summary: {before:.2f} -> {after:.2f} nats per token (guessing: {guess:.2f}).")
     taus = {
         name: metrics.kendall_tau(scores[name], scores["teacher"], dev["query_id"].to_numpy())
         for name in ("label_student", "click_student", "student")
     }
     means = {name: metrics.query_mean(values) for name, values in taus.items()}
-    print(
-        "Kendall tau with the teacher, mean over queries: " + ", ".join(f"{n} {tau:.3f}" for n, tau in means.items())
-    )
+    shown = ", ".join(f"{name} {tau:.3f}" for name, tau in means.items())
+    print(f"Kendall tau with the teacher, mean over queries: {shown}.")
     low, high = metrics.bootstrap(taus["student"] - taus["label_student"])
     print(f"Distilled less labels alone, on the same queries: 95% interval [{low:+.3f}, {high:+.3f}].")
     save_json(means | {"student_less_label_student": [low, high]}, f"{out}/report/agreement.json")

@@ -17,6 +17,7 @@ from hf_disranker.data import (
     load_groups,
     mine_candidates,
     read_table,
+    with_random_documents,
     write_table,
 )
 from hf_disranker.schema import TableError
@@ -315,3 +316,15 @@ def test_a_chinese_query_finds_its_document():
     corpus = pd.DataFrame({"doc_id": ["x", "y"], "title": ["北京大学", "京北风光"], "summary": ["", ""]})
     mined = mine_candidates(pd.DataFrame({"query_id": ["1"], "query": ["北京"]}), corpus)
     assert mined["doc_id"].tolist() == ["x"]
+
+
+def test_random_documents_stand_behind_the_candidates_of_their_query(candidates, corpus):
+    rows = with_random_documents(candidates, corpus, per_query=4, seed=1)
+    assert not rows.duplicated(["query_id", "doc_id"]).any()
+    kept = rows[rows["rank"].notna()].reset_index(drop=True)
+    assert kept[["query_id", "doc_id"]].equals(candidates[["query_id", "doc_id"]])
+    drawn = rows[rows["rank"].isna()].groupby("query_id").size()
+    assert drawn.max() <= 4 and drawn.sum() > 3 * candidates["query_id"].nunique()
+    assert set(rows["doc_id"]) <= set(corpus["doc_id"])
+    assert rows["query_id"].tolist() == sorted(rows["query_id"], key=list(dict.fromkeys(rows["query_id"])).index)
+    assert rows.equals(with_random_documents(candidates, corpus, per_query=4, seed=1))

@@ -1,9 +1,10 @@
 """Tokenizers and models from nothing."""
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
-from hf_disranker.from_scratch import small_bert, small_llama, train_bpe, train_wordpiece
+from hf_disranker.from_scratch import embed_by_svd, small_bert, small_llama, train_bpe, train_wordpiece
 
 TEXTS = ["read a json file", "Plot a Histogram", "sort a dict by value"] * 10
 
@@ -36,3 +37,16 @@ def test_models_fit_their_tokenizers(layers):
     llama = small_llama(tokenizer, layers=layers, size=64)
     assert llama.config.vocab_size == len(tokenizer) and llama.config.pad_token_id == tokenizer.pad_token_id
     assert llama.lm_head.weight is llama.model.embed_tokens.weight
+
+
+def test_embed_by_svd_puts_words_of_like_company_together():
+    # "cat" and "dog" keep the same company, "car" another.
+    texts = ["cat eats food", "dog eats food", "car burns fuel", "bus burns fuel"] * 5
+    tokenizer = train_wordpiece(texts, vocab_size=100, max_length=16)
+    model = small_bert(tokenizer, layers=1, size=2)  # two topics, two directions
+    embed_by_svd(model, tokenizer, texts)
+    words = tokenizer.convert_tokens_to_ids(["cat", "dog", "car"])
+    cat, dog, car = model.get_input_embeddings().weight[words].detach()
+    similarity = torch.nn.functional.cosine_similarity
+    assert similarity(cat, dog, dim=0) > 0.9 > 0.3 > similarity(cat, car, dim=0).abs()
+    assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.1, rel=0.05)

@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"disranker: there is no stage '{stage}'; there are: {', '.join(STAGES)}.")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_disranker").setLevel(logging.INFO)
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
     sys.argv = [f"disranker {stage}", *rest]
     recipe = importlib.import_module(f"hf_disranker.recipes.{stage}")
     try:

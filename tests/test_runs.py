@@ -1,0 +1,63 @@
+"""What the recipes share."""
+
+import json
+
+import pytest
+
+from hf_disranker import runs
+from hf_disranker.runs import fast_precision, resume_point, run_recipe, save_json
+
+
+def test_resume_point_is_the_newest_checkpoint(tmp_path, caplog):
+    assert resume_point(str(tmp_path / "nowhere")) is None
+    assert resume_point(str(tmp_path)) is None
+    for step in (2, 10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert resume_point(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    assert "Resuming from" in caplog.text
+
+
+def test_save_json_leaves_the_old_file_when_the_new_cannot_be_written(tmp_path):
+    path = tmp_path / "new" / "result.json"
+    save_json({"a": "ä"}, str(path))
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}
+    with pytest.raises(TypeError):
+        save_json({"a": object()}, str(path))
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}
+
+
+def test_a_stage_runs_again_when_its_arguments_or_its_config_change(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    class Recipe:
+        @staticmethod
+        def make_parser():
+            return Recipe
+
+        @staticmethod
+        def parse_args_and_config(arguments):
+            return [arguments]
+
+        main = seen.append
+
+    monkeypatch.setattr(runs.importlib, "import_module", lambda name: Recipe)
+    config = tmp_path / "a.yaml"
+    config.write_text("x: 1")
+    stage = ["--config", str(config)]
+    for arguments, passing in ((stage, ["--bf16"]), (stage, []), ([*stage, "--y"], []), ([*stage, "--y"], [])):
+        run_recipe(tmp_path / "stage", "score", arguments, passing)
+    config.write_text("x: 2")
+    run_recipe(tmp_path / "stage", "score", [*stage, "--y"], [])
+    assert seen == [[*stage, "--bf16"], [*stage, "--y"], [*stage, "--y"]]
+    assert capsys.readouterr().out.count("finished before, skipped") == 2
+
+
+def test_fast_precision_asks_for_bf16_only_where_it_is_faster(monkeypatch):
+    for seconds, options in (({"float32": 9.0, "bfloat16": 2.0}, True), ({"float32": 3.0, "bfloat16": 2.5}, False)):
+        monkeypatch.setattr(
+            runs.timeit,
+            "repeat",
+            lambda code, globals, number, repeat, seconds=seconds: [seconds[str(globals["matrix"].dtype)[6:]]],
+        )
+        monkeypatch.setattr(runs.torch.accelerator, "is_available", lambda: False)
+        assert bool(fast_precision()) is options
