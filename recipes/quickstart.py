@@ -140,7 +140,7 @@ The student is a plain BERT classifier; sentence-transformers loads it as it is:
 
     from sentence_transformers import CrossEncoder
     ranker = CrossEncoder("{out}/student")
-    print(ranker.rank("read a json file", ["json.load: read a document from a file", "os.remove: delete a file"]))""")
+    print(ranker.rank("plot a histogram", ["smtplib: send mail", "numpy.histogram: bins of a data set"]))""")
 
 
 def show_method(out: Path, dev: pd.DataFrame, scores: dict[str, np.ndarray]) -> None:
