@@ -328,3 +328,10 @@ def test_random_documents_stand_behind_the_candidates_of_their_query(candidates,
     assert set(rows["doc_id"]) <= set(corpus["doc_id"])
     assert rows["query_id"].tolist() == sorted(rows["query_id"], key=list(dict.fromkeys(rows["query_id"])).index)
     assert rows.equals(with_random_documents(candidates, corpus, per_query=4, seed=1))
+
+
+def test_clicks_without_a_query_are_left_out_and_counted(clicks, caplog):
+    rows = pd.concat([clicks, clicks[:2].assign(query=[" ", None])])
+    read = read_table(rows, "clicks")
+    pd.testing.assert_frame_equal(read, clicks, check_dtype=False)
+    assert caplog.messages == ["<DataFrame>: 2 click(s) have no query and are left out."]

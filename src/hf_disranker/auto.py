@@ -16,7 +16,14 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-MODEL_TYPES = ("bert", "llama", "qwen2", "qwen3")
+# With a checkpoint of each: transformers writes its models' examples with the one that a config's docstring links to,
+# and complains aloud where there is none.
+MODEL_TYPES = {
+    "bert": "google-bert/bert-base-uncased",
+    "llama": "meta-llama/Llama-2-7b-hf",
+    "qwen2": "Qwen/Qwen2-7B",
+    "qwen3": "Qwen/Qwen3-8B",
+}
 
 _CONFIGS = "transformers.models.auto.configuration_auto"
 
@@ -78,9 +85,10 @@ class _Gate:
 
 
 def _set_gates(configs: ModuleType) -> None:
-    for model_type in MODEL_TYPES:
+    for model_type, checkpoint in MODEL_TYPES.items():
+        members = {"model_type": model_type, "__doc__": f"[{checkpoint}](https://huggingface.co/{checkpoint})"}
         # Under the stock name, by which transformers finds the model type of a config class.
-        gate = type(configs.CONFIG_MAPPING_NAMES[model_type], (_Gate,), {"model_type": model_type})
+        gate = type(configs.CONFIG_MAPPING_NAMES[model_type], (_Gate,), members)
         configs.AutoConfig.register(model_type, gate, exist_ok=True)
 
 

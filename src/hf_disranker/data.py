@@ -64,6 +64,8 @@ def read_table(source: Source, table: str, split: str | None = None, corpus: Sou
 
 
 def _checked(frame: pd.DataFrame, name: str, table: str, split: str | None, corpus: Source | None) -> pd.DataFrame:
+    if table == "clicks" and "query" in frame.columns:
+        frame = _without_empty_queries(frame, name)
     frame = validate(frame, table, name)
     if split:
         frame = _only_split(frame, split, name)
@@ -251,6 +253,14 @@ def _bm25_index(corpus: pd.DataFrame) -> Any:
         raise TableError("BM25 finds no word in any document.")
     index.index(tokens, show_progress=False)
     return index
+
+
+def _without_empty_queries(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """A log holds clicks on pages that were reached without a query; they are left out and counted."""
+    empty = frame["query"].isna() | (frame["query"].astype(str).str.strip() == "")
+    if empty.any():
+        logger.warning("%s: %d click(s) have no query and are left out.", name, int(empty.sum()))
+    return frame[~empty].reset_index(drop=True)
 
 
 def _name(source: Source) -> str:

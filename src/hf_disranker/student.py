@@ -13,7 +13,10 @@ from hf_disranker.texts import STUDENT_TEMPLATES
 
 
 class DisRankerBertConfig(RankerConfigMixin, BertConfig):
-    """The config of a marked BERT checkpoint."""
+    """The config of a marked BERT checkpoint.
+
+    Its stock kin: [google-bert/bert-base-uncased](https://huggingface.co/google-bert/bert-base-uncased).
+    """
 
     model_type = "bert"
     stock = BertConfig

@@ -38,7 +38,10 @@ class TeacherConfigMixin(RankerConfigMixin):
 
 
 class DisRankerLlamaConfig(TeacherConfigMixin, LlamaConfig):
-    """The config of a marked Llama checkpoint."""
+    """The config of a marked Llama checkpoint.
+
+    Its stock kin: [meta-llama/Llama-2-7b-hf](https://huggingface.co/meta-llama/Llama-2-7b-hf).
+    """
 
     model_type = "llama"
     stock = LlamaConfig
@@ -46,7 +49,10 @@ class DisRankerLlamaConfig(TeacherConfigMixin, LlamaConfig):
 
 
 class DisRankerQwen2Config(TeacherConfigMixin, Qwen2Config):
-    """The config of a marked Qwen2 checkpoint."""
+    """The config of a marked Qwen2 checkpoint.
+
+    Its stock kin: [Qwen/Qwen2-7B](https://huggingface.co/Qwen/Qwen2-7B).
+    """
 
     model_type = "qwen2"
     stock = Qwen2Config
@@ -54,7 +60,10 @@ class DisRankerQwen2Config(TeacherConfigMixin, Qwen2Config):
 
 
 class DisRankerQwen3Config(TeacherConfigMixin, Qwen3Config):
-    """The config of a marked Qwen3 checkpoint."""
+    """The config of a marked Qwen3 checkpoint.
+
+    Its stock kin: [Qwen/Qwen3-8B](https://huggingface.co/Qwen/Qwen3-8B).
+    """
 
     model_type = "qwen3"
     stock = Qwen3Config
