@@ -52,6 +52,37 @@ def test_a_stage_runs_again_when_its_arguments_or_its_config_change(tmp_path, mo
     assert capsys.readouterr().out.count("finished before, skipped") == 2
 
 
+def test_a_stage_resumes_its_own_checkpoints_and_no_others(tmp_path, monkeypatch):
+    config = tmp_path / "a.yaml"
+    config.write_text("learning_rate: 1")
+    found = []
+
+    class Recipe:
+        @staticmethod
+        def make_parser():
+            return Recipe
+
+        @staticmethod
+        def parse_args_and_config(arguments):
+            return [arguments]
+
+        @staticmethod
+        def main(arguments):
+            found.append(resume_point(str(tmp_path / "stage")) is not None)
+            (tmp_path / "stage" / "checkpoint-1").mkdir(exist_ok=True)
+            if len(found) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.importlib, "import_module", lambda name: Recipe)
+    stage = [tmp_path / "stage", "distill", ["--config", str(config)], []]
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(*stage)
+    run_recipe(*stage)  # the same options: goes on
+    config.write_text("learning_rate: 2")
+    run_recipe(*stage)  # others: begins again
+    assert found == [False, True, False]
+
+
 def test_fast_precision_asks_for_bf16_only_where_it_is_faster(monkeypatch):
     for seconds, options in (({"float32": 9.0, "bfloat16": 2.0}, True), ({"float32": 3.0, "bfloat16": 2.5}, False)):
         monkeypatch.setattr(

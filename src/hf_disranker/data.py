@@ -20,7 +20,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from fsspec.core import url_to_fs
 from tqdm.auto import tqdm
 
-from hf_disranker.schema import TableError, validate
+from hf_disranker.schema import TableError, empty_queries, validate
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +257,7 @@ def _bm25_index(corpus: pd.DataFrame) -> Any:
 
 def _without_empty_queries(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     """A log holds clicks on pages that were reached without a query; they are left out and counted."""
-    empty = frame["query"].isna() | (frame["query"].astype(str).str.strip() == "")
+    empty = empty_queries(frame["query"])
     if empty.any():
         logger.warning("%s: %d click(s) have no query and are left out.", name, int(empty.sum()))
     return frame[~empty].reset_index(drop=True)
@@ -306,9 +306,7 @@ def _read_hub(name: str) -> pd.DataFrame:
     """A Hub data set; with several splits and no `split` column, the column is made of their names."""
     try:
         splits = load_dataset(name)
-    except (
-        Exception
-    ) as error:  # whatever datasets and the Hub client raise, the user first wants to know about the path
+    except Exception as error:  # of many kinds; the user first wants to know about the path
         raise FileNotFoundError(
             f"{name}: no such file or folder, and no such data set could be read from the Hub ({error})"
         ) from error

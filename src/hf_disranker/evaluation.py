@@ -70,7 +70,5 @@ def evaluate(judgments: pd.DataFrame, scores: np.ndarray) -> dict[str, Any]:
     pairs = metrics.query_pair_counts(*columns)
     intervals = {"pnr": metrics.bootstrap(pairs.concordant, pairs.discordant)}
     intervals |= {f"ndcg@{k}": metrics.bootstrap(metrics.ndcg(*columns, k=k)) for k in (5, 10)}
-    finite = {
-        name: [None if np.isinf(end) or np.isnan(end) else end for end in ends] for name, ends in intervals.items()
-    }
+    finite = {name: [end if np.isfinite(end) else None for end in ends] for name, ends in intervals.items()}
     return metrics.jsonable(metrics.evaluate(*columns)) | {"intervals": finite}

@@ -1,4 +1,4 @@
-"""What the recipes share: resuming, and the json beside a result."""
+"""What the recipes share: the command line, resuming, saving, and running one as a stage of a longer run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import time
 import timeit
 from pathlib import Path
@@ -66,7 +67,8 @@ def run_recipe(folder: Path, recipe: str, arguments: list[str], passing: list[st
     Args:
         folder: the stage's; `finished.json` in it tells what ran.
         recipe: name of a module of `hf_disranker.recipes`.
-        arguments: its command line, beginning with `--config FILE`. The stage runs again when they or the file change.
+        arguments: its command line, beginning with `--config FILE`. When they or the file change, the stage runs again
+            from its beginning.
         passing: further arguments that change nothing about the result's meaning, such as the precision.
     """
     run = {"recipe": recipe, "arguments": arguments, "config": Path(arguments[1]).read_text()}
@@ -75,6 +77,12 @@ def run_recipe(folder: Path, recipe: str, arguments: list[str], passing: list[st
         print(f"\n== {folder}: finished before, skipped", flush=True)
         return
     print(f"\n== {folder}: disranker {recipe} {' '.join(arguments)}", flush=True)
+    started = folder / "started.json"
+    if not started.exists() or json.loads(started.read_text()) != run:
+        # Checkpoints of other options are no point to go on from.
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        save_json(run, str(started))
     begin = time.perf_counter()
     module = importlib.import_module(f"hf_disranker.recipes.{recipe}")
     module.main(*module.make_parser().parse_args_and_config(arguments + passing))

@@ -83,6 +83,11 @@ def validate(frame: pd.DataFrame, table: str, source: str) -> pd.DataFrame:
     return frame
 
 
+def empty_queries(values: pd.Series) -> pd.Series:
+    """Where nothing was asked: missing or blank."""
+    return values.isna() | (values.astype(str).str.strip() == "")
+
+
 def _read_id(values: pd.Series, where: str) -> pd.Series:
     _refuse(values, values.isna() | (values.astype(str) == ""), where, "hold no id")
     if pd.api.types.is_float_dtype(values.dtype):
@@ -91,7 +96,7 @@ def _read_id(values: pd.Series, where: str) -> pd.Series:
 
 
 def _read_query(values: pd.Series, where: str) -> pd.Series:
-    _refuse(values, values.isna() | (values.astype(str).str.strip() == ""), where, "hold an empty query")
+    _refuse(values, empty_queries(values), where, "hold an empty query")
     return _read_text(values, where)
 
 
