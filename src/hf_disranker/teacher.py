@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    Gemma2Config,
+    Gemma2PreTrainedModel,
+    Gemma3PreTrainedModel,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaPreTrainedModel,
+    MistralConfig,
+    MistralPreTrainedModel,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -68,6 +74,39 @@ class DisRankerQwen3Config(TeacherConfigMixin, Qwen3Config):
     model_type = "qwen3"
     stock = Qwen3Config
     architecture = "Qwen3ForSequenceClassification"
+
+
+class DisRankerMistralConfig(TeacherConfigMixin, MistralConfig):
+    """The config of a marked Mistral checkpoint.
+
+    Its stock kin: [mistralai/Mistral-7B-v0.1](https://huggingface.co/mistralai/Mistral-7B-v0.1).
+    """
+
+    model_type = "mistral"
+    stock = MistralConfig
+    architecture = "MistralForSequenceClassification"
+
+
+class DisRankerGemma2Config(TeacherConfigMixin, Gemma2Config):
+    """The config of a marked Gemma 2 checkpoint.
+
+    Its stock kin: [google/gemma-2-9b](https://huggingface.co/google/gemma-2-9b).
+    """
+
+    model_type = "gemma2"
+    stock = Gemma2Config
+    architecture = "Gemma2ForSequenceClassification"
+
+
+class DisRankerGemma3Config(TeacherConfigMixin, Gemma3TextConfig):
+    """The config of a marked Gemma 3 checkpoint, the text model.
+
+    Its stock kin: [google/gemma-3-1b-pt](https://huggingface.co/google/gemma-3-1b-pt).
+    """
+
+    model_type = "gemma3_text"
+    stock = Gemma3TextConfig
+    architecture = "Gemma3TextForSequenceClassification"
 
 
 class LLMForLastTokenRanking(PreTrainedModel):
@@ -169,9 +208,34 @@ class Qwen3ForLastTokenRanking(LLMForLastTokenRanking, Qwen3PreTrainedModel):
     config_class = DisRankerQwen3Config
 
 
+class MistralForLastTokenRanking(LLMForLastTokenRanking, MistralPreTrainedModel):
+    """The teacher on Mistral."""
+
+    config_class = DisRankerMistralConfig
+
+
+class Gemma2ForLastTokenRanking(LLMForLastTokenRanking, Gemma2PreTrainedModel):
+    """The teacher on Gemma 2."""
+
+    config_class = DisRankerGemma2Config
+
+
+class Gemma3ForLastTokenRanking(LLMForLastTokenRanking, Gemma3PreTrainedModel):
+    """The teacher on the text model of Gemma 3."""
+
+    config_class = DisRankerGemma3Config
+
+
 FAMILIES = {
     family.config_class.model_type: family
-    for family in (LlamaForLastTokenRanking, Qwen2ForLastTokenRanking, Qwen3ForLastTokenRanking)
+    for family in (
+        LlamaForLastTokenRanking,
+        Qwen2ForLastTokenRanking,
+        Qwen3ForLastTokenRanking,
+        MistralForLastTokenRanking,
+        Gemma2ForLastTokenRanking,
+        Gemma3ForLastTokenRanking,
+    )
 }
 
 
