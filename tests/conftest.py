@@ -10,6 +10,7 @@ clicks                          the pairs of label 2: query, title, summary, wei
 hub                             the Hub of this run, a server on loopback: see hub_server.py
 """
 
+# ruff: noqa: E402
 import atexit
 import os
 import tempfile

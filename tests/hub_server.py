@@ -91,9 +91,9 @@ class Repo:
 class HubError(Exception):
     """An answer that is not what was hoped for; huggingface_hub chooses its exception by the code."""
 
-    def __init__(self, status, code, message):
+    def __init__(self, status, code, message, **more):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.more = status, code, more
 
 
 class HubServer:
@@ -165,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
                 result = self.answer(*self.find(unquote(url.path)))
             self.reply(200, *result)
         except HubError as error:
-            message = {"error": str(error)}
+            message = {"error": str(error)} | error.more
             self.reply(error.status, json.dumps(message).encode(), {"X-Error-Code": error.code} if error.code else {})
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
@@ -234,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
         kind, name = wanted.get("type") or "model", f"{wanted.get('organization') or USER}/{wanted['name']}"
         url = {"url": f"{self.hub.url}/{'' if kind == 'model' else kind + 's/'}{name}", "name": name}
         if (kind, name) in self.hub.repos:
-            raise HubError(409, None, "You already created this repo")
+            raise HubError(409, None, "You already created this repo", **url)
         repo = Repo(kind, name, bool(wanted.get("private")) or wanted.get("visibility") == "private")
         repo.commit("main", "initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)})
         self.hub.repos[kind, name] = repo
@@ -298,7 +298,9 @@ class Handler(BaseHTTPRequestHandler):
     @route("POST", f"/api/{KIND}/{NAME}/paths-info/(?P<revision>.+)")
     def paths_info(self, repo, revision):
         files = repo.at(revision).files
-        paths = self.json()["paths"] if "json" in self.headers["Content-Type"] else parse_qs(self.body.decode())["paths"]
+        paths = (
+            self.json()["paths"] if "json" in self.headers["Content-Type"] else parse_qs(self.body.decode())["paths"]
+        )
         entries = [file_entry(path, files[path]) for path in paths if path in files]
         folders = [path for path in paths if any(file.startswith(f"{path}/") for file in files)]
         return entries + [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders]

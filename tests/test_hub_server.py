@@ -1,5 +1,7 @@
 """The Hub that the tests speak to answers as huggingface_hub expects."""
 
+from pathlib import Path
+
 import fsspec
 import pytest
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -22,8 +24,10 @@ def api(hub, tmp_path_factory):
 def test_files_come_back_as_they_went_in(api, hub, tmp_path):
     folder = snapshot_download(REPO, local_dir=tmp_path)
     assert (tmp_path / "weights.safetensors").read_bytes() == bytes(range(256)) * 100
-    assert open(f"{folder}/deep/note.txt").read() == "first"
-    names = {file.path: file.lfs is not None for file in api.list_repo_tree(REPO, recursive=True) if hasattr(file, "lfs")}
+    assert Path(folder, "deep/note.txt").read_text() == "first"
+    names = {
+        file.path: file.lfs is not None for file in api.list_repo_tree(REPO, recursive=True) if hasattr(file, "lfs")
+    }
     assert names == {".gitattributes": False, "deep/note.txt": False, "weights.safetensors": True}
     with fsspec.open(f"hf://{REPO}/weights.safetensors") as file:
         file.seek(1000)
@@ -38,8 +42,8 @@ def test_branches_tags_and_history(api):
     refs = api.list_repo_refs(REPO)
     assert {tag.name: tag.target_commit for tag in refs.tags} == {"v1": first}
     assert {branch.name for branch in refs.branches} == {"main", "next"}
-    assert open(hf_hub_download(REPO, "deep/note.txt", revision="v1")).read() == "first"
-    assert open(hf_hub_download(REPO, "deep/note.txt", revision="next")).read() == "second"
+    assert Path(hf_hub_download(REPO, "deep/note.txt", revision="v1")).read_text() == "first"
+    assert Path(hf_hub_download(REPO, "deep/note.txt", revision="next")).read_text() == "second"
     assert len(api.list_repo_commits(REPO, revision="next")) == 3
 
 

@@ -96,6 +96,13 @@ class Ranker:
                     bar.update(len(rows))
         return scores
 
+    def probabilities(self, pairs: Sequence[tuple[str, Document]]) -> np.ndarray:
+        """The logistic function of `predict`, shape (len(pairs),), float32 between 0 and 1.
+
+        In the order of the raw scores; calibrated only if the labels of the training were probabilities.
+        """
+        return (1.0 / (1.0 + np.exp(-self.predict(pairs).astype(np.float64)))).astype(np.float32)
+
     def rank(self, query: str, documents: Sequence[Document], top_k: int | None = None) -> list[dict[str, Any]]:
         """Sort documents for a query, best first.
 

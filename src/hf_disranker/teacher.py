@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from typing import Any
 
 from tokenizers import processors
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 from hf_disranker.checkpoint import RankerConfigMixin, RankerOutput
+from hf_disranker.hub import RankerHubMixin
 from hf_disranker.pooling import last_token
 from hf_disranker.texts import TEACHER_TEMPLATES
 
@@ -109,7 +109,7 @@ class DisRankerGemma3Config(TeacherConfigMixin, Gemma3TextConfig):
     architecture = "Gemma3TextForSequenceClassification"
 
 
-class LLMForLastTokenRanking(PreTrainedModel):
+class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
     """A decoder whose last token's hidden state, times one row of weights, is the score of the text.
 
     It reads one text that holds the query and then the document (`config.templates`); the tokenizer ends it with the
@@ -125,25 +125,27 @@ class LLMForLastTokenRanking(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: PreTrainedConfig) -> None:
+        was_marked = isinstance(config, self.config_class)
         config = self.config_class.mark(config)
         super().__init__(config)
+        self.was_marked = was_marked
         # The stock config: Auto classes would answer the marked one with this very class.
         self.model = AutoModel.from_config(_stock_config(config))
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers.
 
         Raises:
             ValueError: the checkpoint is of a family that is not known.
         """
         if cls is not LLMForLastTokenRanking:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return super().from_pretrained(name, *args, **kwargs)
         hub_options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "subfolder") if key in kwargs}
-        config = kwargs.get("config") or AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub_options)
-        return _family(config).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = kwargs.get("config") or AutoConfig.from_pretrained(name, **hub_options)
+        return _family(config).from_pretrained(name, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> LLMForLastTokenRanking:
