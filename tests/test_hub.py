@@ -17,7 +17,13 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification, TrainerCallback
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    TrainerCallback,
+)
 
 from hf_disranker import (
     BertDistilledRanker,
@@ -195,7 +201,8 @@ def test_every_save_pushes_revisions_that_load(student_dir, judgments, tmp_path,
     options = {"push_to_hub": True, "hub_model_id": "tester/every-save", "hub_strategy": "every_save"}
     trainer = trainer_of(student_dir, judgments, tmp_path, hub_always_push=True, hub_token=hub.token, **options)
     waiting = TrainerCallback()
-    waiting.on_step_begin = lambda *args, **kwargs: trainer.push_in_progress and trainer.push_in_progress.wait_until_done()
+    # A step of this tiny model is over before the push of the one before has read its files.
+    waiting.on_step_begin = lambda *_, **__: trainer.push_in_progress and trainer.push_in_progress.wait_until_done()
     trainer.add_callback(waiting)
     trainer.train()
     trainer.push_in_progress.wait_until_done()
