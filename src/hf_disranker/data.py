@@ -46,7 +46,9 @@ _CHUNK = 10_000
 _BM25 = {"method": "lucene", "k1": 1.2, "b": 0.75}
 
 
-def read_table(source: Source, table: str, split: str | None = None, corpus: Source | None = None) -> pd.DataFrame:
+def read_table(
+    source: Source, table: str, split: str | None = None, corpus: Source | None = None, texts: bool = True
+) -> pd.DataFrame:
     """Read one table and check it.
 
     Args:
@@ -54,6 +56,7 @@ def read_table(source: Source, table: str, split: str | None = None, corpus: Sou
         table: which contract it follows: clicks, judgments, corpus, candidates or scores.
         split: keep only the rows whose `split` column holds this value; None or "" keeps all.
         corpus: where texts come from when the table has ids only.
+        texts: whether they are needed; False leaves a table of ids as it is.
 
     Returns:
         The checked rows; with texts wherever a corpus was needed.
@@ -62,16 +65,18 @@ def read_table(source: Source, table: str, split: str | None = None, corpus: Sou
         FileNotFoundError: there is no such file, folder or data set.
         TableError: the table breaks its contract, or a document is not in the corpus.
     """
-    return _checked(_read(source), _name(source), table, split, corpus)
+    return _checked(_read(source), _name(source), table, split, corpus, texts)
 
 
-def _checked(frame: pd.DataFrame, name: str, table: str, split: str | None, corpus: Source | None) -> pd.DataFrame:
+def _checked(
+    frame: pd.DataFrame, name: str, table: str, split: str | None, corpus: Source | None, texts: bool = True
+) -> pd.DataFrame:
     if table == "clicks" and "query" in frame.columns:
         frame = _without_empty_queries(frame, name)
     frame = validate(frame, table, name)
     if split:
         frame = _only_split(frame, split, name)
-    if table in ("candidates", "scores") and not {"title", "summary"} <= set(frame.columns):
+    if texts and table in ("candidates", "scores") and not {"title", "summary"} <= set(frame.columns):
         frame = _join_texts(frame, corpus, name)
     if {"title", "summary"} <= set(frame.columns):
         empty = int(((frame["title"].str.strip() == "") & (frame["summary"].str.strip() == "")).sum())

@@ -28,7 +28,7 @@ def push_table(source: Source, table: str, repo_id: str, *, private: bool | None
         TableError: the table breaks its contract; nothing is pushed.
         PushError: the push was cut off.
     """
-    frame = read_table(source, table)
+    frame = read_table(source, table, texts=False)
     if private is None and table in ("clicks", "scores"):
         private = True
     splits = dict(iter(frame.groupby("split", sort=False))) if "split" in frame.columns else {"train": frame}
