@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hf_disranker.recipes import fit_teacher
 from hub_server import Handler
 from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -47,8 +48,7 @@ RESULTS = [
 
 
 def pushed(model, tokenizer, repo, **options):
-    model.push_to_hub(repo, **options)
-    tokenizer.push_to_hub(repo)
+    model.push_to_hub(repo, tokenizer=tokenizer, **options)
     return repo
 
 
@@ -238,6 +238,21 @@ def test_a_teachers_trainer_makes_a_private_repository(teacher_dir, judgments, t
         processing_class=AutoTokenizer.from_pretrained(teacher_dir),
     )
     assert hub.repos["model", "tester/private-teacher"].private
+
+
+def test_a_recipe_publishes_the_merged_teacher(teacher_dir, judgments, tmp_path, hub):
+    judgments.to_parquet(tmp_path / "judgments.parquet")
+    arguments = ["--model_name_or_path", teacher_dir, "--judgments", str(tmp_path / "judgments.parquet"), "--use_cpu"]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--max_length", "48", "--max_steps", "2", "--save_steps", "1"]
+    arguments += ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--save_strategy", "steps"]
+    arguments += ["--push_to_hub", "--hub_model_id", "tester/recipe", "--hub_token", hub.token]
+    fit_teacher.main(*fit_teacher.make_parser().parse_args_and_config(arguments))
+    titles = [commit.title for commit in hub.repos["model", "tester/recipe"].history("main")]
+    assert titles[0] == "End of training" and any(title.startswith("Training in progress") for title in titles)
+    assert not [name for name in hub.files("tester/recipe") if name.startswith("adapter_")]
+    np.testing.assert_allclose(scores("tester/recipe"), scores(tmp_path / "out"), atol=1e-5)
+    assert hub.token not in "".join(map(str, hub.files("tester/recipe").values()))
+    assert "| this model |" in ModelCard.load("tester/recipe").text
 
 
 # the card

@@ -70,12 +70,19 @@ class RankerHubMixin:
             self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
 
     def push_to_hub(
-        self, repo_id: str, *, remote_code: bool = False, facts: CardFacts | None = None, **options: Any
+        self,
+        repo_id: str,
+        *,
+        tokenizer: Any = None,
+        remote_code: bool = False,
+        facts: CardFacts | None = None,
+        **options: Any,
     ) -> CommitInfo:
-        """Publish the model, in one commit. The tokenizer has a `push_to_hub` of its own.
+        """Publish the model, in one commit.
 
         Args:
             repo_id: owner/name, or name alone for your own.
+            tokenizer: goes into the same commit; it also has a `push_to_hub` of its own.
             remote_code: add one self-contained modelling file, so that `AutoModel` gives the ranker without this
                 package to who says `trust_remote_code=True`.
             facts: for the model card, which is written where the repository has none.
@@ -91,6 +98,8 @@ class RankerHubMixin:
         with tempfile.TemporaryDirectory() as folder:
             shards = {key: options.pop(key) for key in ("max_shard_size",) if key in options}
             self.save_pretrained(folder, **shards)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
             if remote_code:
                 write_remote_code(folder, type(self).__name__)
             return push_folder(folder, repo_id, self.config, facts=facts, **options)
@@ -108,7 +117,9 @@ class TrainerHubMixin:
         teacher = self.model.config.disranker["role"] == "teacher"
         if private is None and self.args.hub_private_repo is None and teacher:
             private = True
-        super().init_hf_repo(token=token, private=private)  # type: ignore[misc]
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with pushing(HfApi(token=token or self.args.hub_token), name, self.args.hub_revision):
+            super().init_hf_repo(token=token, private=private)  # type: ignore[misc]
 
     def create_model_card(self, model_name: str | None = None, results: Sequence[Any] = (), **_: Any) -> None:
         """Write README.md into the output folder.
@@ -169,6 +180,18 @@ class TrainerHubMixin:
             commit_message=commit_message,
             token=token,
         )
+
+
+def publish(trainer: Any, model: Any, tokenizer: Any) -> CommitInfo:
+    """Publish what a recipe has saved, where its trainer pushed on the way: the whole model, LoRA weights merged."""
+    return model.push_to_hub(
+        trainer.hub_model_id,
+        tokenizer=tokenizer,
+        facts=training_facts(trainer),
+        commit_message="End of training",
+        revision=trainer.args.hub_revision,
+        token=trainer.args.hub_token,
+    )
 
 
 def _is_adapter(model: Any) -> bool:
@@ -238,7 +261,9 @@ def push_folder(
             revision=revision,
             commit_message=options.pop("commit_message", None) or f"Upload {config.disranker['role']}",
             ignore_patterns=_NOT_PUSHED,
-            delete_patterns=list(_PICKLES),
+            delete_patterns=list(_PICKLES)
+            if Path(folder, "adapter_config.json").exists()
+            else [*_PICKLES, "adapter_*"],
             **options,
         )
 
