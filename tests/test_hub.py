@@ -104,7 +104,7 @@ def test_branches_hold_their_own_weights(tiny_student):
     np.testing.assert_allclose(scores(repo, revision="v2"), scores(repo) + 3.0, atol=1e-5)
 
 
-def test_teachers_are_private_unless_asked_otherwise(tiny_teacher, tiny_student):
+def test_teachers_are_private_unless_asked_otherwise(tiny_teacher, tiny_student, tmp_path):
     for name, (model, tokenizer), options, private in (
         ("t-default", tiny_teacher, {}, True),
         ("t-open", tiny_teacher, {"private": False}, False),
@@ -114,6 +114,8 @@ def test_teachers_are_private_unless_asked_otherwise(tiny_teacher, tiny_student)
         assert HfApi().model_info(repo).private is private
     with pytest.raises(RepositoryNotFoundError):
         hf_hub_download("tester/t-default", "config.json", token=False)
+    with pytest.raises(OSError, match="tester/t-default"):
+        Ranker.from_pretrained("tester/t-default", token=False, cache_dir=tmp_path)
 
 
 def test_a_teacher_that_pads_with_its_end_token_is_not_pushed(tiny_teacher, hub):

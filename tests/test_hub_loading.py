@@ -126,7 +126,7 @@ def run(without_us, tmp_path):
     """Run code in a fresh process, without this package or with it, and read what it prints last."""
 
     def run_python(code, argument, absent):
-        environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
+        environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
         command = [sys.executable]
         if absent:
             command.append("-S")  # no site: neither site-packages nor the hooks of editable installs

@@ -255,15 +255,15 @@ def push_folder(
         if not Path(folder, "README.md").exists():
             card = _card_there(api, repo_id, revision) if facts is None else None
             (card or model_card(config, repo_id, facts)).save(Path(folder, "README.md"))
+        # Loaders would put an adapter that was pushed on the way onto the merged weights once more.
+        stale = [*_PICKLES, *([] if Path(folder, "adapter_config.json").exists() else ["adapter_*"])]
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=os.fspath(folder),
             revision=revision,
             commit_message=options.pop("commit_message", None) or f"Upload {config.disranker['role']}",
             ignore_patterns=_NOT_PUSHED,
-            delete_patterns=list(_PICKLES)
-            if Path(folder, "adapter_config.json").exists()
-            else [*_PICKLES, "adapter_*"],
+            delete_patterns=stale,
             **options,
         )
 
@@ -280,7 +280,7 @@ def pushing(api: HfApi, repo_id: str, revision: str | None, repo_type: str = "mo
     """Turn whatever cuts a push off into a PushError that says what stands and what to do."""
     try:
         yield
-    except (ValueError, HFValidationError):
+    except (TypeError, ValueError, LookupError, AttributeError, PushError):  # wrong calls are no cut-off
         raise
     except Exception as error:  # of the transport, of the client, of the Hub
         why = _without_tokens(str(error.__cause__ or error).splitlines()[0] if str(error) else type(error).__name__)
@@ -294,7 +294,7 @@ def pushing(api: HfApi, repo_id: str, revision: str | None, repo_type: str = "mo
         raise PushError(
             f"The push to {repo_id} was cut off ({why}). A push is one commit, which was not made: {stands}. To "
             f"go on, {hint}push again; what was uploaded is not sent twice."
-        ) from None
+        ) from error
 
 
 def _refused(error: Exception) -> bool:
