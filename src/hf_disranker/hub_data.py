@@ -40,8 +40,10 @@ def push_table(source: Source, table: str, repo_id: str, *, private: bool | None
         if revision:
             api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True)
         # The card first, to which `datasets` adds the features in the commit that brings the rows.
-        card = _card(repo_id, table, parts)
-        card.push_to_hub(repo_id, token=options.get("token"), revision=revision)
+        card = str(_card(repo_id, table, parts)).encode()
+        api.upload_file(
+            repo_id=repo_id, repo_type="dataset", path_in_repo="README.md", path_or_fileobj=card, revision=revision
+        )
         parts.push_to_hub(repo_id, **options)
 
 
