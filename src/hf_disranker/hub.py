@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 
 from hf_disranker.card import TEMPLATES, CardFacts, model_card, training_facts
@@ -270,10 +270,9 @@ def push_folder(
 
 
 def _card_there(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None:
-    try:
-        return ModelCard.load(api.hf_hub_download(repo_id, "README.md", revision=revision))
-    except EntryNotFoundError:
+    if not api.file_exists(repo_id, "README.md", revision=revision):
         return None
+    return ModelCard.load(api.hf_hub_download(repo_id, "README.md", revision=revision))
 
 
 @contextlib.contextmanager
@@ -281,9 +280,10 @@ def pushing(api: HfApi, repo_id: str, revision: str | None, repo_type: str = "mo
     """Turn whatever cuts a push off into a PushError that says what stands and what to do."""
     try:
         yield
-    except (TypeError, ValueError, LookupError, AttributeError, PushError):  # wrong calls are no cut-off
-        raise
     except Exception as error:  # of the transport, of the client, of the Hub
+        wrong_call = isinstance(error, TypeError | ValueError | LookupError | AttributeError)
+        if isinstance(error, PushError) or (wrong_call and not isinstance(error, HfHubHTTPError)):
+            raise
         why = _without_tokens(str(error.__cause__ or error).splitlines()[0] if str(error) else type(error).__name__)
         branch = revision or "main"
         try:
