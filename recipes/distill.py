@@ -14,6 +14,7 @@ from trl import TrlParser
 
 from hf_disranker.data import load_groups
 from hf_disranker.distillation import DistillationConfig, DistillationTrainer
+from hf_disranker.hub import publish
 from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model
 from hf_disranker.store import teacher_of
 from hf_disranker.student import BertDistilledRanker
@@ -64,8 +65,10 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     trainer.train(resume_from_checkpoint=resume_point(training_args.output_dir))
     measures = trainer.evaluate() if eval_dataset else {}
     if trainer.is_world_process_zero():
-        save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
+        student = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
         save_json(measures, f"{training_args.output_dir}/eval.json")
+        if training_args.push_to_hub:
+            publish(trainer, student, tokenizer)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from hf_disranker.data import load_groups
+from hf_disranker.hub import publish
 from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
 from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model
 from hf_disranker.student import BertDistilledRanker
@@ -69,8 +70,10 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     trainer.train(resume_from_checkpoint=resume_point(training_args.output_dir))
     measures = trainer.evaluate()
     if trainer.is_world_process_zero():
-        save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
+        model = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
         save_json(measures, f"{training_args.output_dir}/eval.json")
+        if training_args.push_to_hub:
+            publish(trainer, model, tokenizer)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,23 @@ judgments                       12 queries of 3 to 7 documents, labels 0 to 2, s
 corpus                          the documents of `judgments`: doc_id, title, summary
 candidates                      the pairs of `judgments` without texts: query_id, query, doc_id, rank
 clicks                          the pairs of label 2: query, title, summary, weight
+hub                             the Hub of this run, a server on loopback: see hub_server.py
 """
 
+# ruff: noqa: E402
+import atexit
 import os
+import tempfile
 
+from hub_server import HubServer
+
+# Before anything of Hugging Face is imported, which reads these once: no test reaches the Hub of the world.
+HUB = HubServer().__enter__()
+HF_HOME = tempfile.TemporaryDirectory(prefix="hf_home_")
+atexit.register(HF_HOME.cleanup)
+os.environ |= {"HF_ENDPOINT": HUB.url, "HF_TOKEN": HUB.token, "HF_HOME": HF_HOME.name, "HF_HUB_DISABLE_XET": "1"}
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # on tiny models threads wait for one another, on a busy machine for minutes
 
 import numpy as np
@@ -51,6 +62,11 @@ def _judgments():
                 }
             )
     return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="session")
+def hub():
+    return HUB
 
 
 @pytest.fixture

@@ -28,25 +28,6 @@ from hf_disranker.teacher import FAMILIES
 
 PAIRS = [("read a json file", "json.load read a document"), ("plot", "os.remove delete a file")]
 
-# A process that never imports this package, as a search team's service may be.
-WITHOUT_US = """
-import json, sys
-from sentence_transformers import CrossEncoder
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
-
-folder, pairs = sys.argv[1], json.loads(sys.argv[2])
-tokenizer = AutoTokenizer.from_pretrained(folder)
-inputs = tokenizer([q for q, _ in pairs], [d for _, d in pairs], padding=True, return_tensors="pt")
-stock = AutoModelForSequenceClassification.from_pretrained(folder)
-result = {
-    "stock": stock(**inputs).logits.squeeze(-1).tolist(),
-    "cross_encoder": CrossEncoder(folder, device="cpu").predict(pairs).tolist(),
-    "classes": [type(stock).__name__, type(AutoModel.from_pretrained(folder)).__name__],
-    "ours": [name for name in sys.modules if name.startswith("hf_disranker")],
-}
-print(json.dumps(result))
-"""
-
 # Our import first, transformers later: the registration has to wait for it.
 # Every entrance to transformers must leave the registration whole: some import the Auto classes half-way.
 ENTRANCES = {
@@ -72,14 +53,6 @@ def run_python(code, *arguments):
     run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert "[ERROR]" not in run.stdout  # transformers complains so of config classes it cannot document
     return json.loads(run.stdout.splitlines()[-1])
-
-
-def test_a_process_without_this_package_gets_the_same_raw_scores(student_dir):
-    expected = Ranker.from_pretrained(student_dir).predict(PAIRS)
-    result = run_python(WITHOUT_US, str(student_dir), json.dumps(PAIRS))
-    assert result["ours"] == [] and result["classes"] == ["BertForSequenceClassification", "BertModel"]
-    assert result["stock"] == pytest.approx(expected.tolist(), abs=1e-5)
-    assert result["cross_encoder"] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("entrance", ENTRANCES)

@@ -11,8 +11,8 @@ PACKAGE = Path(hf_disranker.__file__).parent
 GROUPS = {
     "leaves": ["version", "schema", "texts", "metrics", "losses"],
     "data": ["data", "python_docs", "packing", "pooling", "collators"],
-    "models": ["checkpoint", "student", "teacher", "from_scratch", "auto", "ranker"],
-    "judging": ["evaluation", "significance", "hub"],
+    "models": ["checkpoint", "card", "hub", "student", "teacher", "from_scratch", "auto", "ranker"],
+    "judging": ["evaluation", "significance", "hub_data"],
     "stages": ["runs", "cpt", "ranking_trainer", "store", "engines", "scoring", "distillation", "cross_encoder"],
     "shipping": ["report", "export", "runtime", "demo", "cli"],
 }

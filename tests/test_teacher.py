@@ -8,8 +8,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -32,7 +35,16 @@ TINY = {
     "eos_token_id": 1,
     "bos_token_id": 2,
 }
-FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+FAMILIES = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "mistral": MistralConfig,
+    "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig,
+}
+ARCHITECTURES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
+ARCHITECTURES |= {"gemma2": "Gemma2", "gemma3_text": "Gemma3Text"}
 
 
 def teacher_of(family, **options):
@@ -67,8 +79,8 @@ def test_the_checkpoint_is_stock_and_scores_as_the_stock_class_does(tmp_path, fa
     teacher = teacher_of(family)
     teacher.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    stock_name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family] + "ForSequenceClassification"
-    assert config["architectures"] == [stock_name] and config["model_type"] == family
+    assert config["architectures"] == [f"{ARCHITECTURES[family]}ForSequenceClassification"]
+    assert config["model_type"] == family
     assert config["disranker"]["role"] == "teacher" and config["disranker"]["head"] == "last_token"
     # The stock class on the stock config, as a process without this package has it.
     stock_config = FAMILIES[family].from_pretrained(tmp_path)
@@ -104,7 +116,7 @@ def test_a_causal_language_model_becomes_a_teacher(tmp_path):
 
 
 def test_other_families_and_students_are_refused(student_dir):
-    with pytest.raises(ValueError, match="known families: llama, qwen2, qwen3"):
+    with pytest.raises(ValueError, match="known families: llama, qwen2, qwen3, mistral, gemma2, gemma3_text"):
         LLMForLastTokenRanking.from_config(BertConfig())
     with pytest.raises(ValueError, match="A bert model cannot be a teacher"):
         LLMForLastTokenRanking.from_pretrained(student_dir)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_disranker.cpt import ClickTrainer, CptConfig, click_dataset
     from hf_disranker.data import load_groups, mine_candidates, read_table
     from hf_disranker.distillation import DistillationConfig, DistillationTrainer, RankDistillationTrainer
+    from hf_disranker.hub_data import push_table
     from hf_disranker.ranker import Ranker
     from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
     from hf_disranker.store import ScoreStore
@@ -26,6 +27,7 @@ _MODULES = {
     "cpt": ("ClickTrainer", "CptConfig", "click_dataset"),
     "data": ("load_groups", "mine_candidates", "read_table"),
     "distillation": ("DistillationConfig", "DistillationTrainer", "RankDistillationTrainer"),
+    "hub_data": ("push_table",),
     "ranker": ("Ranker",),
     "ranking_trainer": ("RankingConfig", "RankingTrainer"),
     "store": ("ScoreStore",),
@@ -50,6 +52,7 @@ __all__ = [
     "click_dataset",
     "load_groups",
     "mine_candidates",
+    "push_table",
     "read_table",
 ]
 

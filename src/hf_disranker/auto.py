@@ -20,7 +20,10 @@ from typing import Any
 # and complains aloud where there is none.
 MODEL_TYPES = {
     "bert": "google-bert/bert-base-uncased",
+    "gemma2": "google/gemma-2-9b",
+    "gemma3_text": "google/gemma-3-1b-pt",
     "llama": "meta-llama/Llama-2-7b-hf",
+    "mistral": "mistralai/Mistral-7B-v0.1",
     "qwen2": "Qwen/Qwen2-7B",
     "qwen3": "Qwen/Qwen3-8B",
 }

@@ -49,7 +49,7 @@ class RankerConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; raises ValueError for another model type, another role or a newer marker."""
+        """As in transformers; raises ValueError for a config that is not, or cannot be, that of such a ranker."""
         found = config_dict.get("model_type", cls.stock.model_type)
         if found != cls.stock.model_type:
             raise ValueError(
@@ -58,7 +58,28 @@ class RankerConfigMixin:
         if MARKER not in config_dict:
             return cls.stock.from_dict(config_dict, **kwargs)
         check_marker(config_dict[MARKER], cls.role)
+        cls._check_claims(config_dict)
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def _check_claims(cls, config_dict: dict[str, Any]) -> None:
+        """Raise ValueError where a marked config contradicts itself, or names code of another repository."""
+        for name in config_dict.get("architectures") or []:
+            if name != cls.architecture:
+                raise ValueError(f"A marked checkpoint of a {name}; a {cls.role} is a {cls.architecture}.")
+        labels = len(config_dict.get("id2label") or ())
+        if labels != 1 or config_dict[MARKER].get("head", cls.head) != cls.head:
+            head = config_dict[MARKER].get("head", cls.head)
+            raise ValueError(
+                f"The config claims a ranker, which has one label and the head {cls.head}, and says {labels or 2} "
+                f"labels and the head {head}: it was changed by hand or belongs to other weights."
+            )
+        for reference in (config_dict.get("auto_map") or {}).values():
+            if "--" in str(reference):
+                raise ValueError(
+                    f"The checkpoint's auto_map names code of another repository ({reference}). Refused: a ranker "
+                    "needs no such code. Remove auto_map from its config.json if you trust the weights."
+                )
 
     @classmethod
     def mark(cls, config: PreTrainedConfig) -> Any:
@@ -87,12 +108,16 @@ class RankerConfigMixin:
         return Templates(**self.disranker["templates"])
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain data, naming the stock architecture."""
-        return super().to_dict() | {"architectures": [self.architecture]}  # type: ignore[misc]
+        """The config as plain data: it names the stock architecture, and no code, which lies in no folder of ours."""
+        content = super().to_dict() | {"architectures": [self.architecture]}  # type: ignore[misc]
+        content.pop("auto_map", None)
+        return content
 
 
 def check_marker(marker: dict[str, Any], role: str) -> None:
-    """Raise ValueError when a marker is newer than this package, or of another role."""
+    """Raise ValueError when a marker is none, newer than this package, or of another role."""
+    if not isinstance(marker, dict):
+        raise ValueError(f"The key {MARKER} of config.json holds {marker!r}, not a ranker's description.")
     if marker.get("format", 0) > FORMAT:
         raise ValueError(
             f"The checkpoint's marker has format {marker['format']}, this package knows up to {FORMAT}: "

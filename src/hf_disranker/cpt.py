@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
 
+from hf_disranker.hub import TokenFreeArguments
 from hf_disranker.teacher import prepare_tokenizer
 from hf_disranker.texts import TEACHER_TEMPLATES, Templates
 
@@ -21,7 +22,7 @@ _CHUNK = 10_000
 
 
 @dataclass
-class CptConfig(SFTConfig):
+class CptConfig(TokenFreeArguments, SFTConfig):
     """Options of the continued pre-training.
 
     Defaults that differ from trl's `SFTConfig`: learning_rate 1e-4, max_length 256, warmup_steps 0.03 (a share of all

@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain, groupby
 from typing import IO, Any, TypeAlias
 
 import bm25s
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from fsspec.core import url_to_fs
 from tqdm.auto import tqdm
 
@@ -41,10 +42,13 @@ _FORMATS: dict[str, Callable[[IO[bytes]], pd.DataFrame]] = {
     ".csv": _read_csv,
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_CHUNK = 10_000
 _BM25 = {"method": "lucene", "k1": 1.2, "b": 0.75}
 
 
-def read_table(source: Source, table: str, split: str | None = None, corpus: Source | None = None) -> pd.DataFrame:
+def read_table(
+    source: Source, table: str, split: str | None = None, corpus: Source | None = None, texts: bool = True
+) -> pd.DataFrame:
     """Read one table and check it.
 
     Args:
@@ -52,6 +56,7 @@ def read_table(source: Source, table: str, split: str | None = None, corpus: Sou
         table: which contract it follows: clicks, judgments, corpus, candidates or scores.
         split: keep only the rows whose `split` column holds this value; None or "" keeps all.
         corpus: where texts come from when the table has ids only.
+        texts: whether they are needed; False leaves a table of ids as it is.
 
     Returns:
         The checked rows; with texts wherever a corpus was needed.
@@ -60,16 +65,18 @@ def read_table(source: Source, table: str, split: str | None = None, corpus: Sou
         FileNotFoundError: there is no such file, folder or data set.
         TableError: the table breaks its contract, or a document is not in the corpus.
     """
-    return _checked(_read(source), _name(source), table, split, corpus)
+    return _checked(_read(source), _name(source), table, split, corpus, texts)
 
 
-def _checked(frame: pd.DataFrame, name: str, table: str, split: str | None, corpus: Source | None) -> pd.DataFrame:
+def _checked(
+    frame: pd.DataFrame, name: str, table: str, split: str | None, corpus: Source | None, texts: bool = True
+) -> pd.DataFrame:
     if table == "clicks" and "query" in frame.columns:
         frame = _without_empty_queries(frame, name)
     frame = validate(frame, table, name)
     if split:
         frame = _only_split(frame, split, name)
-    if table in ("candidates", "scores") and not {"title", "summary"} <= set(frame.columns):
+    if texts and table in ("candidates", "scores") and not {"title", "summary"} <= set(frame.columns):
         frame = _join_texts(frame, corpus, name)
     if {"title", "summary"} <= set(frame.columns):
         empty = int(((frame["title"].str.strip() == "") & (frame["summary"].str.strip() == "")).sum())
@@ -78,13 +85,17 @@ def _checked(frame: pd.DataFrame, name: str, table: str, split: str | None, corp
     return frame
 
 
-def load_groups(source: Source, split: str | None = None, corpus: Source | None = None) -> Dataset:
+def load_groups(
+    source: Source, split: str | None = None, corpus: Source | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
     """One row per query with all its documents, from a judgments or a scores table.
 
     Args:
         source: see the module's text.
         split: as in `read_table`.
         corpus: as in `read_table`.
+        streaming: read as you go, for what does not fit into memory: a Hub data set id or a path or URL of parquet
+            files, whose rows hold their texts and stand together by query.
 
     Returns:
         Rows {query_id, query, doc_ids, titles, summaries, labels?, teacher_scores?} in order of first appearance; the
@@ -93,9 +104,52 @@ def load_groups(source: Source, split: str | None = None, corpus: Source | None 
     Raises:
         FileNotFoundError, TableError: as in `read_table`.
     """
+    if streaming:
+        if corpus is not None or not isinstance(source, str | os.PathLike):
+            raise ValueError("Streaming takes the name of a table that holds its own texts, and no corpus.")
+        return IterableDataset.from_generator(_stream_groups, gen_kwargs={"source": os.fspath(source), "split": split})
     frame = _read(source)
-    table = "scores" if "teacher_score" in frame.columns else "judgments"
-    return group_rows(_checked(frame, _name(source), table, split, corpus))
+    groups = group_rows(_checked(frame, _name(source), _graded(frame), split, corpus))
+    groups.info.dataset_name = _name(source)
+    return groups
+
+
+def _graded(frame: pd.DataFrame) -> str:
+    return "scores" if "teacher_score" in frame.columns else "judgments"
+
+
+def _stream_groups(source: str, split: str | None) -> Iterator[dict[str, Any]]:
+    """Rows of `load_groups`, checked some thousand table rows at a time."""
+    seen: set[Any] = set()
+    chunk: list[dict[str, Any]] = []
+    for query_id, rows in groupby(_stream_rows(source, split), key=lambda row: row["query_id"]):
+        if query_id in seen:
+            raise TableError(f"{source}: the rows of query '{query_id}' stand apart: sort by query_id to stream it.")
+        seen.add(query_id)
+        chunk += rows
+        if len(chunk) >= _CHUNK:
+            yield from _checked_groups(chunk, source)
+            chunk = []
+    yield from _checked_groups(chunk, source) if chunk else ()
+
+
+def _checked_groups(rows: list[dict[str, Any]], name: str) -> Dataset:
+    frame = pd.DataFrame(rows)
+    return group_rows(_checked(frame, name, _graded(frame), None, None))
+
+
+def _stream_rows(source: str, split: str | None) -> Iterator[dict[str, Any]]:
+    if _HUB_ID.fullmatch(source) and not os.path.exists(source):
+        parts = load_dataset(source, streaming=True)
+    else:
+        files = source if source.endswith(".parquet") else f"{source.rstrip('/')}/*.parquet"
+        parts = load_dataset("parquet", data_files=files, streaming=True)
+    rows = ({"split": name} | row for name, part in parts.items() for row in part)
+    found = (row for row in rows if not split or row["split"] == split)
+    first = next(found, None)
+    if first is None:
+        raise TableError(f"{source}: no row has split '{split}'.")
+    return chain([first], found)
 
 
 def group_rows(frame: pd.DataFrame) -> Dataset:

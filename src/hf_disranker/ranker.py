@@ -61,13 +61,13 @@ class Ranker:
         Raises:
             ValueError: the checkpoint is of a kind that is not known, or holds no ranking head.
         """
-        revision = {"revision": options["revision"]} if "revision" in options else {}
-        config = AutoConfig.from_pretrained(name_or_path, **revision)
+        hub = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
+        config = AutoConfig.from_pretrained(name_or_path, **hub)
         kind = BertDistilledRanker if config.model_type == "bert" else LLMForLastTokenRanking
         model, info = kind.from_pretrained(name_or_path, output_loading_info=True, **options)
         if info["missing_keys"]:
             raise ValueError(f"{name_or_path} is no trained ranker: it lacks {sorted(info['missing_keys'])[:4]}.")
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **revision)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
 
     def predict(self, pairs: Sequence[tuple[str, Document]], progress: bool = False) -> np.ndarray:
@@ -95,6 +95,13 @@ class Ranker:
                     scores[start + rows] = self._forward([encoded.rows[row] for row in rows])
                     bar.update(len(rows))
         return scores
+
+    def probabilities(self, pairs: Sequence[tuple[str, Document]]) -> np.ndarray:
+        """The logistic function of `predict`, shape (len(pairs),), float32 between 0 and 1.
+
+        In the order of the raw scores; calibrated only if the labels of the training were probabilities.
+        """
+        return (1.0 / (1.0 + np.exp(-self.predict(pairs).astype(np.float64)))).astype(np.float32)
 
     def rank(self, query: str, documents: Sequence[Document], top_k: int | None = None) -> list[dict[str, Any]]:
         """Sort documents for a query, best first.

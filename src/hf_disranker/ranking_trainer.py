@@ -14,6 +14,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 from hf_disranker import metrics
 from hf_disranker.collators import GroupCollator
+from hf_disranker.hub import TokenFreeArguments, TrainerHubMixin
 from hf_disranker.losses import LossTerm, hinge
 from hf_disranker.ranker import pair_collator
 
@@ -23,7 +24,7 @@ _GROUP_KEYS = ("mask", "labels", "teacher_scores")
 
 
 @dataclass
-class RankingConfig(TrainingArguments):
+class RankingConfig(TokenFreeArguments, TrainingArguments):
     """Training options of the ranking stages.
 
     A batch counts queries, each with all its documents. Defaults that differ from `TrainingArguments`:
@@ -51,7 +52,7 @@ class RankingConfig(TrainingArguments):
     )
 
 
-class RankingTrainer(Trainer):
+class RankingTrainer(TrainerHubMixin, Trainer):
     """Fit a ranker to graded labels, query by query, with a pairwise hinge loss.
 
     Every loss is a mean over the whole optimizer step: with gradient accumulation, on several processes, and with
@@ -204,11 +205,11 @@ def score_spread(scores: Tensor, mask: Tensor) -> LossTerm:
 
 
 def ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """PNR, pair accuracy, NDCG@5 and NDCG@10 of scores and labels of shape (queries, docs); empty without labels."""
+    """PNR, pair accuracy, NDCG@5, NDCG@10 and MRR, of columns of shape (queries, docs); empty without labels."""
     labels, scores = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
     known = labels >= 0
     if not known.any():
         return {}
     queries = np.broadcast_to(np.arange(len(labels))[:, None], labels.shape)
     values = metrics.evaluate(labels[known], scores[known], queries[known], ks=(5, 10))
-    return {name: values[name] for name in ("pnr", "pair_accuracy", "ndcg@5", "ndcg@10")}
+    return {name: values[name] for name in ("pnr", "pair_accuracy", "ndcg@5", "ndcg@10", "mrr")}

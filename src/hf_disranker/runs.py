@@ -29,12 +29,19 @@ def resume_point(output_dir: str) -> str | None:
     return checkpoint
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> None:
-    """Write model and tokenizer as any loader expects them; LoRA weights are merged into the model first."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> PreTrainedModel:
+    """Write model and tokenizer as any loader expects them; LoRA weights are merged into the model first.
+
+    Returns:
+        The model that was written.
+    """
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
+        for adapter in Path(output_dir).glob("adapter_*"):
+            adapter.unlink()  # from a push on the way; loaders would put it on the merged weights once more
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
+    return model
 
 
 def save_json(content: Any, path: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_disranker.checkpoint import RankerConfigMixin, RankerOutput
+from hf_disranker.hub import RankerHubMixin
 from hf_disranker.texts import STUDENT_TEMPLATES
 
 
@@ -26,7 +27,7 @@ class DisRankerBertConfig(RankerConfigMixin, BertConfig):
     default_templates = STUDENT_TEMPLATES
 
 
-class BertDistilledRanker(BertForSequenceClassification):
+class BertDistilledRanker(RankerHubMixin, BertForSequenceClassification):
     """A BERT that reads a query and a document as a pair and gives one raw score, from the [CLS] token.
 
     It is a `BertForSequenceClassification` with one label: same weights, same logits, and that is what it is on disk.
@@ -41,6 +42,7 @@ class BertDistilledRanker(BertForSequenceClassification):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(DisRankerBertConfig.mark(config))
+        self.was_marked = isinstance(config, DisRankerBertConfig)
 
     def forward(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from typing import Any
 
 from tokenizers import processors
@@ -11,8 +10,14 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    Gemma2Config,
+    Gemma2PreTrainedModel,
+    Gemma3PreTrainedModel,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaPreTrainedModel,
+    MistralConfig,
+    MistralPreTrainedModel,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,6 +28,7 @@ from transformers import (
 )
 
 from hf_disranker.checkpoint import RankerConfigMixin, RankerOutput
+from hf_disranker.hub import RankerHubMixin
 from hf_disranker.pooling import last_token
 from hf_disranker.texts import TEACHER_TEMPLATES
 
@@ -70,7 +76,40 @@ class DisRankerQwen3Config(TeacherConfigMixin, Qwen3Config):
     architecture = "Qwen3ForSequenceClassification"
 
 
-class LLMForLastTokenRanking(PreTrainedModel):
+class DisRankerMistralConfig(TeacherConfigMixin, MistralConfig):
+    """The config of a marked Mistral checkpoint.
+
+    Its stock kin: [mistralai/Mistral-7B-v0.1](https://huggingface.co/mistralai/Mistral-7B-v0.1).
+    """
+
+    model_type = "mistral"
+    stock = MistralConfig
+    architecture = "MistralForSequenceClassification"
+
+
+class DisRankerGemma2Config(TeacherConfigMixin, Gemma2Config):
+    """The config of a marked Gemma 2 checkpoint.
+
+    Its stock kin: [google/gemma-2-9b](https://huggingface.co/google/gemma-2-9b).
+    """
+
+    model_type = "gemma2"
+    stock = Gemma2Config
+    architecture = "Gemma2ForSequenceClassification"
+
+
+class DisRankerGemma3Config(TeacherConfigMixin, Gemma3TextConfig):
+    """The config of a marked Gemma 3 checkpoint, the text model.
+
+    Its stock kin: [google/gemma-3-1b-pt](https://huggingface.co/google/gemma-3-1b-pt).
+    """
+
+    model_type = "gemma3_text"
+    stock = Gemma3TextConfig
+    architecture = "Gemma3TextForSequenceClassification"
+
+
+class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
     """A decoder whose last token's hidden state, times one row of weights, is the score of the text.
 
     It reads one text that holds the query and then the document (`config.templates`); the tokenizer ends it with the
@@ -86,25 +125,27 @@ class LLMForLastTokenRanking(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: PreTrainedConfig) -> None:
+        was_marked = isinstance(config, self.config_class)
         config = self.config_class.mark(config)
         super().__init__(config)
+        self.was_marked = was_marked
         # The stock config: Auto classes would answer the marked one with this very class.
         self.model = AutoModel.from_config(_stock_config(config))
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers.
 
         Raises:
             ValueError: the checkpoint is of a family that is not known.
         """
         if cls is not LLMForLastTokenRanking:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return super().from_pretrained(name, *args, **kwargs)
         hub_options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "subfolder") if key in kwargs}
-        config = kwargs.get("config") or AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub_options)
-        return _family(config).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = kwargs.get("config") or AutoConfig.from_pretrained(name, **hub_options)
+        return _family(config).from_pretrained(name, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> LLMForLastTokenRanking:
@@ -169,9 +210,34 @@ class Qwen3ForLastTokenRanking(LLMForLastTokenRanking, Qwen3PreTrainedModel):
     config_class = DisRankerQwen3Config
 
 
+class MistralForLastTokenRanking(LLMForLastTokenRanking, MistralPreTrainedModel):
+    """The teacher on Mistral."""
+
+    config_class = DisRankerMistralConfig
+
+
+class Gemma2ForLastTokenRanking(LLMForLastTokenRanking, Gemma2PreTrainedModel):
+    """The teacher on Gemma 2."""
+
+    config_class = DisRankerGemma2Config
+
+
+class Gemma3ForLastTokenRanking(LLMForLastTokenRanking, Gemma3PreTrainedModel):
+    """The teacher on the text model of Gemma 3."""
+
+    config_class = DisRankerGemma3Config
+
+
 FAMILIES = {
     family.config_class.model_type: family
-    for family in (LlamaForLastTokenRanking, Qwen2ForLastTokenRanking, Qwen3ForLastTokenRanking)
+    for family in (
+        LlamaForLastTokenRanking,
+        Qwen2ForLastTokenRanking,
+        Qwen3ForLastTokenRanking,
+        MistralForLastTokenRanking,
+        Gemma2ForLastTokenRanking,
+        Gemma3ForLastTokenRanking,
+    )
 }
 
 

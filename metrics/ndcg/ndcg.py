@@ -1,0 +1,50 @@
+"""NDCG as a module of `evaluate`: a shell over hf_disranker.metrics."""
+
+import datasets
+import evaluate
+import numpy
+
+from hf_disranker import metrics
+
+_DESCRIPTION = """Mean NDCG@k over the queries with a relevant document; ties share their mean gain."""
+
+_INPUTS = """
+Args:
+    predictions: scores, higher is better.
+    references: grades, whole numbers >= 0.
+    query_ids: which query each row belongs to.
+    ks: the cut-offs, by default 5 and 10; None for the whole ranking.
+    gain: "exp2" for 2^label - 1, "linear" for the label.
+
+Returns:
+    ndcg@k for each k, and how many queries there are, with and without a relevant document.
+"""
+
+
+class NDCG(evaluate.Metric):
+    """Normalised discounted cumulative gain."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Value("float64"),
+                    "references": datasets.Value("int64"),
+                    "query_ids": datasets.Value("string"),
+                }
+            ),
+            format="numpy",
+        )
+
+    def _compute(self, predictions, references, query_ids, ks=(5, 10), gain="exp2"):
+        columns = references, predictions, query_ids
+        values = {k: metrics.ndcg(*columns, k=k, gain=gain) for k in ks}
+        first = next(iter(values.values()))
+        return {
+            **{f"ndcg@{k}" if k else "ndcg": metrics.query_mean(found) for k, found in values.items()},
+            "queries": len(first),
+            "queries_without_relevant": int(numpy.isnan(first).sum()),
+        }

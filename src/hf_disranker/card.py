@@ -1,0 +1,177 @@
+"""The model card: what a ranker is, how to use it, what it was made of, how well it ranks."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import TrainingArguments
+
+TEMPLATES = Path(__file__).parent / "templates"
+MEASURES = {"pnr": "PNR", "ndcg@5": "NDCG@5", "ndcg@10": "NDCG@10", "mrr": "MRR"}
+# What a ranker has to be seen beside.
+BASELINES = ("before training", "BM25", "teacher")
+_GENERAL = (
+    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("warmup_steps", "weight_decay", "lr_scheduler_type", "optim", "bf16", "seed"),
+)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass
+class CardFacts:
+    """What a checkpoint's config does not tell.
+
+    Args:
+        base_model: the model that it started from; named only if it is a Hub id.
+        results: for each ranker a mapping with its `name` and what `evaluate` gave (pnr, ndcg@5, ndcg@10, mrr,
+            pairs_per_s); the published model first.
+        dataset: the judgments that `results` are on.
+        data: a mapping for each data set with use, name, rows and fingerprint.
+        losses: weight by name.
+        hyperparameters: value by name.
+    """
+
+    base_model: str | None = None
+    results: Sequence[Mapping[str, Any]] = ()
+    dataset: str = "held-out judgments"
+    data: Sequence[Mapping[str, Any]] = ()
+    losses: Mapping[str, float] = field(default_factory=dict)
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def model_card(config: Any, repo_id: str, facts: CardFacts | None = None, adapter: bool = False) -> ModelCard:
+    """The card of a ranker.
+
+    Args:
+        config: its marked config.
+        repo_id: where it is published.
+        facts: what is known of its making; None leaves those parts of the card saying so.
+        adapter: whether LoRA weights are published, to be put on `facts.base_model`.
+
+    Returns:
+        A card with the metadata pipeline_tag, library_name, base_model, datasets and model-index.
+    """
+    facts, marker = facts or CardFacts(), config.disranker
+    student = marker["role"] == "student"
+    name = repo_id.split("/")[-1]
+    base_model = facts.base_model if is_hub_id(facts.base_model) else None
+    sources = dict.fromkeys(found["name"] for found in facts.data if is_hub_id(found["name"]))
+    card_data = ModelCardData(
+        base_model=base_model,
+        datasets=list(sources) or None,
+        library_name="peft" if adapter else "sentence-transformers" if student else "transformers",
+        pipeline_tag="text-ranking",
+        tags=["hf-disranker", "reranker", *(["cross-encoder"] if student else [])],
+        model_name=name,
+        eval_results=_eval_results(facts) or None,
+    )
+    named = {row["name"] for row in facts.results}
+    templates = config.templates.to_dict()
+    return ModelCard.from_template(
+        card_data,
+        template_str=(TEMPLATES / "model_card.md").read_text(encoding="utf-8"),
+        name=name,
+        repo_id=repo_id,
+        role=marker["role"],
+        adapter=adapter,
+        architecture=config.architecture,
+        templates=templates,
+        example=repr(templates.get("text", "").format(query="how to plot", document="numpy.histogram: bins of data")),
+        max_length=marker.get("max_length"),
+        max_query_length=marker.get("max_query_length"),
+        score_transform=marker.get("score_transform"),
+        teacher=_teacher(marker.get("teacher")),
+        base_model=base_model,
+        data=facts.data,
+        losses=facts.losses,
+        hyperparameters=facts.hyperparameters,
+        results=[_row(row) for row in facts.results],
+        dataset=facts.dataset,
+        missing=[baseline for baseline in BASELINES if baseline not in named] if student else [],
+    )
+
+
+def training_facts(trainer: Any, results: Sequence[Mapping[str, Any]] = ()) -> CardFacts:
+    """What a trainer knows of the model that it made.
+
+    Args:
+        trainer: a `RankingTrainer`.
+        results: measures of baselines; the model's own, and with `eval_on_start` those before training, are added.
+    """
+    args, model = trainer.args, trainer.model
+    measured = [entry for entry in trainer.state.log_history if "eval_pnr" in entry]
+    rows = [_measured("this model", measured[-1])] if measured else []
+    if measured and measured[0]["step"] == 0 and len(measured) > 1:
+        rows.append(_measured("before training", measured[0]))
+    own = {field.name for field in fields(args)} - {field.name for field in fields(TrainingArguments)}
+    values = {name: getattr(args, name) for name in (*_GENERAL, *sorted(own))}
+    losses = {name.removesuffix("_weight"): value for name, value in values.items() if name.endswith("_weight")}
+    adapters = getattr(model, "peft_config", {})
+    base = next(iter(adapters.values())).base_model_name_or_path if adapters else model.config._name_or_path
+    return CardFacts(
+        base_model=base,
+        results=[*rows, *results],
+        data=[
+            _data(use, data)
+            for use, data in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset))
+            if hasattr(data, "_fingerprint") and hasattr(data, "__len__")
+        ],
+        losses=losses,
+        hyperparameters={name: value for name, value in values.items() if name.removesuffix("_weight") not in losses},
+    )
+
+
+def _measured(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": name} | {measure: entry.get(f"eval_{measure}") for measure in MEASURES}
+
+
+def _data(use: str, groups: Any) -> dict[str, Any]:
+    name = groups.info.dataset_name
+    shown = name if is_hub_id(name) else "not published"
+    return {"use": use, "name": shown, "rows": len(groups), "fingerprint": groups._fingerprint}
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name can be given to others: of the form owner/name and no path of this machine."""
+    return bool(name and _HUB_ID.fullmatch(name) and not os.path.exists(name))
+
+
+def _teacher(teacher: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Id and revision; of a path of this machine no more than its last name."""
+    if not teacher:
+        return None
+    name = str(teacher["id"])
+    shown = name if is_hub_id(name) else f"{os.path.basename(name.rstrip('/'))} (not published)"
+    return {"id": shown, "revision": teacher.get("revision")}
+
+
+def _eval_results(facts: CardFacts) -> list[EvalResult]:
+    measured = facts.results[0] if facts.results else {}
+    return [
+        EvalResult(
+            task_type="text-ranking",
+            dataset_type=facts.dataset if is_hub_id(facts.dataset) else "judgments",
+            dataset_name=facts.dataset,
+            metric_type=measure,
+            metric_name=title,
+            metric_value=round(measured[measure], 4),
+        )
+        for measure, title in MEASURES.items()
+        if measured.get(measure) is not None and math.isfinite(measured[measure])
+    ]
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, str]:
+    shown = {name.replace("@", "_"): _number(row.get(name), 4) for name in MEASURES}
+    return shown | {"name": str(row["name"]), "speed": _number(row.get("pairs_per_s"), 0)}
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"

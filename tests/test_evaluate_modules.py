@@ -1,0 +1,61 @@
+"""metrics/pnr and metrics/ndcg: the measures of this package as modules of `evaluate`."""
+
+import math
+import time
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import yaml
+
+from hf_disranker import metrics
+
+FOLDER = Path(__file__).parents[1] / "metrics"
+
+
+@pytest.fixture(scope="module", params=["pnr", "ndcg"])
+def measure(request):
+    return evaluate.load(str(FOLDER / request.param))
+
+
+def test_hand_examples():
+    # a: labels 2 1 0, ranked 2 0 1: pairs (2,0) (2,1) right, (1,0) wrong. b: tied.
+    rows = {"predictions": [3, 1, 2, 5, 5], "references": [2, 1, 0, 1, 0], "query_ids": ["a", "a", "a", "b", "b"]}
+    found = evaluate.load(str(FOLDER / "pnr")).compute(**rows)
+    assert found == {
+        **{"pnr": 2.0, "pair_accuracy": pytest.approx(2 / 3), "pair_accuracy_per_query": pytest.approx(2 / 3)},
+        **{"concordant": 2, "discordant": 1, "tied": 1},
+    }
+    found = evaluate.load(str(FOLDER / "ndcg")).compute(**rows, ks=[3])
+    a = (3 + 1 / math.log2(4)) / (3 + 1 / math.log2(3))
+    b = (1 + 1 / math.log2(3)) / 2
+    assert found == {"ndcg@3": pytest.approx((a + b) / 2), "queries": 2, "queries_without_relevant": 0}
+
+
+def test_a_million_rows_stream_through(measure):
+    rng = np.random.default_rng(0)
+    rows = 1_000_000
+    scores, labels, queries = rng.normal(size=rows), rng.integers(0, 4, rows), np.arange(rows) // 20
+    begin = time.perf_counter()
+    for start in range(0, rows, 100_000):
+        part = slice(start, start + 100_000)
+        ids = queries[part].astype(str)
+        measure.add_batch(predictions=scores[part], references=labels[part], query_ids=ids)
+    found = measure.compute()
+    print(f"{time.perf_counter() - begin:.1f} s")
+    expected = metrics.evaluate(labels, scores, queries, ks=(5, 10))
+    shared = found.keys() & expected.keys()
+    assert len(shared) >= 4
+    assert {name: found[name] for name in shared} == pytest.approx({name: expected[name] for name in shared})
+
+
+@pytest.mark.parametrize("name", ["pnr", "ndcg"])
+def test_the_folders_are_spaces(name):
+    files = {path.name for path in (FOLDER / name).iterdir() if path.is_file()}
+    assert {"README.md", "requirements.txt", "app.py", f"{name}.py"} <= files
+    _, front, text = (FOLDER / name / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    space = yaml.safe_load(front)
+    assert (space["sdk"], space["app_file"]) == ("gradio", "app.py") and {"evaluate", "metric"} <= set(space["tags"])
+    snippet = text.split("```python\n")[1].split("```")[0].replace("metrics/", f"{FOLDER}/")
+    exec(snippet, {})
