@@ -3,8 +3,9 @@
     disranker quickstart
 
 A small language model is pre-trained on clicks, fitted to the clicks and to a few judgments, and made to score many
-unlabelled pairs; a small BERT learns from these scores. Two rivals, the same BERT without a teacher, show what that is
-worth. Each stage is the recipe of that name with a config of configs/quickstart; finished stages are skipped.
+unlabelled pairs; a small BERT learns from these scores. Rivals show what each step is worth: the same BERT without a
+teacher, the same teacher without pre-training. Each stage is the recipe of that name with a config of
+configs/quickstart; finished stages are skipped.
 """
 
 import json
@@ -23,14 +24,35 @@ from hf_disranker import from_scratch, metrics, python_docs
 from hf_disranker.data import bm25_scores, click_judgments, read_table, with_random_documents, write_table
 from hf_disranker.evaluation import Scored, evaluate, score_with
 from hf_disranker.ranker import Ranker
-from hf_disranker.report import query_example, results_table
+from hf_disranker.report import TITLES, results_table, search_example
 from hf_disranker.runs import fast_precision, recipe_parser, run_recipe, save_json
+from hf_disranker.significance import randomisation_test
 
 CONFIGS = Path(__file__).parent / "configs" / "quickstart"
-RANKERS = ("label_student", "click_student", "teacher", "student")
+RANKERS = ("label_student", "click_student", "teacher_no_cpt", "teacher", "student")
+# Who is compared with whom: better, worse if the step between them is worth something.
+COMPARED = (
+    ("teacher", "bm25"),
+    ("teacher", "teacher_no_cpt"),
+    ("student", "bm25"),
+    ("student", "label_student"),
+    ("student", "click_student"),
+)
+TYPED_QUERIES = (
+    "read a json file",
+    "how to sort a dict by value",
+    "plot a histogram",
+    "split a string",
+    "download a file from the hub",
+    "compute the mean of an array",
+    "shortest path between two nodes",
+    "parse command line arguments",
+    "train a random forest",
+    "convert a string to a date",
+)
 # The unlabelled pairs of a query: what was clicked, the first that BM25 finds, some that have nothing to do with it.
 FIRST_CANDIDATES, RANDOM_DOCUMENTS = 2, 3
-MAX_LENGTH = 40
+MAX_LENGTH = 48
 
 
 @dataclass
@@ -74,7 +96,7 @@ def make_data(folder: Path) -> None:
 
 
 def make_base_models(out: Path, seed: int) -> None:
-    """A decoder and a BERT that know nothing but which words go together, from the training side's texts alone."""
+    """A decoder and a BERT that know which words go together and where a word stands again, and nothing else."""
     if (out / "base" / "bert" / "config.json").exists():
         return
     print("\n== base: vocabularies and first weights, from the training side's texts", flush=True)
@@ -88,6 +110,7 @@ def make_base_models(out: Path, seed: int) -> None:
     bert = from_scratch.small_bert(bert_tokens, layers=2, size=192, initializer_range=0.06, **no_dropout)
     for name, model, tokenizer in (("decoder", decoder, decoder_tokens), ("bert", bert, bert_tokens)):
         from_scratch.embed_by_svd(model, tokenizer, texts)
+        from_scratch.match_words(model, tokenizer)
         tokenizer.save_pretrained(out / "base" / name)
         model.save_pretrained(out / "base" / name)
 
@@ -106,8 +129,9 @@ def stages(out: Path, configs: Path) -> Iterator[tuple[str, str, list[str]]]:
 
     clicks = ["--clicks", data / "clicks.parquet", "--eval_clicks", data / "heldout_clicks.parquet"]
     yield stage("cpt", "cpt", "cpt", "--model_name_or_path", base / "decoder", *clicks)
-    yield fit("teacher/clicks", "teacher_clicks", out / "cpt", "click_judgments.parquet")
-    yield fit("teacher", "teacher_labels", out / "teacher" / "clicks", "judgments.parquet")
+    for teacher, start in (("teacher", out / "cpt"), ("teacher_no_cpt", base / "decoder")):
+        yield fit(f"{teacher}/clicks", "teacher_clicks", start, "click_judgments.parquet")
+        yield fit(teacher, "teacher_labels", out / teacher / "clicks", "judgments.parquet")
     yield stage("scores", "score", "score", "--model", out / "teacher", "--pairs", data / "unlabelled.parquet")
     scores = ["--scores", out / "scores", "--judgments", data / "judgments.parquet"]
     yield stage("student", "distill", "distill", "--student", base / "bert", *scores)
@@ -133,32 +157,42 @@ def show_results(out: Path) -> None:
     save_json(results, f"{out}/report/results.json")
     print("\n" + results_table(results))
     show_method(out, dev, {name: values for name, (values, _) in scored.items()})
-    shown = {name: scored[name].scores for name in ("bm25", "student")}
-    print("\n" + query_example(dev, shown, dev["query_id"].iloc[0]))
+    searches = [search_example(query, corpus, rankers["student"]) for query in TYPED_QUERIES]
+    (out / "report" / "searches.txt").write_text("\n\n".join(searches) + "\n", encoding="utf-8")
+    print(f"\n{searches[0]}\n\nNine more such searches: {out}/report/searches.txt")
     print(f"""
 The student is a plain BERT classifier; sentence-transformers loads it as it is:
 
     from sentence_transformers import CrossEncoder
     ranker = CrossEncoder("{out}/student")
-    print(ranker.rank("plot a histogram", ["smtplib: send mail", "numpy.histogram: bins of a data set"]))""")
+    print(ranker.rank("plot a histogram", ["smtplib: send mail", "numpy.histogram: bins of a data set"]))
+
+Next, your own data: the same stages one by one, `disranker cpt --help` and so on; the README names the tables.""")
 
 
 def show_method(out: Path, dev: pd.DataFrame, scores: dict[str, np.ndarray]) -> None:
-    """What the stages did: the loss of the pre-training, and who agrees with the teacher."""
+    """What the stages did: the loss of the pre-training, who agrees with the teacher, who is better than whom."""
     losses = json.loads((out / "cpt" / "cpt.json").read_text())
     before, after = losses["loss_before"], losses["loss_after"]
     guess = np.log(AutoConfig.from_pretrained(out / "cpt").vocab_size)
     print(f"\nHeld-out loss on title + summary: {before:.2f} -> {after:.2f} nats per token (guessing: {guess:.2f}).")
+    queries = dev["query_id"].to_numpy()
+    students = ("label_student", "click_student", "student")
     taus = {
-        name: metrics.kendall_tau(scores[name], scores["teacher"], dev["query_id"].to_numpy())
-        for name in ("label_student", "click_student", "student")
+        name: metrics.query_mean(metrics.kendall_tau(scores[name], scores["teacher"], queries)) for name in students
     }
-    means = {name: metrics.query_mean(values) for name, values in taus.items()}
-    shown = ", ".join(f"{name} {tau:.3f}" for name, tau in means.items())
+    shown = ", ".join(f"{name} {tau:.3f}" for name, tau in taus.items())
     print(f"Kendall tau with the teacher, mean over queries: {shown}.")
-    low, high = metrics.bootstrap(taus["student"] - taus["label_student"])
-    print(f"Distilled less labels alone, on the same queries: 95% interval [{low:+.3f}, {high:+.3f}].")
-    save_json(means | {"student_less_label_student": [low, high]}, f"{out}/report/agreement.json")
+    ndcg = {name: metrics.ndcg(dev["label"].to_numpy(), values, queries, k=10) for name, values in scores.items()}
+    print("NDCG@10, one less the other on the same queries (95% interval; p of a paired randomisation test):")
+    compared = []
+    for better, worse in COMPARED:
+        difference = ndcg[better] - ndcg[worse]
+        mean, (low, high) = metrics.query_mean(difference), metrics.bootstrap(difference)
+        p = randomisation_test(difference)
+        compared.append({"rankers": [better, worse], "difference": mean, "interval": [low, high], "p": p})
+        print(f"  {TITLES[better]:22} - {TITLES[worse]:22} {mean:+.3f}  [{low:+.3f}, {high:+.3f}]  p = {p:.4f}")
+    save_json({"kendall_tau_with_teacher": taus, "ndcg@10": compared}, f"{out}/report/comparison.json")
 
 
 if __name__ == "__main__":

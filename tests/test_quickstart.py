@@ -11,7 +11,7 @@ from hf_disranker.store import ScoreStore
 
 quickstart = importlib.import_module("hf_disranker.recipes.quickstart")
 
-RANKERS = ["bm25", "label_student", "click_student", "teacher", "student"]
+RANKERS = ["bm25", "label_student", "click_student", "teacher_no_cpt", "teacher", "student"]
 
 
 @pytest.fixture(scope="module")
@@ -57,23 +57,25 @@ def test_every_stage_leaves_what_the_next_one_needs(run, capsys):
         assert {"parameters", "ndcg@5", "ndcg@10", "pnr", "pairs_per_s"} <= row.keys()
         assert (row["parameters"] is None) == (row["pairs_per_s"] is None) == (row["name"] == "bm25")
         assert 0 <= row["ndcg@10"] <= 1
-    teacher, student = results[3]["parameters"], results[4]["parameters"]
+    teacher, student = results[4]["parameters"], results[5]["parameters"]
     assert teacher > student == results[1]["parameters"] == results[2]["parameters"]
     store = ScoreStore(folder / "scores")
     assert store.missing() == 0 and store.manifest()["teacher"] == str(folder / "teacher")
     marker = json.loads((folder / "student" / "config.json").read_text())["disranker"]
     assert marker["teacher"] == {"id": str(folder / "teacher"), "revision": None}
-    assert all(name in printed for name in ("BM25", "LLM teacher", "BERT, distilled", "CrossEncoder", "Query:"))
+    assert all(
+        name in printed for name in ("BM25", "LLM teacher", "BERT, distilled", "CrossEncoder", "Query:", "p = ")
+    )
 
     changed = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     run()
-    assert capsys.readouterr().out.count("finished before, skipped") == 8
+    assert capsys.readouterr().out.count("finished before, skipped") == 10
     assert changed == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
     # A stage that did not finish runs again, alone; what it had done counts.
     (folder / "student" / "finished.json").unlink()
     run()
-    assert capsys.readouterr().out.count("finished before, skipped") == 7
+    assert capsys.readouterr().out.count("finished before, skipped") == 9
 
 
 @pytest.mark.parametrize("config", sorted(quickstart.CONFIGS.parent.glob("*/*.yaml")), ids=lambda path: path.stem)

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from hf_disranker.report import query_example, results_table
+from hf_disranker.report import results_table, search_example
 
 INTERVALS = {"ndcg@5": [0.1, 0.2], "ndcg@10": [0.601, 0.673], "pnr": [2.36, None]}
 BM25 = {"name": "bm25", "parameters": None, "ndcg@5": 0.619, "ndcg@10": 0.638, "pnr": 2.79, "pairs_per_s": None}
@@ -21,15 +21,20 @@ def test_table_shows_every_number_in_aligned_columns():
     assert bm25.index("0.638") + 5 == head.index("NDCG@10") + 7
 
 
-def test_query_example_shows_the_best_documents_of_one_query():
-    judgments = pd.DataFrame(
+def test_a_search_shows_what_the_ranker_makes_of_the_first_documents():
+    class ByLength:
+        def predict(self, pairs):
+            return np.array([float(len(document["title"])) for _, document in pairs])
+
+    corpus = pd.DataFrame(
         {
-            "query_id": ["a", "b", "a", "a"],
-            "query": ["first", "second", "first", "first"],
-            "title": ["low", "other", "high", "middle"],
-            "label": [0, 2, 1, 2],
+            "doc_id": ["1", "2", "3", "4"],
+            "title": ["json", "json.load", "json.load.everything", "smtplib.sendmail.with.a.long.name"],
+            "summary": ["json json", "read json", "read a json file", "send mail"],
         }
     )
-    lines = query_example(judgments, {"bm25": np.array([1.0, 9.0, 3.0, 2.0])}, "a", top=2).split("\n")
-    assert lines[0] == "Query: first"
-    assert [line.split(". ")[1] for line in lines[1:]] == ["[grade 1] high", "[grade 2] middle"]
+    lines = search_example("read json", corpus, ByLength(), top=2).split("\n")
+    assert lines[0] == "Query: read json" and lines[1].split() == ["BM25", "BERT,", "distilled"]
+    # The mail shares no word with the query, so BM25 never finds it, long as its name is.
+    assert [line.split()[2] for line in lines[2:]] == ["json.load.everything", "json.load"]
+    assert lines[2].split()[1] == "json.load"

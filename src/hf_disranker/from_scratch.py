@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from hf_disranker.student import BertDistilledRanker
+from hf_disranker.texts import TEACHER_TEMPLATES
 
 _EMBEDDING_SPREAD = 0.1
 
@@ -146,3 +147,93 @@ def embed_by_svd(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
         weights.copy_(torch.from_numpy(_EMBEDDING_SPREAD * vectors / vectors.std()))
         if isinstance(model, BertDistilledRanker):
             model.bert.embeddings.position_embeddings.weight.mul_(_EMBEDDING_SPREAD)
+
+
+def match_words(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Start the attention heads so that each token attends to its own copies: a query's words find the document's.
+
+    That a word of the document stands in the query too is what ranking needs first and what training finds last: from
+    random heads it takes far more steps than minutes allow. Where a head's query and key projections are one random
+    matrix, a token attends to whatever resembles it, before any training. Works in place; call `embed_by_svd` first.
+
+    Args:
+        model: a model of `small_bert` or `small_llama` (at least two layers).
+        tokenizer: its tokenizer.
+
+    Source: after Trockman & Kolter 2023, "Mimetic initialization of self-attention layers", arXiv 2305.09828. Which
+    layers, the strengths, and the mark of a decoder's documents are ours.
+    """
+    with torch.no_grad():
+        if isinstance(model, BertDistilledRanker):
+            # BERT's segment embeddings tell which of the copies stand in the document.
+            for layer in model.bert.encoder.layer:
+                _match_bert(layer.attention)
+        else:
+            _mark_documents(model, tokenizer)
+            _match_llama(model.model.layers[1].self_attn)
+
+
+def _match_bert(attention: Any) -> None:
+    """Equal queries and keys; values and output one rotation and back, so that what is copied meets its original."""
+    size, width = attention.self.query.weight.shape[1], attention.self.attention_head_size
+    for head in range(size // width):
+        rows = slice(head * width, (head + 1) * width)
+        look = torch.randn(width, size) / size**0.5
+        attention.self.query.weight[rows] = look
+        attention.self.key.weight[rows] = look
+        turn = torch.linalg.qr(torch.randn(size, width))[0].T
+        attention.self.value.weight[rows] = 0.5 * turn
+        attention.output.dense.weight[:, rows] = -0.5 * turn.T
+
+
+# Axes of the small decoder's residual stream that hold no word: 1 for every token; the word that opens a document; a
+# mark on every token from that word on.
+_ONE, _OPENS, _MARK, _RESERVED = 0, 1, 2, 3
+
+
+def _mark_documents(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the first head of the first layer mark every token of the document: a decoder has no segment embeddings.
+
+    Each token attends to the word of the template that stands before the document, where it can see it, and to nothing
+    in particular where it cannot.
+    """
+    embeddings, first = model.get_input_embeddings().weight, model.model.layers[0]
+    size, width = embeddings.shape[1], first.self_attn.head_dim
+    spread, one = _EMBEDDING_SPREAD * size**0.5, 0.4
+    opening = tokenizer(TEACHER_TEMPLATES.prompt("").rstrip(": "), add_special_tokens=False)["input_ids"][-1]
+    embeddings[:, :_RESERVED] = 0.0
+    unseen = embeddings.norm(dim=1) < 1e-3
+    embeddings[unseen, _RESERVED:] = torch.randn(int(unseen.sum()), size - _RESERVED)
+    # One length for all, so that after the norm the reserved axes weigh the same in every token.
+    embeddings.mul_(spread / embeddings.norm(dim=1, keepdim=True))
+    embeddings[opening] = 0.0
+    embeddings[opening, _OPENS] = spread
+    embeddings[:, _ONE] = one
+    scale = ((spread**2 + one**2) / size) ** 0.5  # root mean square, by which the layer's norm divides
+
+    # What the first layer adds must not drown the words.
+    first.self_attn.o_proj.weight.mul_(0.1)
+    first.mlp.down_proj.weight.mul_(0.1)
+    queries, keys = first.self_attn.q_proj.weight, first.self_attn.k_proj.weight
+    values, output = first.self_attn.v_proj.weight, first.self_attn.o_proj.weight
+    for weight in (queries[:width], keys[:width], values[:width], output[:, :width]):
+        weight.zero_()
+    slow = slice(width // 2 - 4, width // 2)  # rotary pairs that hardly turn within a text: position must not matter
+    queries[slow, _ONE] = 0.5 * width**0.5 * 12.0 * scale / one
+    keys[slow, _OPENS] = 0.5 * scale / spread
+    values[0, _OPENS] = scale / spread
+    output[_MARK, 0] = spread
+
+
+def _match_llama(attention: Any) -> None:
+    """Equal queries and keys, over words alone and the rotary pairs that turn slowly: a copy may stand anywhere."""
+    size, width = attention.q_proj.weight.shape[1], attention.head_dim
+    fast, half = width // 8, width // 2
+    for head in range(size // width):
+        look = torch.randn(width, size) / size**0.5
+        look[:fast] = look[half : half + fast] = 0.0
+        look[:, :_RESERVED] = 0.0
+        look *= (half / (half - fast)) ** 0.5
+        rows = slice(head * width, (head + 1) * width)
+        attention.q_proj.weight[rows] = look
+        attention.k_proj.weight[rows] = look

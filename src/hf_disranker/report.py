@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hf_disranker.data import mine_candidates, pair_texts
+from hf_disranker.ranker import Ranker
+
 TITLES = {
     "bm25": "BM25",
     "label_student": "BERT, labels alone",
     "click_student": "BERT, clicks, labels",
+    "teacher_no_cpt": "LLM teacher, no CPT",
     "teacher": "LLM teacher",
     "student": "BERT, distilled",
 }
@@ -44,19 +48,23 @@ def _interval(row: Mapping[str, Any], measure: str, digits: int) -> str:
     return "[" + ", ".join("inf" if end is None else f"{end:.{digits}f}" for end in row["intervals"][measure]) + "]"
 
 
-def query_example(judgments: pd.DataFrame, scores: Mapping[str, np.ndarray], query_id: str, top: int = 3) -> str:
-    """The first documents of one query by several rankers, with their grades.
+def search_example(query: str, corpus: pd.DataFrame, ranker: Ranker, depth: int = 20, top: int = 3) -> str:
+    """The first documents of a typed query, by BM25 and by a ranker that sorts BM25's first ones anew.
 
     Args:
-        judgments: a judgments table.
-        scores: by ranker, shape (len(judgments),).
-        query_id: which query.
-        top: documents to show for each ranker.
+        query: as somebody would type it.
+        corpus: columns doc_id, title, summary.
+        ranker: sorts the candidates.
+        depth: how many candidates BM25 finds.
+        top: documents to show for each.
     """
-    rows = judgments[judgments["query_id"] == query_id]
-    lines = [f"Query: {rows['query'].iloc[0]}"]
-    for name, values in scores.items():
-        order = np.argsort(-values[judgments["query_id"] == query_id], kind="stable")[:top]
-        for place, document in enumerate(rows.iloc[order].itertuples(), start=1):
-            lines.append(f"  {TITLES.get(name, name):22} {place}. [grade {document.label}] {document.title}")
+    found = mine_candidates(pd.DataFrame({"query_id": ["0"], "query": [query]}), corpus, top_k=depth)
+    rows = found.merge(corpus, on="doc_id").sort_values("rank", ignore_index=True)
+    order = np.argsort(-ranker.predict(pair_texts(rows)), kind="stable")
+    before, after = rows["title"][:top].tolist(), rows["title"].iloc[order[:top]].tolist()
+    width = max(map(len, [TITLES["bm25"], *before]), default=0)
+    lines = [f"Query: {query}", f"     {TITLES['bm25']:{width}}   {TITLES['student']}"]
+    lines += [
+        f"  {place}. {old:{width}}   {new}" for place, (old, new) in enumerate(zip(before, after, strict=True), 1)
+    ]
     return "\n".join(lines)
