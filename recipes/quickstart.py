@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -24,11 +25,26 @@ from hf_disranker import from_scratch, metrics, python_docs
 from hf_disranker.data import bm25_scores, click_judgments, read_table, with_random_documents, write_table
 from hf_disranker.evaluation import Scored, evaluate, score_with
 from hf_disranker.ranker import Ranker
-from hf_disranker.report import TITLES, results_table, search_example
+from hf_disranker.report import TITLES, results_table, search_examples
 from hf_disranker.runs import fast_precision, recipe_parser, run_recipe, save_json
 from hf_disranker.significance import randomisation_test
 
-CONFIGS = Path(__file__).parent / "configs" / "quickstart"
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What the quickstart starts from: a folder of configs and two checkpoints, or none, to make them from nothing."""
+
+    configs: Path
+    decoder: str | None = None
+    bert: str | None = None
+
+
+PRESETS = {
+    "tiny": Preset(CONFIGS / "quickstart"),
+    "hub": Preset(CONFIGS / "quickstart_hub", "Qwen/Qwen3-0.6B-Base", "sentence-transformers/all-MiniLM-L6-v2"),
+}
 RANKERS = ("label_student", "click_student", "teacher_no_cpt", "teacher", "student")
 # Who is compared with whom: better, worse if the step between them is worth something.
 COMPARED = (
@@ -60,8 +76,18 @@ class QuickstartArguments:
     """Where the quickstart works."""
 
     out: str = field(default="runs/quickstart", metadata={"help": "Folder for data, models, scores and report."})
-    configs: str = field(default=str(CONFIGS), metadata={"help": "Folder with the config of each stage."})
-    seed: int = field(default=0, metadata={"help": "Seed of the models' first weights."})
+    preset: Literal["tiny", "hub"] = field(
+        default="tiny",
+        metadata={
+            "help": "tiny: models from nothing, for two CPU cores. hub: a real LLM and BERT, for a GPU, online."
+        },
+    )
+    configs: str | None = field(
+        default=None, metadata={"help": "Folder with the config of each stage; by the preset."}
+    )
+    decoder: str | None = field(default=None, metadata={"help": "The LLM: folder or Hub id; by the preset."})
+    bert: str | None = field(default=None, metadata={"help": "The student's start: folder or Hub id; by the preset."})
+    seed: int = field(default=0, metadata={"help": "Seed of the first weights of models made from nothing."})
 
 
 def make_parser() -> TrlParser:
@@ -74,9 +100,13 @@ def main(args: QuickstartArguments) -> None:
     begin = time.perf_counter()
     out = Path(args.out)
     make_data(out / "data")
-    make_base_models(out, args.seed)
+    preset = PRESETS[args.preset]
+    decoder, bert = args.decoder or preset.decoder, args.bert or preset.bert
+    if not (decoder and bert):
+        make_base_models(out, args.seed)
+    decoder, bert = decoder or str(out / "base" / "decoder"), bert or str(out / "base" / "bert")
     precision = fast_precision()
-    for name, recipe, arguments in stages(out, Path(args.configs)):
+    for name, recipe, arguments in stages(out, Path(args.configs or preset.configs), decoder, bert):
         run_recipe(out / name, recipe, arguments, [] if recipe == "score" else precision)
     show_results(out)
     print(f"\nDone in {(time.perf_counter() - begin) / 60:.1f} minutes. All of it lies in {out}/.")
@@ -115,11 +145,11 @@ def make_base_models(out: Path, seed: int) -> None:
         model.save_pretrained(out / "base" / name)
 
 
-def stages(out: Path, configs: Path) -> Iterator[tuple[str, str, list[str]]]:
+def stages(out: Path, configs: Path, decoder: str, bert: str) -> Iterator[tuple[str, str, list[str]]]:
     """Each stage's folder, recipe and command line, in order."""
-    data, base = out / "data", out / "base"
+    data = out / "data"
 
-    def fit(name: str, config: str, start: Path, judgments: str) -> tuple[str, str, list[str]]:
+    def fit(name: str, config: str, start: str | Path, judgments: str) -> tuple[str, str, list[str]]:
         options = ["--judgments", data / judgments, "--eval_judgments", data / "judgments.parquet"]
         return stage(name, "fit_teacher", config, "--model_name_or_path", start, *options)
 
@@ -128,15 +158,15 @@ def stages(out: Path, configs: Path) -> Iterator[tuple[str, str, list[str]]]:
         return name, recipe, ["--config", f"{configs}/{config}.yaml", *map(str, options), to, str(out / name)]
 
     clicks = ["--clicks", data / "clicks.parquet", "--eval_clicks", data / "heldout_clicks.parquet"]
-    yield stage("cpt", "cpt", "cpt", "--model_name_or_path", base / "decoder", *clicks)
-    for teacher, start in (("teacher", out / "cpt"), ("teacher_no_cpt", base / "decoder")):
+    yield stage("cpt", "cpt", "cpt", "--model_name_or_path", decoder, *clicks)
+    for teacher, start in (("teacher", out / "cpt"), ("teacher_no_cpt", decoder)):
         yield fit(f"{teacher}/clicks", "teacher_clicks", start, "click_judgments.parquet")
         yield fit(teacher, "teacher_labels", out / teacher / "clicks", "judgments.parquet")
     yield stage("scores", "score", "score", "--model", out / "teacher", "--pairs", data / "unlabelled.parquet")
     scores = ["--scores", out / "scores", "--judgments", data / "judgments.parquet"]
-    yield stage("student", "distill", "distill", "--student", base / "bert", *scores)
-    yield fit("label_student", "student_labels", base / "bert", "judgments.parquet")
-    yield fit("click_student/clicks", "student_clicks", base / "bert", "click_judgments.parquet")
+    yield stage("student", "distill", "distill", "--student", bert, *scores)
+    yield fit("label_student", "student_labels", bert, "judgments.parquet")
+    yield fit("click_student/clicks", "student_clicks", bert, "click_judgments.parquet")
     yield fit("click_student", "student_labels", out / "click_student" / "clicks", "judgments.parquet")
 
 
@@ -157,7 +187,7 @@ def show_results(out: Path) -> None:
     save_json(results, f"{out}/report/results.json")
     print("\n" + results_table(results))
     show_method(out, dev, {name: values for name, (values, _) in scored.items()})
-    searches = [search_example(query, corpus, rankers["student"]) for query in TYPED_QUERIES]
+    searches = search_examples(TYPED_QUERIES, corpus, rankers["student"])
     (out / "report" / "searches.txt").write_text("\n\n".join(searches) + "\n", encoding="utf-8")
     print(f"\n{searches[0]}\n\nNine more such searches: {out}/report/searches.txt")
     print(f"""

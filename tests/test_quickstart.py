@@ -5,8 +5,9 @@ import json
 
 import pytest
 import yaml
+from transformers import BertConfig, BertModel
 
-from hf_disranker import python_docs
+from hf_disranker import from_scratch, python_docs
 from hf_disranker.store import ScoreStore
 
 quickstart = importlib.import_module("hf_disranker.recipes.quickstart")
@@ -16,36 +17,40 @@ RANKERS = ["bm25", "label_student", "click_student", "teacher_no_cpt", "teacher"
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory):
-    """The shipped configs with two steps instead of hundreds."""
+    """The shipped configs with two steps instead of hundreds, by preset."""
     folder = tmp_path_factory.mktemp("configs")
-    for source in quickstart.CONFIGS.glob("*.yaml"):
-        options = yaml.safe_load(source.read_text())
-        short = {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2}
-        short |= {"eval_rows": 4} if source.stem == "cpt" else {}
-        options |= {"token_budget": 2048} if source.stem == "score" else short
-        (folder / source.name).write_text(yaml.safe_dump(options))
+    for name, preset in quickstart.PRESETS.items():
+        (folder / name).mkdir()
+        for source in preset.configs.glob("*.yaml"):
+            options = yaml.safe_load(source.read_text())
+            short = {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2}
+            short |= {"eval_rows": 4} if source.stem == "cpt" else {}
+            options |= {"token_budget": 2048} if source.stem == "score" else short
+            (folder / name / source.name).write_text(yaml.safe_dump(options))
     return folder
 
 
 @pytest.fixture(scope="module")
-def run(configs, tmp_path_factory):
-    """Run the quickstart into a folder, with a data set of the standard library alone and few queries."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    patch = pytest.MonkeyPatch()
+def small_data():
+    """A data set of the standard library alone, with few queries."""
     build = python_docs.build
-    patch.setattr(
-        python_docs,
-        "build",
-        lambda out: build(out, train_queries=12, dev_queries=10, unlabelled_queries=12, top_k=5, packages=()),
-    )
-    parser = quickstart.make_parser()
+    sizes = {"train_queries": 12, "dev_queries": 10, "unlabelled_queries": 12, "top_k": 5, "packages": ()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(python_docs, "build", lambda out: build(out, **sizes))
+        yield
 
+
+def run_quickstart(*options):
+    quickstart.main(*quickstart.make_parser().parse_args_and_config([*map(str, options)]))
+
+
+@pytest.fixture
+def run(configs, small_data, tmp_path):
     def run():
-        quickstart.main(*parser.parse_args_and_config(["--out", str(folder), "--configs", str(configs)]))
-        return folder
+        run_quickstart("--out", tmp_path, "--configs", configs / "tiny")
+        return tmp_path
 
-    yield run
-    patch.undo()
+    return run
 
 
 def test_every_stage_leaves_what_the_next_one_needs(run, capsys):
@@ -78,7 +83,31 @@ def test_every_stage_leaves_what_the_next_one_needs(run, capsys):
     assert capsys.readouterr().out.count("finished before, skipped") == 9
 
 
-@pytest.mark.parametrize("config", sorted(quickstart.CONFIGS.parent.glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_the_hub_preset_takes_checkpoints_through_the_same_stages(configs, small_data, tmp_path, capsys):
+    texts = ["read a json file", "plot a histogram", "sort a dict by value"] * 10
+    tokens = from_scratch.train_bpe(texts, vocab_size=400, max_length=256)
+    from_scratch.small_llama(tokens, layers=1, size=64).save_pretrained(tmp_path / "llama")
+    tokens.save_pretrained(tmp_path / "llama")
+    tokens = from_scratch.train_wordpiece(texts, vocab_size=200, max_length=256)
+    encoder = BertModel(BertConfig(vocab_size=200, hidden_size=64, num_hidden_layers=1, num_attention_heads=1))
+    encoder.save_pretrained(tmp_path / "bert")
+    tokens.save_pretrained(tmp_path / "bert")
+    where = ["--out", tmp_path / "run", "--preset", "hub", "--configs", configs / "hub"]
+    run_quickstart(*where, "--decoder", tmp_path / "llama", "--bert", tmp_path / "bert")
+    assert "BERT, distilled" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "base").exists()
+    for name, start in (("student", "bert"), ("teacher", "llama")):
+        config = json.loads((tmp_path / "run" / name / "config.json").read_text())
+        assert config["vocab_size"] == json.loads((tmp_path / start / "config.json").read_text())["vocab_size"]
+
+
+def test_the_hub_preset_names_real_checkpoints_and_a_config_for_every_stage():
+    tiny, hub = (preset.configs for preset in quickstart.PRESETS.values())
+    assert {path.name for path in tiny.glob("*.yaml")} == {path.name for path in hub.glob("*.yaml")}
+    assert quickstart.PRESETS["hub"].decoder and quickstart.PRESETS["hub"].bert
+
+
+@pytest.mark.parametrize("config", sorted(quickstart.CONFIGS.glob("*/*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_configs_hold_known_options(config):
     recipe = config.stem if config.stem in ("cpt", "score", "distill") else "fit_teacher"
     parser = importlib.import_module(f"hf_disranker.recipes.{recipe}").make_parser()

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from hf_disranker.report import results_table, search_example
+from hf_disranker.report import results_table, search_examples
 
 INTERVALS = {"ndcg@5": [0.1, 0.2], "ndcg@10": [0.601, 0.673], "pnr": [2.36, None]}
 BM25 = {"name": "bm25", "parameters": None, "ndcg@5": 0.619, "ndcg@10": 0.638, "pnr": 2.79, "pairs_per_s": None}
@@ -33,7 +33,9 @@ def test_a_search_shows_what_the_ranker_makes_of_the_first_documents():
             "summary": ["json json", "read json", "read a json file", "send mail"],
         }
     )
-    lines = search_example("read json", corpus, ByLength(), top=2).split("\n")
+    first, second = search_examples(["read json", "send"], corpus, ByLength(), top=2)
+    assert "send mail" not in first and second.startswith("Query: send\n")
+    lines = first.split("\n")
     assert lines[0] == "Query: read json" and lines[1].split() == ["BM25", "BERT,", "distilled"]
     # The mail shares no word with the query, so BM25 never finds it, long as its name is.
     assert [line.split()[2] for line in lines[2:]] == ["json.load.everything", "json.load"]

@@ -81,7 +81,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrai
 
 
 def small_bert(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, **options: Any) -> BertDistilledRanker:
-    """A BERT ranker with random weights for a tokenizer: heads of 64, feed-forward of four times the size.
+    """A BERT ranker with random weights for a tokenizer: heads of 64, feed-forward of twice the size.
 
     Further options go to `BertConfig`.
     """
@@ -91,7 +91,7 @@ def small_bert(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, **
             hidden_size=size,
             num_hidden_layers=layers,
             num_attention_heads=max(1, size // 64),
-            intermediate_size=4 * size,
+            intermediate_size=2 * size,
             max_position_embeddings=tokenizer.model_max_length,
             pad_token_id=tokenizer.pad_token_id,
             **options,

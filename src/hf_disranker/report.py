@@ -48,21 +48,31 @@ def _interval(row: Mapping[str, Any], measure: str, digits: int) -> str:
     return "[" + ", ".join("inf" if end is None else f"{end:.{digits}f}" for end in row["intervals"][measure]) + "]"
 
 
-def search_example(query: str, corpus: pd.DataFrame, ranker: Ranker, depth: int = 20, top: int = 3) -> str:
-    """The first documents of a typed query, by BM25 and by a ranker that sorts BM25's first ones anew.
+def search_examples(
+    queries: Sequence[str], corpus: pd.DataFrame, ranker: Ranker, depth: int = 20, top: int = 3
+) -> list[str]:
+    """The first documents of typed queries, by BM25 and by a ranker that sorts BM25's first ones anew.
 
     Args:
-        query: as somebody would type it.
+        queries: as somebody would type them.
         corpus: columns doc_id, title, summary.
         ranker: sorts the candidates.
         depth: how many candidates BM25 finds.
         top: documents to show for each.
+
+    Returns:
+        A few lines of text for each query.
     """
-    found = mine_candidates(pd.DataFrame({"query_id": ["0"], "query": [query]}), corpus, top_k=depth)
-    rows = found.merge(corpus, on="doc_id").sort_values("rank", ignore_index=True)
+    typed = pd.DataFrame({"query_id": [str(place) for place in range(len(queries))], "query": list(queries)})
+    found = mine_candidates(typed, corpus, top_k=depth).merge(corpus, on="doc_id").sort_values("rank")
+    by_query = (found[found["query_id"] == query_id].reset_index(drop=True) for query_id in typed["query_id"])
+    return [_search(query, rows, ranker, top) for query, rows in zip(queries, by_query, strict=True)]
+
+
+def _search(query: str, rows: pd.DataFrame, ranker: Ranker, top: int) -> str:
     order = np.argsort(-ranker.predict(pair_texts(rows)), kind="stable")
     before, after = rows["title"][:top].tolist(), rows["title"].iloc[order[:top]].tolist()
-    width = max(map(len, [TITLES["bm25"], *before]), default=0)
+    width = max(map(len, [TITLES["bm25"], *before]))
     lines = [f"Query: {query}", f"     {TITLES['bm25']:{width}}   {TITLES['student']}"]
     lines += [
         f"  {place}. {old:{width}}   {new}" for place, (old, new) in enumerate(zip(before, after, strict=True), 1)
