@@ -5,10 +5,10 @@ import json
 import logging
 import multiprocessing
 import pickle
+import re
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -16,7 +16,6 @@ from hf_disranker.recipes import fit_teacher
 from hub_server import Handler
 from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
-from packaging import version
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
@@ -52,6 +51,14 @@ RESULTS = [
 def pushed(model, tokenizer, repo, **options):
     model.push_to_hub(repo, tokenizer=tokenizer, **options)
     return repo
+
+
+def run_snippets(repo):
+    """Run the Python of a model card as it stands; give back how many pieces there are."""
+    snippets = re.findall(r"```python\n(.*?)```", ModelCard.load(repo).text, flags=re.S)
+    for snippet in snippets:
+        exec(snippet, {})
+    return len(snippets)
 
 
 def scores(name, **options):
@@ -196,6 +203,7 @@ def test_the_trainer_pushes_model_tokenizer_and_card(student_dir, judgments, tmp
     assert (
         "| learning_rate | 2e-05 |" in card.text and "fingerprint `" in card.text and "Not measured" not in card.text
     )
+    assert "| lr_scheduler_type | linear |" in card.text
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert measured["pnr"] == pytest.approx(trainer.state.log_history[-2]["eval_pnr"], abs=1e-4)
     assert set(measured) == {"pnr", "ndcg@5", "ndcg@10", "mrr"}
@@ -244,6 +252,36 @@ def test_a_teachers_trainer_makes_a_private_repository(teacher_dir, judgments, t
     assert hub.repos["model", "tester/private-teacher"].private
 
 
+def test_a_trainer_publishes_an_adapter_and_how_to_load_it(tiny_teacher, judgments, tmp_path, hub):
+    base = pushed(*tiny_teacher, "tester/adapted-base")
+    trainer = RankingTrainer(
+        model=get_peft_model(
+            LLMForLastTokenRanking.from_pretrained(base),
+            LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj", "v_proj"]),
+        ),
+        args=RankingConfig(
+            str(tmp_path),
+            max_steps=3,
+            learning_rate=0.1,
+            eval_strategy="no",
+            use_cpu=True,
+            hub_model_id="tester/adapted",
+        ),
+        train_dataset=load_groups(judgments, split="train"),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    assert hub.repos["model", "tester/adapted"].private
+    files = set(hub.files("tester/adapted"))
+    assert {"adapter_model.safetensors", "tokenizer.json"} <= files and "model.safetensors" not in files
+    assert ModelCard.load("tester/adapted").data.base_model == base and run_snippets("tester/adapted") == 2
+    tokenizer = AutoTokenizer.from_pretrained("tester/adapted")
+    found = Ranker(AutoModel.from_pretrained("tester/adapted"), tokenizer).predict(PAIRS)
+    np.testing.assert_allclose(found, Ranker(trainer.model, tokenizer).predict(PAIRS), atol=1e-5)
+    assert np.abs(found - scores(base)).max() > 0.01
+
+
 def test_a_recipe_publishes_the_merged_teacher(teacher_dir, judgments, tmp_path, hub):
     judgments.to_parquet(tmp_path / "judgments.parquet")
     arguments = ["--model_name_or_path", teacher_dir, "--judgments", str(tmp_path / "judgments.parquet"), "--use_cpu"]
@@ -275,9 +313,7 @@ def test_the_card_tells_what_is_known_and_passes_validation(tiny_student):
         hyperparameters={"learning_rate": 5e-5},
     )
     card = model_card(config, "org/student", facts)
-    if version.parse(huggingface_hub.__version__) >= version.parse("2.0"):  # before, it asked the Hub of the world
-        card.validate()
-    again = ModelCard(str(card)).data  # as the Hub parses it
+    again = ModelCard(str(card)).data  # raises ValueError for metadata that is none
     assert (again.pipeline_tag, again.library_name) == ("text-ranking", "sentence-transformers")
     assert (again.base_model, again.datasets, again.model_name) == ("org/small-bert", ["org/scores"], "student")
     values = {result.metric_type: result.metric_value for result in again.eval_results}
@@ -295,6 +331,8 @@ def test_the_card_tells_what_is_known_and_passes_validation(tiny_student):
         *("`{title} {summary}`", "raw_scores", "Identity", "Not measured: before training.", "2411.04539"),
     ):
         assert fact in card.text, fact
+    tables = re.findall(r"(?:^\|.*\n)+", card.text, flags=re.M)  # an empty line would end one
+    assert [len(table.splitlines()) - 2 for table in tables] == [2, 1, 3]
 
 
 def test_the_card_of_a_teacher_and_of_an_adapter(tiny_teacher):
@@ -302,7 +340,13 @@ def test_the_card_of_a_teacher_and_of_an_adapter(tiny_teacher):
     card = model_card(config, "org/teacher")
     assert card.data.library_name == "transformers" and "text-embeddings-router" not in card.text
     assert "'query: how to plot document: numpy.histogram: bins of data'" in card.text
-    assert model_card(config, "org/a", CardFacts(base_model="org/base"), adapter=True).data.library_name == "peft"
+    adapter = model_card(config, "org/a", CardFacts(base_model="org/base"), adapter=True)
+    assert adapter.data.library_name == "peft" and "LoRA weights that make [org/base]" in adapter.text
+
+
+def test_the_snippets_of_a_card_run(tiny_student, tiny_teacher):
+    assert run_snippets(pushed(*tiny_student, "tester/snippets-student")) == 3
+    assert run_snippets(pushed(*tiny_teacher, "tester/snippets-teacher")) == 2
 
 
 def test_no_path_of_this_machine_gets_into_a_card(tiny_student, student_dir, tmp_path):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
 
@@ -74,9 +75,10 @@ def model_card(config: Any, repo_id: str, facts: CardFacts | None = None, adapte
     )
     named = {row["name"] for row in facts.results}
     templates = config.templates.to_dict()
-    return ModelCard.from_template(
-        card_data,
-        template_str=(TEMPLATES / "model_card.md").read_text(encoding="utf-8"),
+    # Rendered here: by ModelCard.from_template each block tag leaves an empty line, which ends a table.
+    template = jinja2.Template((TEMPLATES / "model_card.md").read_text(encoding="utf-8"), trim_blocks=True)
+    text = template.render(
+        card_data=card_data.to_yaml(),
         name=name,
         repo_id=repo_id,
         role=marker["role"],
@@ -96,6 +98,7 @@ def model_card(config: Any, repo_id: str, facts: CardFacts | None = None, adapte
         dataset=facts.dataset,
         missing=[baseline for baseline in BASELINES if baseline not in named] if student else [],
     )
+    return ModelCard(text)
 
 
 def training_facts(trainer: Any, results: Sequence[Mapping[str, Any]] = ()) -> CardFacts:
@@ -111,7 +114,8 @@ def training_facts(trainer: Any, results: Sequence[Mapping[str, Any]] = ()) -> C
     if measured and measured[0]["step"] == 0 and len(measured) > 1:
         rows.append(_measured("before training", measured[0]))
     own = {field.name for field in fields(args)} - {field.name for field in fields(TrainingArguments)}
-    values = {name: getattr(args, name) for name in (*_GENERAL, *sorted(own))}
+    given = args.to_dict()  # enums as their values, no token
+    values = {name: given[name] for name in (*_GENERAL, *sorted(own))}
     losses = {name.removesuffix("_weight"): value for name, value in values.items() if name.endswith("_weight")}
     adapters = getattr(model, "peft_config", {})
     base = next(iter(adapters.values())).base_model_name_or_path if adapters else model.config._name_or_path
