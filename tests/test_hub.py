@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import re
 import shutil
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -503,6 +504,13 @@ def test_a_download_that_ends_early_is_no_model(tiny_student, monkeypatch, impat
         with pytest.raises(OSError, match="(?i)consistency|size"):
             AutoModel.from_pretrained(repo)
     np.testing.assert_allclose(scores(repo), Ranker(*tiny_student).predict(PAIRS), atol=1e-5)
+
+
+@pytest.mark.parametrize("token", ["hf_abcdefghijkl\n", "hf_oauth_abc.def-ghi\n", "a secret of another kind\n"])
+def test_a_token_that_no_header_can_hold_is_not_shown(tiny_student, token):
+    with pytest.raises(PushError, match="Illegal header value b'Bearer \\*\\*\\*") as error:
+        tiny_student[0].push_to_hub("tester/line-end", token=token)
+    assert token.strip() not in "".join(traceback.format_exception(error.value))
 
 
 def test_push_folder_leaves_pickles_behind(folder, hub):

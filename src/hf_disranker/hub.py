@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import string
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 
@@ -22,7 +21,6 @@ MODELING_FILE = "modeling_disranker.py"
 # Pickles run code when they are read, and training_args.bin holds whatever the arguments held.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _NOT_PUSHED = [*_PICKLES, "_*", "checkpoint-*"]
-_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}")
 
 
 class PushError(OSError):
@@ -284,7 +282,9 @@ def pushing(api: HfApi, repo_id: str, revision: str | None, repo_type: str = "mo
         wrong_call = isinstance(error, TypeError | ValueError | LookupError | AttributeError)
         if isinstance(error, PushError) or (wrong_call and not isinstance(error, HfHubHTTPError)):
             raise
-        why = _without_tokens(str(error.__cause__ or error).splitlines()[0] if str(error) else type(error).__name__)
+        reason = str(error.__cause__ or error)
+        shown = _without_token(reason, api.token)
+        why = shown.splitlines()[0] if shown else type(error).__name__
         branch = revision or "main"
         try:
             head = api.repo_info(repo_id, revision=revision, repo_type=repo_type)
@@ -295,15 +295,16 @@ def pushing(api: HfApi, repo_id: str, revision: str | None, repo_type: str = "mo
         raise PushError(
             f"The push to {repo_id} was cut off ({why}). A push is one commit, which was not made: {stands}. To "
             f"go on, {hint}push again; what was uploaded is not sent twice."
-        ) from error
+        ) from (error if shown == reason else None)  # a traceback shows the cause's text too
 
 
 def _refused(error: Exception) -> bool:
     return isinstance(error, HfHubHTTPError) and getattr(error.response, "status_code", None) in (401, 403)
 
 
-def _without_tokens(text: str) -> str:
-    return _TOKEN.sub("hf_***", text)
+def _without_token(text: str, token: str | bool | None) -> str:
+    secret = ((token if isinstance(token, str) else get_token()) or "").strip()
+    return text.replace(secret, "***") if secret else text
 
 
 def _explain(error: Exception, name: str | os.PathLike, kwargs: dict[str, Any]) -> None:
