@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForSequenceClassification,
+    LlamaForSequenceClassification,
     TrainerCallback,
 )
 
@@ -136,19 +137,24 @@ def test_a_teacher_that_pads_with_its_end_token_is_not_pushed(tiny_teacher, hub)
     assert ("model", "tester/padding") not in hub.repos
 
 
-@pytest.mark.parametrize("resave", ["CrossEncoder", "plain transformers"])
-def test_what_others_saved_again_is_still_a_ranker(student_dir, tiny_student, tmp_path, resave):
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+@pytest.mark.parametrize("resave", ["CrossEncoder", "transformers"])
+def test_what_others_saved_again_is_still_a_ranker(request, kind, resave):
+    model, tokenizer = request.getfixturevalue(f"tiny_{kind}")
+    folder, repo = request.getfixturevalue(f"{kind}_dir"), f"tester/{kind}-saved-by-{resave}"
     if resave == "CrossEncoder":
-        CrossEncoder(student_dir, device="cpu").push_to_hub("tester/resaved-ce")
-        repo = "tester/resaved-ce"
+        CrossEncoder(folder, device="cpu").push_to_hub(repo)
     else:
-        repo = "tester/resaved-plain"
-        BertForSequenceClassification.from_pretrained(student_dir).push_to_hub(repo)
-        tiny_student[1].push_to_hub(repo)
-    assert type(AutoModel.from_pretrained(repo)) is BertDistilledRanker
-    expected = Ranker(*tiny_student).predict(PAIRS)
+        stock = {"student": BertForSequenceClassification, "teacher": LlamaForSequenceClassification}[kind]
+        stock.from_pretrained(folder).push_to_hub(repo)
+        tokenizer.push_to_hub(repo)
+    assert type(AutoModel.from_pretrained(repo)) is type(model)
+    expected = Ranker(model, tokenizer).predict(PAIRS)
     np.testing.assert_allclose(scores(repo), expected, atol=1e-5)
-    np.testing.assert_allclose(CrossEncoder(repo, device="cpu").predict(PAIRS), expected, atol=1e-5)
+    texts = (
+        PAIRS if kind == "student" else [(f"query: {query}", f" document: {document}") for query, document in PAIRS]
+    )
+    np.testing.assert_allclose(CrossEncoder(repo, device="cpu").predict(texts), expected, atol=1e-5)
 
 
 def test_remote_code_is_gone_once_saved_again(tiny_student, tmp_path):
@@ -391,6 +397,25 @@ def test_a_push_that_is_cut_off_leaves_the_last_revision(tiny_student, hub, monk
     assert hub.token not in str(error.value) + caplog.text
     np.testing.assert_allclose(scores(repo), before, atol=1e-5)
     model.push_to_hub(repo)
+    np.testing.assert_allclose(scores(repo), before + 5.0, atol=1e-5)
+
+
+def test_a_trainers_push_that_is_cut_off_leaves_the_last_revision(
+    student_dir, judgments, tmp_path, hub, monkeypatch, impatient, caplog
+):
+    repo = "tester/trainer-cut"
+    trainer = trainer_of(student_dir, judgments, tmp_path, hub_model_id=repo, hub_token=hub.token)
+    trainer.push_to_hub()
+    good, before = hub.repos["model", repo].branches["main"], scores(repo)
+    trainer.model.classifier.bias.data.add_(5.0)
+    caplog.set_level(logging.DEBUG)
+    with monkeypatch.context() as context:
+        context.setattr(Handler, "do_PUT", lambda self: self.connection.close())
+        with pytest.raises(PushError, match=f"stands at {good} and loads as before.* push again") as error:
+            trainer.push_to_hub()
+    assert hub.token not in "".join(traceback.format_exception(error.value)) + caplog.text
+    np.testing.assert_allclose(scores(repo), before, atol=1e-5)
+    trainer.push_to_hub()
     np.testing.assert_allclose(scores(repo), before + 5.0, atol=1e-5)
 
 

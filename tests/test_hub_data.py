@@ -32,6 +32,8 @@ def test_a_table_comes_back_with_its_types(tables, table, corpus, hub):
     found = read_table(repo, table, corpus=texts)[list(expected.columns)]
     pd.testing.assert_frame_equal(found, expected)
     assert HfApi().dataset_info(repo).private is (table in ("clicks", "scores"))
+    push_table(frame, table, f"{repo}-open", private=False)
+    assert not HfApi().dataset_info(f"{repo}-open").private
     features = next(iter(load_dataset(repo).values())).features
     wanted = {"label": "int64", "teacher_score": "float32", "weight": "float64", "rank": "int64"}
     assert {name: kind.dtype for name, kind in features.items()} == {

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import HfApi
+from transformers import AutoModel
 
 from hf_disranker import Ranker
+from hf_disranker.teacher import FAMILIES
 
 PAIRS = [("read a json file", "json load read a document"), ("plot", "histogram of a table of numbers")]
 TEACHER_TEXTS = [f"query: {query} document: {document}" for query, document in PAIRS]
@@ -55,6 +58,18 @@ installed = importlib.util.find_spec("hf_disranker") is not None
 print(json.dumps({"installed": installed, "imported": "hf_disranker" in sys.modules, "answers": answers}))
 """
 
+# Prints the class of each teacher, and its logit for IDS.
+IDS = [[2, 7, 8, 9, 1]]
+LOAD_STOCK = """
+import importlib.util, json, sys
+import torch
+from transformers import AutoModelForSequenceClassification
+names, ids = json.loads(sys.argv[1])
+models = [AutoModelForSequenceClassification.from_pretrained(name).eval() for name in names]
+answers = [[type(model).__name__, model(torch.tensor(ids)).logits.item()] for model in models]
+print(json.dumps([importlib.util.find_spec("hf_disranker") is not None, answers]))
+"""
+
 # What must be as it is without this package: a line for each case.
 ORDINARY = """
 import importlib.util, json, sys
@@ -67,7 +82,7 @@ from transformers import (
     AutoModelForTokenClassification, AutoTokenizer, BertConfig, BertTokenizer, Gemma2Config, Gemma3TextConfig,
     LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, pipeline,
 )
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 
 size = dict(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
 decoder = size | dict(num_key_value_heads=1, head_dim=8, pad_token_id=0, bos_token_id=2, eos_token_id=1)
@@ -96,10 +111,13 @@ for name, config in FAMILIES.items():
         both(kind, config(**decoder), f"{name}-{kind.__name__}", attn_implementation="eager")
 cases["for_model"] = [type(AutoConfig.for_model(name)).__mro__[-4].__name__ for name in ("bert", "llama")]
 words = {word: place for place, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "read", "json"])}
-BertTokenizer(vocab=words).save_pretrained(f"{folder}/bert-AutoModel")
-BertTokenizer(vocab=words).save_pretrained(f"{folder}/bert-AutoModelForSequenceClassification")
+for name in ("bert-AutoModel", "bert-AutoModelForSequenceClassification", "bert-one-label"):
+    BertTokenizer(vocab=words).save_pretrained(f"{folder}/{name}")
 cases["tokenizer"] = [type(AutoTokenizer.from_pretrained(f"{folder}/bert-AutoModel")).__name__]
 encoder = SentenceTransformer(f"{folder}/bert-AutoModel", device="cpu")
+cross_encoder = CrossEncoder(f"{folder}/bert-one-label", device="cpu")
+probability = cross_encoder.predict([("read", "json")]).round(5).tolist()
+cases["CrossEncoder"] = [type(cross_encoder[0].auto_model).__name__, probability]
 cases["SentenceTransformer"] = [type(encoder[0].auto_model).__name__, encoder.encode("read json").round(5).tolist()]
 features = pipeline("feature-extraction", model=f"{folder}/bert-AutoModel", device="cpu")
 cases["features"] = [type(features.model).__name__, round(sum(map(sum, features("read json")[0])), 5)]
@@ -214,6 +232,29 @@ def test_who_does_not_trust_remote_code_gets_the_stock_class(published, with_cod
     result = run(LOAD, ["AutoModelForSequenceClassification", "student", {}, sources, PAIRS, TEACHER_TEXTS], True)
     assert result["answers"][0][0] == "BertForSequenceClassification"
     np.testing.assert_allclose(result["answers"][0][1], published["student"][1][0], atol=2e-5)
+
+
+def test_teachers_of_every_family_load_with_this_package_and_without(hub, run):
+    size = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16, "head_dim": 8}
+    size |= {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+    }
+    expected = []
+    for name, family in FAMILIES.items():
+        torch.manual_seed(0)
+        teacher = family(family.config_class.stock(**size)).eval()
+        teacher.push_to_hub(f"tester/{name}")
+        ours = AutoModel.from_pretrained(f"tester/{name}").eval()
+        expected.append(
+            [teacher.config.architecture, pytest.approx(teacher(torch.tensor(IDS)).scores.item(), abs=1e-6)]
+        )
+        assert type(ours) is family and ours(torch.tensor(IDS)).scores.item() == expected[-1][1]
+    assert {"mistral", "gemma2", "gemma3_text"} <= set(FAMILIES)
+    assert run(LOAD_STOCK, [[f"tester/{name}" for name in FAMILIES], IDS], True) == [False, expected]
 
 
 def test_ordinary_checkpoints_load_exactly_as_without_us(run, tmp_path):
