@@ -22,7 +22,7 @@ HUB = HubServer().__enter__()
 HF_HOME = tempfile.TemporaryDirectory(prefix="hf_home_")
 atexit.register(HF_HOME.cleanup)
 os.environ |= {"HF_ENDPOINT": HUB.url, "HF_TOKEN": HUB.token, "HF_HOME": HF_HOME.name, "HF_HUB_DISABLE_XET": "1"}
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # on tiny models threads wait for one another, on a busy machine for minutes
 

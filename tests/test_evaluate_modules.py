@@ -1,6 +1,7 @@
 """metrics/pnr and metrics/ndcg: the measures of this package as modules of `evaluate`."""
 
 import math
+import runpy
 import time
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import evaluate
 import numpy as np
 import pytest
 import yaml
+from gradio_client import Client
+from huggingface_hub import HfApi, snapshot_download
 
 from hf_disranker import metrics
 
@@ -51,11 +54,27 @@ def test_a_million_rows_stream_through(measure):
 
 
 @pytest.mark.parametrize("name", ["pnr", "ndcg"])
-def test_the_folders_are_spaces(name):
-    files = {path.name for path in (FOLDER / name).iterdir() if path.is_file()}
-    assert {"README.md", "requirements.txt", "app.py", f"{name}.py"} <= files
+def test_the_folders_are_spaces(name, hub, tmp_path, monkeypatch):
     _, front, text = (FOLDER / name / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     space = yaml.safe_load(front)
-    assert (space["sdk"], space["app_file"]) == ("gradio", "app.py") and {"evaluate", "metric"} <= set(space["tags"])
+    assert space["sdk"] == "gradio" and {"evaluate", "metric"} <= set(space["tags"])
+    assert (FOLDER / name / "requirements.txt").read_text().split() == ["hf-disranker", "evaluate", "gradio"]
     snippet = text.split("```python\n")[1].split("```")[0].replace("metrics/", f"{FOLDER}/")
     exec(snippet, {})
+
+    repo = f"tester/{name}"
+    HfApi().create_repo(repo, repo_type="space", space_sdk="gradio", exist_ok=True)
+    HfApi().upload_folder(repo_id=repo, repo_type="space", folder_path=FOLDER / name)
+    rows = {"predictions": [3, 1, 2], "references": [2, 1, 0], "query_ids": ["a", "a", "a"]}
+    expected = evaluate.load(str(FOLDER / name)).compute(**rows)
+    assert evaluate.load(repo).compute(**rows) == expected
+
+    # The page as a Space starts it, and a visitor who asks it.
+    monkeypatch.chdir(snapshot_download(repo, repo_type="space", local_dir=tmp_path))
+    page = runpy.run_path(space["app_file"])["page"]
+    _, address, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    try:
+        table = {"headers": list(rows), "data": list(map(list, zip(*rows.values(), strict=True)))}
+        assert Client(address, verbose=False).predict(table, api_name="/compute") == expected
+    finally:
+        page.close()

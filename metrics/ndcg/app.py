@@ -1,6 +1,25 @@
 """The page of this measure as a Space."""
 
 import evaluate
-from evaluate.utils import launch_gradio_widget
+import gradio
 
-launch_gradio_widget(evaluate.load("ndcg.py"))
+ndcg = evaluate.load("ndcg.py")
+COLUMNS = {"predictions": "number", "references": "number", "query_ids": "str"}
+EXAMPLE = [[0.9, 2, "a"], [0.2, 0, "a"], [0.5, 1, "a"]]
+
+
+def compute(rows):
+    """Measure a table with the columns predictions, references and query_ids."""
+    return ndcg.compute(**{column: rows[column].tolist() for column in COLUMNS})
+
+
+page = gradio.Interface(
+    compute,
+    gradio.Dataframe(EXAMPLE, headers=list(COLUMNS), datatype=list(COLUMNS.values())),
+    gradio.JSON(),
+    title="NDCG",
+    description=ndcg.description,
+)
+
+if __name__ == "__main__":
+    page.launch()
