@@ -36,7 +36,7 @@ def run_snippets(page):
 
 
 def test_the_page_about_the_hub(workshop, capsys):
-    assert run_snippets("docs/how_to/hub.md") >= 10
+    assert run_snippets("docs/how_to/hub.md") >= 18
 
 
 def test_the_readme(workshop, tiny_student, capsys):
