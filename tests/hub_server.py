@@ -248,11 +248,6 @@ class Handler(BaseHTTPRequestHandler):
         del self.hub.repos[repo.kind, repo.name]
         return {}
 
-    @route("PUT", f"/api/{KIND}/{NAME}/settings")
-    def settings(self, repo):
-        repo.private = self.json().get("visibility", "private" if repo.private else "public") == "private"
-        return {"private": repo.private}
-
     @route("POST", "/api/validate-yaml", public=True)
     def validate_yaml(self):
         return {"errors": [], "warnings": []}
@@ -341,22 +336,12 @@ class Handler(BaseHTTPRequestHandler):
         repo.branches[branch] = repo.at(self.json().get("startingPoint") or "main").oid
         return {}
 
-    @route("DELETE", f"/api/{KIND}/{NAME}/branch/(?P<branch>.+)")
-    def delete_branch(self, repo, branch):
-        repo.branches.pop(branch)
-        return {}
-
     @route("POST", f"/api/{KIND}/{NAME}/tag/(?P<revision>.+)")
     def tag(self, repo, revision):
         name = self.json()["tag"]
         if name in repo.tags:
             raise HubError(409, None, "Tag reference exists already")
         repo.tags[name] = repo.at(revision).oid
-        return {}
-
-    @route("DELETE", f"/api/{KIND}/{NAME}/tag/(?P<tag>.+)")
-    def delete_tag(self, repo, tag):
-        repo.tags.pop(tag)
         return {}
 
     @route("POST", f"/api/{KIND}/{NAME}/preupload/(?P<revision>.+)")

@@ -29,6 +29,8 @@ def test_files_come_back_as_they_went_in(api, hub, tmp_path):
         file.path: file.lfs is not None for file in api.list_repo_tree(REPO, recursive=True) if hasattr(file, "lfs")
     }
     assert names == {".gitattributes": False, "deep/note.txt": False, "weights.safetensors": True}
+    found = {entry.path: entry for entry in api.get_paths_info(REPO, ["deep", "weights.safetensors", "nothing"])}
+    assert set(found) == {"deep", "weights.safetensors"} and found["weights.safetensors"].size == 25_600
     with fsspec.open(f"hf://{REPO}/weights.safetensors") as file:
         file.seek(1000)
         assert file.read(4) == bytes([232, 233, 234, 235])  # only a range was asked for
@@ -56,6 +58,9 @@ def test_errors_are_those_of_the_hub(api):
         api.model_info("tester/nobody")
     with pytest.raises(HfHubHTTPError, match="401"):
         api.upload_file(repo_id=REPO, path_or_fileobj=b"x", path_in_repo="x", token="hf_wrong")
+    with pytest.raises(HfHubHTTPError, match="(?i)invalid"):
+        api.whoami(token="hf_wrong")
+    assert api.whoami()["name"] == "tester"
 
 
 def test_a_private_repository_needs_the_token(api):
