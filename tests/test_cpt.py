@@ -83,3 +83,12 @@ def test_the_loss_on_a_cpu_is_trls(tokenizer, tmp_path):
         trainer.train()
         losses.append([trainer.state.log_history[-1]["train_loss"], trainer.evaluate()["eval_loss"]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(("options", "private"), [({}, True), ({"hub_private_repo": False}, False)])
+def test_what_has_read_clicks_is_published_privately_unless_asked_otherwise(
+    tokenizer, tmp_path, hub, options, private
+):
+    repo = f"tester/clicks-{private}"
+    trainer_of(ClickTrainer, tokenizer, tmp_path, push_to_hub=True, hub_model_id=repo, hub_token=hub.token, **options)
+    assert hub.repos["model", repo].private is private

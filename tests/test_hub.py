@@ -482,6 +482,8 @@ def test_an_auto_map_that_points_elsewhere_is_refused(folder):
     for load in (AutoModel, BertDistilledRanker, Ranker):
         with pytest.raises(ValueError, match="auto_map names code of another repository"):
             load.from_pretrained(folder)
+    with pytest.raises(ValueError, match="auto_map names code of another repository"):
+        AutoModel.from_pretrained(folder, trust_remote_code=True)
 
 
 @pytest.mark.parametrize(

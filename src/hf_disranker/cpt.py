@@ -27,7 +27,7 @@ class CptConfig(TokenFreeArguments, SFTConfig):
 
     Defaults that differ from trl's `SFTConfig`: learning_rate 1e-4, max_length 256, warmup_steps 0.03 (a share of all
     steps), completion_only_loss True (the loss is on title and summary), gradient_checkpointing False, bf16 False,
-    eval_strategy "epoch", save_total_limit 1, report_to "none",
+    eval_strategy "epoch", save_total_limit 1, report_to "none", hub_private_repo True (the model has read the clicks),
     dataloader_pin_memory only with a GPU.
     """
 
@@ -43,6 +43,7 @@ class CptConfig(TokenFreeArguments, SFTConfig):
     )
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
     report_to: str = field(default="none", metadata={"help": "Where logs go: none, trackio, tensorboard ..."})
+    hub_private_repo: bool | None = field(default=True, metadata={"help": "Whether a new repository is private."})
 
 
 class ClickTrainer(SFTTrainer):
