@@ -17,7 +17,7 @@ def ranker(request):
 def test_scores_do_not_depend_on_budget_order_or_neighbours(ranker, judgments):
     pairs = pair_texts(judgments)
     scores = ranker.predict(pairs)
-    assert scores.dtype == np.float32 and scores.std() > 0.1
+    assert scores.dtype == np.float32 and scores.std() > 0.05
     assert np.allclose(ranker.predict(pairs[::-1])[::-1], scores, rtol=0, atol=1e-5)
     alone = [ranker.predict([pair])[0] for pair in pairs[:9]]
     assert np.allclose(alone, scores[:9], rtol=0, atol=1e-5)
