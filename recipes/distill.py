@@ -9,6 +9,7 @@ the student as it learns. A run that was cut off goes on from its last checkpoin
 
 from dataclasses import dataclass, field
 
+import numpy as np
 from transformers import AutoTokenizer
 from trl import TrlParser
 
@@ -43,9 +44,11 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     """Read the scores, train, evaluate, save."""
     teacher = teacher_of(script_args.scores)
     train_dataset = load_groups(script_args.scores, corpus=script_args.corpus)
-    eval_dataset = load_groups(script_args.judgments, split=script_args.eval_split) if script_args.judgments else None
-    if eval_dataset is None:
+    eval_dataset = None
+    if not script_args.judgments:
         training_args.eval_strategy = "no"
+    if training_args.eval_strategy != "no":
+        eval_dataset = load_groups(script_args.judgments, split=script_args.eval_split)
 
     tokenizer = AutoTokenizer.from_pretrained(script_args.student, revision=script_args.revision)
     student = BertDistilledRanker.from_pretrained(
@@ -53,6 +56,8 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     )
     if script_args.student_layers:
         student.keep_layers([int(layer) for layer in script_args.student_layers.split(",")])
+    if not student.config.disranker.get("teacher"):
+        student.start_at(np.mean(np.concatenate(train_dataset["teacher_scores"])))
     student.config.disranker["teacher"] = teacher
 
     trainer = DistillationTrainer(
@@ -66,7 +71,8 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     measures = trainer.evaluate() if eval_dataset else {}
     if trainer.is_world_process_zero():
         student = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
-        save_json(measures, f"{training_args.output_dir}/eval.json")
+        if measures:
+            save_json(measures, f"{training_args.output_dir}/eval.json")
         if training_args.push_to_hub:
             publish(trainer, student, tokenizer)
 

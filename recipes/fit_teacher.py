@@ -42,7 +42,9 @@ def make_parser() -> TrlParser:
 def main(script_args: ScriptArguments, training_args: RankingConfig, model_args: ModelConfig) -> None:
     """Read the judgments, train, evaluate, save."""
     train_dataset = load_groups(script_args.judgments, split=script_args.train_split)
-    eval_dataset = load_groups(script_args.eval_judgments or script_args.judgments, split=script_args.eval_split)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = load_groups(script_args.eval_judgments or script_args.judgments, split=script_args.eval_split)
 
     source, revision = model_args.model_name_or_path, model_args.model_revision
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
@@ -68,10 +70,11 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=resume_point(training_args.output_dir))
-    measures = trainer.evaluate()
+    measures = trainer.evaluate() if eval_dataset else {}
     if trainer.is_world_process_zero():
         model = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
-        save_json(measures, f"{training_args.output_dir}/eval.json")
+        if measures:
+            save_json(measures, f"{training_args.output_dir}/eval.json")
         if training_args.push_to_hub:
             publish(trainer, model, tokenizer)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from hf_disranker import from_scratch, metrics, python_docs
 from hf_disranker.data import bm25_scores, click_judgments, read_table, with_random_documents, write_table
 from hf_disranker.evaluation import Scored, evaluate, score_with
 from hf_disranker.ranker import Ranker
-from hf_disranker.report import TITLES, results_table, search_examples
+from hf_disranker.report import TITLES, results_picture, results_table, search_examples
 from hf_disranker.runs import fast_precision, recipe_parser, run_recipe, save_json
 from hf_disranker.significance import randomisation_test
 
@@ -66,8 +66,12 @@ TYPED_QUERIES = (
     "train a random forest",
     "convert a string to a date",
 )
-# The unlabelled pairs of a query: what was clicked, the first that BM25 finds, some that have nothing to do with it.
-FIRST_CANDIDATES, RANDOM_DOCUMENTS = 2, 3
+# Queries of the click log beside the judged ones; all others are unlabelled.
+CLICKED_QUERIES = 2000
+# Beside each clicked or relevant document: some of the 20 that BM25 finds, and one random document.
+OTHERS = 4
+# The unlabelled documents of a query: BM25's first, some of its further ones, and one random document.
+FIRST, FURTHER = 3, 3
 MAX_LENGTH = 48
 
 
@@ -87,7 +91,7 @@ class QuickstartArguments:
     )
     decoder: str | None = field(default=None, metadata={"help": "The LLM: folder or Hub id; by the preset."})
     bert: str | None = field(default=None, metadata={"help": "The student's start: folder or Hub id; by the preset."})
-    seed: int = field(default=0, metadata={"help": "Seed of the first weights of models made from nothing."})
+    seed: int = field(default=0, metadata={"help": "Seed of first weights and of the order of training."})
 
 
 def make_parser() -> TrlParser:
@@ -107,37 +111,58 @@ def main(args: QuickstartArguments) -> None:
     decoder, bert = decoder or str(out / "base" / "decoder"), bert or str(out / "base" / "bert")
     precision = fast_precision()
     for name, recipe, arguments in stages(out, Path(args.configs or preset.configs), decoder, bert):
-        run_recipe(out / name, recipe, arguments, [] if recipe == "score" else precision)
+        training = recipe != "score"
+        run_recipe(
+            out / name,
+            recipe,
+            [*arguments, "--seed", str(args.seed)] if training else arguments,
+            precision if training else [],
+        )
     show_results(out)
     print(f"\nDone in {(time.perf_counter() - begin) / 60:.1f} minutes. All of it lies in {out}/.")
 
 
 def make_data(folder: Path) -> None:
-    """The tables of the embedded data set; pairs as the clicks judge them; the same pairs without a label."""
+    """The tables of the embedded data set, and from them what each ranker learns from."""
     print("== data: reading the Python documentation installed here", flush=True)
     print(", ".join(f"{rows:,} rows of {table}" for table, rows in python_docs.build(folder).items()))
     corpus = read_table(f"{folder}/corpus.parquet", "corpus")
+    train = corpus[corpus["split"] == "train"]
     candidates = read_table(f"{folder}/candidates.parquet", "candidates", corpus=corpus)
-    first = candidates[candidates["rank"] <= FIRST_CANDIDATES]
-    pairs = with_random_documents(first, corpus[corpus["split"] == "train"], RANDOM_DOCUMENTS)
-    judged = click_judgments(read_table(f"{folder}/clicks.parquet", "clicks"), pairs)
-    write_table(judged, f"{folder}/click_judgments.parquet")
-    write_table(judged.drop(columns="label"), f"{folder}/unlabelled.parquet")
+    shuffled = candidates.sample(frac=1, random_state=0)
+
+    clicks = read_table(f"{folder}/clicks.parquet", "clicks")
+    judged = read_table(f"{folder}/judgments.parquet", "judgments", split="train")
+    clicked = candidates["query_id"].drop_duplicates().head(CLICKED_QUERIES)
+    clicks = clicks[clicks["query_id"].isin([*clicked, *judged["query_id"]])]
+    others = shuffled[shuffled["query_id"].isin(clicked)].groupby("query_id").head(OTHERS)
+    weak = click_judgments(clicks, with_random_documents(others, train, 1))
+    # Of the many documents of grade 0 as many as beside a click.
+    others = judged[judged["label"] == 0].sample(frac=1, random_state=0).groupby("query_id").head(OTHERS + 1)
+    labels = pd.concat([judged[judged["label"] > 0], others]).sort_values(["query_id", "doc_id"])
+    pairs = pd.concat([candidates[candidates["rank"] <= FIRST], shuffled[shuffled["rank"] > FIRST]])
+    pairs = pairs.groupby("query_id").head(FIRST + FURTHER).sort_values(["query_id", "rank"])
+
+    write_table(clicks, f"{folder}/click_log.parquet")
+    write_table(labels, f"{folder}/labels.parquet")
+    write_table(pd.concat([weak, labels[weak.columns]]), f"{folder}/clicks_and_labels.parquet")
+    write_table(with_random_documents(pairs, train, 1), f"{folder}/unlabelled.parquet")
 
 
 def make_base_models(out: Path, seed: int) -> None:
     """A decoder and a BERT that know which words go together and where a word stands again, and nothing else."""
     if (out / "base" / "bert" / "config.json").exists():
         return
-    print("\n== base: vocabularies and first weights, from the training side's texts", flush=True)
-    clicks = read_table(f"{out}/data/clicks.parquet", "clicks")
-    texts = [" ".join(row) for row in clicks[["query", "title", "summary"]].itertuples(index=False)]
+    print("\n== base: vocabularies and first weights, from the training side's documents", flush=True)
+    corpus = read_table(f"{out}/data/corpus.parquet", "corpus")
+    train = corpus[corpus["split"] == "train"]
+    texts = (train["title"] + " " + train["summary"]).tolist()
     torch.manual_seed(seed)
     decoder_tokens = from_scratch.train_bpe(texts, vocab_size=4000, max_length=MAX_LENGTH)
-    decoder = from_scratch.small_llama(decoder_tokens, layers=3, size=256, initializer_range=0.05)
+    decoder = from_scratch.small_llama(decoder_tokens, layers=3, size=192, initializer_range=0.05)
     bert_tokens = from_scratch.train_wordpiece(texts, vocab_size=4000, max_length=MAX_LENGTH)
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    bert = from_scratch.small_bert(bert_tokens, layers=2, size=192, initializer_range=0.06, **no_dropout)
+    bert = from_scratch.small_bert(bert_tokens, layers=2, size=128, initializer_range=0.06, **no_dropout)
     for name, model, tokenizer in (("decoder", decoder, decoder_tokens), ("bert", bert, bert_tokens)):
         from_scratch.embed_by_svd(model, tokenizer, texts)
         from_scratch.match_words(model, tokenizer)
@@ -149,25 +174,21 @@ def stages(out: Path, configs: Path, decoder: str, bert: str) -> Iterator[tuple[
     """Each stage's folder, recipe and command line, in order."""
     data = out / "data"
 
-    def fit(name: str, config: str, start: str | Path, judgments: str) -> tuple[str, str, list[str]]:
-        options = ["--judgments", data / judgments, "--eval_judgments", data / "judgments.parquet"]
-        return stage(name, "fit_teacher", config, "--model_name_or_path", start, *options)
-
     def stage(name: str, recipe: str, config: str, *options: object) -> tuple[str, str, list[str]]:
         to = "--out" if recipe == "score" else "--output_dir"
         return name, recipe, ["--config", f"{configs}/{config}.yaml", *map(str, options), to, str(out / name)]
 
-    clicks = ["--clicks", data / "clicks.parquet", "--eval_clicks", data / "heldout_clicks.parquet"]
+    def fit(name: str, config: str, start: str | Path, judgments: str) -> tuple[str, str, list[str]]:
+        return stage(name, "fit_teacher", config, "--model_name_or_path", start, "--judgments", data / judgments)
+
+    clicks = ["--clicks", data / "click_log.parquet", "--eval_clicks", data / "heldout_clicks.parquet"]
     yield stage("cpt", "cpt", "cpt", "--model_name_or_path", decoder, *clicks)
-    for teacher, start in (("teacher", out / "cpt"), ("teacher_no_cpt", decoder)):
-        yield fit(f"{teacher}/clicks", "teacher_clicks", start, "click_judgments.parquet")
-        yield fit(teacher, "teacher_labels", out / teacher / "clicks", "judgments.parquet")
+    yield fit("teacher", "teacher", out / "cpt", "clicks_and_labels.parquet")
+    yield fit("teacher_no_cpt", "teacher", decoder, "clicks_and_labels.parquet")
     yield stage("scores", "score", "score", "--model", out / "teacher", "--pairs", data / "unlabelled.parquet")
-    scores = ["--scores", out / "scores", "--judgments", data / "judgments.parquet"]
-    yield stage("student", "distill", "distill", "--student", bert, *scores)
-    yield fit("label_student", "student_labels", bert, "judgments.parquet")
-    yield fit("click_student/clicks", "student_clicks", bert, "click_judgments.parquet")
-    yield fit("click_student", "student_labels", out / "click_student" / "clicks", "judgments.parquet")
+    yield stage("student", "distill", "distill", "--student", bert, "--scores", out / "scores")
+    yield fit("click_student", "fit_student", bert, "clicks_and_labels.parquet")
+    yield fit("label_student", "fit_student", bert, "labels.parquet")
 
 
 def show_results(out: Path) -> None:
@@ -178,18 +199,21 @@ def show_results(out: Path) -> None:
     scored = {"bm25": Scored(bm25_scores(dev, corpus[corpus["split"] == "dev"]))}
     rankers = {name: Ranker.from_pretrained(out / name) for name in RANKERS}
     scored |= {name: score_with(ranker, dev, progress=False) for name, ranker in rankers.items()}
-    results = []
+    results: dict[str, dict[str, Any]] = {}
     for name, (values, speed) in scored.items():
         measures = evaluate(dev, values)
-        row = {"name": name, "parameters": rankers[name].model.num_parameters() if name in rankers else None}
-        row |= {measure: measures[measure] for measure in ("ndcg@5", "ndcg@10", "pnr", "intervals")}
-        results.append(row | {"pairs_per_s": speed})
-    save_json(results, f"{out}/report/results.json")
-    print("\n" + results_table(results))
+        parameters = rankers[name].model.num_parameters() if name in rankers else None
+        row: dict[str, Any] = {"name": name, "parameters": parameters, "pairs_per_s": speed}
+        results[name] = row | {kind: measures[kind] for kind in ("ndcg@5", "ndcg@10", "pnr", "intervals")}
+    save_json([*results.values()], f"{out}/report/results.json")
+    (out / "report" / "results.svg").write_text(results_picture([*results.values()]), encoding="utf-8")
+    print("\n" + results_table([*results.values()]))
+    kept, faster = (results["student"][name] / results["teacher"][name] for name in ("ndcg@10", "pairs_per_s"))
+    print(f"\nThe distilled BERT has {kept:.0%} of its teacher's NDCG@10 at {faster:.1f} times its pairs/s.")
     show_method(out, dev, {name: values for name, (values, _) in scored.items()})
     searches = search_examples(TYPED_QUERIES, corpus, rankers["student"])
     (out / "report" / "searches.txt").write_text("\n\n".join(searches) + "\n", encoding="utf-8")
-    print(f"\n{searches[0]}\n\nNine more such searches: {out}/report/searches.txt")
+    print(f"\n{searches[0]}\n\nMore in {out}/report: nine such searches (searches.txt), a picture (results.svg).")
     print(f"""
 The student is a plain BERT classifier; sentence-transformers loads it as it is:
 

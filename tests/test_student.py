@@ -94,3 +94,12 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path, teacher_dir):
     ranker.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="format 2, this package knows up to 1"):
         BertDistilledRanker.from_pretrained(tmp_path)
+
+
+def test_start_at_moves_all_scores_to_the_teachers_mean():
+    torch.manual_seed(2)
+    ranker = BertDistilledRanker(BertConfig(**TINY)).eval()
+    with torch.no_grad():
+        before = ranker(**batch()).scores
+        ranker.start_at(-2.5)
+        torch.testing.assert_close(ranker(**batch()).scores, before - 2.5)

@@ -56,7 +56,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrai
     special = ["<s>", "</s>", "<pad>"]
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    # A word is one and the same token in "numpy.histogram" and behind a blank: else it never finds its copy.
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    )
     backend.decoder = decoders.ByteLevel()
     backend.train_from_iterator(
         texts,
@@ -110,7 +113,7 @@ def small_llama(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, *
             hidden_size=size,
             num_hidden_layers=layers,
             num_attention_heads=max(1, size // 64),
-            intermediate_size=3 * size,
+            intermediate_size=2 * size,
             max_position_embeddings=tokenizer.model_max_length,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,

@@ -80,7 +80,7 @@ def build(
     out: str | Path,
     *,
     train_queries: int = 1500,
-    dev_queries: int = 500,
+    dev_queries: int = 1000,
     unlabelled_queries: int = 8000,
     top_k: int = 20,
     packages: Iterable[str] = PACKAGES,

@@ -60,6 +60,14 @@ class BertDistilledRanker(RankerHubMixin, BertForSequenceClassification):
         )
         return output if isinstance(output, tuple) else RankerOutput(**output)
 
+    def start_at(self, score: float) -> None:
+        """Set the offset of all scores, for a new head: learning a teacher's mean score step by step takes long.
+
+        Args:
+            score: what the head's bias becomes, in the scale of the scores.
+        """
+        nn.init.constant_(self.classifier.bias, score)
+
     def keep_layers(self, layers: Sequence[int]) -> BertDistilledRanker:
         """Keep only the named encoder layers, in the order given: a smaller student from a bigger BERT.
 
