@@ -48,6 +48,8 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, max_length: int) -> P
 def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
     """A lower-case byte-level BPE tokenizer for a decoder: `<s>` before each text, `</s>` behind it, `<pad>` apart.
 
+    Punctuation stands alone, so decoding may put blanks around it.
+
     Args:
         texts: what the vocabulary is learned from; never development data.
         vocab_size: number of tokens at most, at least 259 (every byte and the special tokens).
