@@ -69,7 +69,7 @@ TYPED_QUERIES = (
 # Queries of the click log beside the judged ones; all others are unlabelled.
 CLICKED_QUERIES = 2000
 # Beside each clicked or relevant document: some of the 20 that BM25 finds, and one random document.
-OTHERS = 4
+OTHERS = 3
 # The unlabelled documents of a query: BM25's first, some of its further ones, and one random document.
 FIRST, FURTHER = 3, 3
 MAX_LENGTH = 48
