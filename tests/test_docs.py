@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig, BertModel
 
-from hf_disranker import Ranker, ScoreStore
-from hf_disranker.scoring import score_pairs
+from hf_disranker import ScoreStore
+from hf_disranker.candidates import Candidates
+from hf_disranker.engines import load_engine
+from hf_disranker.scoring import ScoringRun
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +25,7 @@ def workshop(student_dir, teacher_dir, judgments, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "metrics", "metrics")
     judgments.to_parquet("judgments.parquet")
     pairs = judgments.drop(columns=["label", "split"])
-    score_pairs(Ranker.from_pretrained("runs/teacher"), pairs, ScoreStore("runs/scores"), "runs/teacher")
+    ScoringRun(load_engine("runs/teacher"), Candidates(pairs), ScoreStore("runs/scores")).run()
 
 
 def run_snippets(page):

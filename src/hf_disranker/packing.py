@@ -1,8 +1,28 @@
-"""Which rows share a forward pass."""
+"""Which rows share a forward pass, and what is made ready while another pass runs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import numpy as np
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def made_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """`map`, with the next result made in a thread while the caller works with the one before."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for item in items:
+            coming = thread.submit(make, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting.result()
 
 
 def budget_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:

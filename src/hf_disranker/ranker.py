@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_disranker.collators import PairCollator
-from hf_disranker.packing import budget_batches
+from hf_disranker.collators import Encoded, PairCollator
+from hf_disranker.packing import budget_batches, made_ahead
 from hf_disranker.student import BertDistilledRanker
 from hf_disranker.teacher import LLMForLastTokenRanking, prepare_tokenizer
 
@@ -23,8 +24,8 @@ Document = str | Mapping[str, str]
 
 DEFAULT_MAX_LENGTH = 512
 DEFAULT_MAX_QUERY_LENGTH = 64
-# Pairs tokenised at a time: enough to sort by length, little enough for memory.
-_CHUNK = 8192
+# Pairs tokenised at a time: enough to sort by length, little enough that the first do not keep the model waiting.
+_CHUNK = 4096
 
 
 class Ranker:
@@ -48,6 +49,7 @@ class Ranker:
         self.collator = pair_collator(model, tokenizer)
         self.queries_cut = 0
         self.documents_cut = 0
+        self.tokens = 0
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, device: str | None = None, **options: Any) -> Ranker:
@@ -84,16 +86,18 @@ class Ranker:
             Raw logits in the order of `pairs`, shape (len(pairs),), float32.
         """
         scores = np.zeros(len(pairs), dtype=np.float32)
+        chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
+        start = 0
         with tqdm(total=len(pairs), desc="pairs", unit=" pairs", disable=not progress) as bar:
-            for start in range(0, len(pairs), _CHUNK):
-                chunk = pairs[start : start + _CHUNK]
-                encoded = self.collator.encode([query for query, _ in chunk], [self._text(doc) for _, doc in chunk])
+            for encoded in made_ahead(self._encode, chunks):
                 self.queries_cut += encoded.queries_cut
                 self.documents_cut += encoded.documents_cut
                 lengths = np.array([len(row["input_ids"]) for row in encoded.rows])
+                self.tokens += int(lengths.sum())
                 for rows in budget_batches(lengths, self.token_budget):
                     scores[start + rows] = self._forward([encoded.rows[row] for row in rows])
                     bar.update(len(rows))
+                start += len(lengths)
         return scores
 
     def probabilities(self, pairs: Sequence[tuple[str, Document]]) -> np.ndarray:
@@ -124,8 +128,25 @@ class Ranker:
             return document
         return self.collator.templates.render_document(document["title"], document["summary"])
 
-    @torch.inference_mode()
+    def _encode(self, pairs: Sequence[tuple[str, Document]]) -> Encoded:
+        return self.collator.encode([query for query, _ in pairs], [self._text(document) for _, document in pairs])
+
     def _forward(self, rows: list[dict[str, list[int]]]) -> np.ndarray:
+        """Score tokenised rows together, or in halves when the memory does not hold them; then also what follows."""
+        try:
+            return self._logits(rows)
+        except RuntimeError as error:
+            if len(rows) == 1 or not should_reduce_batch_size(error):
+                raise
+        # Outside of the handler, whose traceback keeps the tensors of the failed pass.
+        torch.cuda.empty_cache()
+        self.token_budget = min(self.token_budget, len(rows) * max(len(row["input_ids"]) for row in rows) // 2)
+        logger.warning("Out of memory: going on with token_budget %d.", self.token_budget)
+        half = len(rows) // 2
+        return np.concatenate([self._forward(rows[:half]), self._forward(rows[half:])])
+
+    @torch.inference_mode()
+    def _logits(self, rows: list[dict[str, list[int]]]) -> np.ndarray:
         batch = {key: tensor.to(self.model.device) for key, tensor in self.collator.pad(rows).items()}
         return self.model(**batch).scores.cpu().numpy()
 
