@@ -59,6 +59,8 @@ def main(args: ScoreArguments) -> None:
         return
     if not (args.model and args.out and (args.pairs or args.verify)):
         raise SystemExit("disranker score: name --model, --pairs and --out, or --status.")
+    if not 0 <= args.shard_index < args.num_shards:
+        raise SystemExit(f"--shard_index {args.shard_index} of --num_shards {args.num_shards}: they count from 0.")
     store = ScoreStore(args.out)
     if args.verify:
         print(f"Largest difference: {verify(make_engine(args), store):.2g}")

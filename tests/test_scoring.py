@@ -142,6 +142,12 @@ def test_a_teacher_that_scores_nothing_stops_the_run(judgments, store):
     assert 2 not in store.shards() and "no finite score" in store.status().failures[2]
 
 
+def test_a_few_poisoned_rows_at_the_end_do_not_keep_a_run_from_finishing(judgments, store):
+    last = set(judgments["query"][53:])
+    run(Stub(lambda pair: float("nan") if pair[0] in last else 1.0), judgments, store, shard_rows=9)
+    assert store.missing() == 0 and store.summary().quarantined == {"the teacher gave no finite score": 4}
+
+
 # Several workers
 
 
@@ -196,6 +202,13 @@ def test_verify_finds_a_changed_score(engine, judgments, store, tmp_path):
     assert verify(engine, store) == pytest.approx(0.5, abs=1e-5)
     with pytest.raises(ValueError, match="holds the scores of another teacher.\n  dtype: "):
         verify(Stub(), store)
+
+
+def test_a_store_without_scores_has_none_to_verify_or_reuse(store):
+    store.open({"format": 2, **Stub().describe(), "pairs": 1, "shard_rows": 1})
+    for use in (lambda: verify(Stub(), store), lambda: OldScores(store)):
+        with pytest.raises(ValueError, match="scores holds no scores yet"):
+            use()
 
 
 # Progress
@@ -318,6 +331,8 @@ def test_a_job_array_takes_its_part(teacher_dir, tables, restored_argv):
     out = tables / "scores"
     main(command(tables, teacher_dir, "--out", out, "--num_shards", 10, "--shard_index", 3)[3:])
     assert ScoreStore(out).shards() == {3, 13}
+    with pytest.raises(SystemExit, match="--shard_index 10 of --num_shards 10: they count from 0"):
+        main(command(tables, teacher_dir, "--out", out, "--num_shards", 10, "--shard_index", 10)[3:])
 
 
 @pytest.mark.parametrize("limit", [15_000, 100])

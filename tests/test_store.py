@@ -127,6 +127,13 @@ def test_the_quarantine_is_kept_apart_from_what_trains(store, rows):
     assert store.summary().quarantined == {"empty document": 1}
 
 
+def test_a_pair_that_gets_its_score_at_last_leaves_the_quarantine(store, rows):
+    store.open(MANIFEST)
+    store.write(0, rows[:1], QUARANTINED)
+    store.write(0, rows[:2])
+    assert store.quarantined(0) is None and store.summary().quarantined == {}
+
+
 def test_the_footers_add_up(store, judgments):
     scores = np.random.default_rng(0).normal(2, 3, 57).astype(np.float32)
     store.open({**MANIFEST, "pairs": 57, "shard_rows": 20})

@@ -214,8 +214,9 @@ class HttpEngine:
         if self.server not in SERVERS:
             raise ValueError(f"There is no server kind {self.server!r}; there are: {', '.join(SERVERS)}.")
         # POST as well: to score twice does no harm.
-        again = Retry(self.retries, status_forcelist=_BUSY, allowed_methods=None, backoff_factor=1, redirect=0)
-        again.raise_on_status = False
+        again = Retry(
+            self.retries, status_forcelist=_BUSY, allowed_methods=None, backoff_factor=1, raise_on_status=False
+        )
         self._session = requests.Session()
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=self.concurrency, max_retries=again))
@@ -265,16 +266,17 @@ class HttpEngine:
             return self._score(query, documents[:half]) + self._score(query, documents[half:])
         if not answer.ok:
             raise OSError(f"{answer.url} answers {answer.status_code}: {answer.text:.200}")
-        content = answer.json()
-        found = content
-        if server.results:
-            found = content[server.results]
+        try:
+            content = answer.json()
+            found = content[server.results] if server.results else content
+            scores = {one["index"]: float(one[server.score]) for one in found}
+            ordered = [scores[place] for place in range(len(documents))]
+        except (KeyError, TypeError, ValueError) as error:
+            raise OSError(f"{answer.url} gives no scores of {len(documents)} documents: {answer.text:.200}") from error
+        if server.results and content.get("usage"):
             with self._lock:
-                self.tokens += (content.get("usage") or {}).get("prompt_tokens", 0)
-        scores = {one["index"]: float(one[server.score]) for one in found}
-        if scores.keys() != set(range(len(documents))):
-            raise OSError(f"{answer.url} gives scores for {sorted(scores)} of {len(documents)} documents.")
-        return [scores[place] for place in range(len(documents))]
+                self.tokens += content["usage"].get("prompt_tokens", 0)
+        return ordered
 
     def _wait(self) -> None:
         """Hold a request back until the rate allows it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sys
 import time
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # A document of this many characters is a fault of the index, and takes minutes of tokenising.
 MAX_CHARACTERS = 500_000
+# So many pairs without a single score are no poisoned rows but a broken teacher.
+_MANY = 10
 # Seconds between two lines of progress in a log file.
 _QUIET = 60
 
@@ -59,14 +62,15 @@ class ScoringRun:
             How many pairs this call took on.
 
         Raises:
-            TableError: the input breaks its contract, or no pair of a shard got a score.
+            TableError: the input breaks its contract, or no pair of a shard of 10 and more got a score.
             ValueError: the store holds another run, or the old scores are another teacher's.
         """
         self._open()
         shards = range(worker, -(-len(self.candidates) // self.shard_rows), workers)
         there = self.store.shards()
         todo = [shard for shard in shards if shard not in there]
-        progress = Progress(sum(self._length(shard) for shard in todo), shown=worker == 0)
+        first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+        progress = Progress(sum(self._length(shard) for shard in todo), shown=first_here)
         failures = []
         for shard, rows in made_ahead(self._read, todo):
             try:
@@ -136,7 +140,7 @@ def score_shard(engine: Engine, rows: pa.Table, old: OldScores | None = None) ->
         old: scores to take over.
 
     Raises:
-        TableError: no row got a score though some could be read: that is no fault of the rows.
+        TableError: of many rows that could be read none got a score: that is no fault of the rows.
     """
     frame = rows.select(TEXT_COLUMNS).to_pandas()
     reasons = _unreadable(frame)
@@ -146,7 +150,7 @@ def score_shard(engine: Engine, rows: pa.Table, old: OldScores | None = None) ->
     if len(todo):
         scores[todo] = engine.predict(pair_texts(frame.iloc[todo]))
         reasons[todo[~np.isfinite(scores[todo])]] = "the teacher gave no finite score"
-        if (reasons[todo] != "").all():
+        if len(todo) >= _MANY and (reasons[todo] != "").all():
             raise TableError(f"The teacher gave no finite score for any of {len(todo)} pairs.")
     good = reasons == ""
     apart = rows.filter(pa.array(~good)).append_column("reason", pa.array(reasons[~good], pa.string()))
@@ -168,10 +172,15 @@ class OldScores:
 
     Args:
         store: where they lie.
+
+    Raises:
+        ValueError: the store holds no shard.
     """
 
     def __init__(self, store: ScoreStore) -> None:
         self.manifest = store.manifest()
+        if not store.shards():
+            raise ValueError(f"{store.path} holds no scores yet.")
         parts = [store.rows(shard) for shard in sorted(store.shards())]
         keys = [_keys(part.select(TEXT_COLUMNS).to_pandas()) for part in parts]
         scores = [part["teacher_score"].to_numpy() for part in parts]
@@ -203,12 +212,14 @@ def verify(engine: Engine, store: ScoreStore, pairs: int = 256, seed: int = 0) -
         The largest difference to what is stored.
 
     Raises:
-        ValueError: the store is another teacher's; the differences are spelled out.
+        ValueError: the store is another teacher's; the differences are spelled out. Or it holds no shard.
     """
     if lines := differences(store.manifest(), {"format": 2, **engine.describe()}, INPUT):
         raise ValueError("\n".join([f"{store.path} holds the scores of another teacher.", *lines]))
     draw = np.random.default_rng(seed)
     shards = sorted(store.shards())
+    if not shards:
+        raise ValueError(f"{store.path} holds no scores yet.")
     largest = 0.0
     for shard in draw.choice(shards, min(8, len(shards)), replace=False):
         rows = store.rows(int(shard))

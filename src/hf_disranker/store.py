@@ -101,10 +101,13 @@ class ScoreStore:
         """
         rows = pa.Table.from_pandas(rows, preserve_index=False) if isinstance(rows, pd.DataFrame) else rows
         reasons: dict[str, int] = {}
+        apart = f"{QUARANTINE}/{_name(shard)}"
+        # First, so that a shard that is there has all that belongs to it.
         if quarantined is not None and len(quarantined):
             reasons = {one["values"]: one["counts"] for one in pc.value_counts(quarantined["reason"]).to_pylist()}
-            # First, so that a shard that is there has all that belongs to it.
-            self._put(f"{QUARANTINE}/{_name(shard)}", _parquet(quarantined))
+            self._put(apart, _parquet(quarantined))
+        elif self._fs.exists(f"{self._root}/{apart}"):  # of an attempt that was cut off
+            self._fs.rm(f"{self._root}/{apart}")
         footer = Summary.of(rows["teacher_score"].to_numpy(), reasons, reused)
         self._put(_name(shard), _parquet(rows.replace_schema_metadata({_FOOTER: footer.to_json()})))
 
