@@ -97,6 +97,7 @@ def pack(rows: list[list[int]], keys: list[Any]) -> Packed:
 
     for _, places in groupby(range(len(rows)), key=lambda place: keys[place]):
         group = [rows[place] for place in places]
+        # commonprefix compares sequences of anything, not only paths.
         shared = min(len(commonprefix(group)), min(map(len, group)) - 1)  # each row keeps its last token
         beginning = put(group[0][:shared], 0)
         groups.append((beginning, [put(row[shared:], shared) for row in group]))
@@ -113,15 +114,15 @@ def _packed_attention(
     """
     output = torch.empty_like(query)
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    for beginning, remainders in kwargs["packed"].groups:
-        start = [states[:, :, beginning] for states in (query, key, value)]
-        if beginning.stop > beginning.start:
-            output[:, :, beginning] = scaled_dot_product_attention(*start, is_causal=True, **options)
-        for row in remainders:
-            keys, values = (
-                torch.cat([whole, states[:, :, row]], dim=2)
-                for whole, states in zip(start[1:], (key, value), strict=True)
+    for start, remainders in kwargs["packed"].groups:
+        first_keys, first_values = key[:, :, start], value[:, :, start]
+        if start.stop > start.start:
+            output[:, :, start] = scaled_dot_product_attention(
+                query[:, :, start], first_keys, first_values, is_causal=True, **options
             )
+        for row in remainders:
+            keys = torch.cat([first_keys, key[:, :, row]], dim=2)
+            values = torch.cat([first_values, value[:, :, row]], dim=2)
             length, seen = row.stop - row.start, keys.shape[2]
             mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(seen - length)
             output[:, :, row] = scaled_dot_product_attention(query[:, :, row], keys, values, mask, **options)
