@@ -288,7 +288,7 @@ def kill_within(seconds, more_shards, command, out):
     """Start a command and kill it, as a power cut would, some time after it has written some more shards."""
     before = len(shard_bytes(out))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while len(shard_bytes(out)) < before + more_shards and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(random.uniform(0, seconds))
@@ -318,7 +318,7 @@ def test_two_processes_of_accelerate_launch_share_a_run(teacher_dir, tables):
     launch += ["--main_process_port", "0", "--module", "hf_disranker.recipes.score"]
     out = tables / "scores"
     ended = subprocess.run(
-        launch + command(tables, teacher_dir, "--out", out)[4:], capture_output=True, text=True, timeout=120
+        launch + command(tables, teacher_dir, "--out", out)[4:], capture_output=True, text=True, timeout=400
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert ended.stdout.count("Scored 1000 of 2000 pairs") == 2

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import groupby
 from typing import Any, Protocol
@@ -101,7 +101,7 @@ class CrossEncoderEngine:
     model: CrossEncoder
     teacher: str
     batch_size: int = 32
-    tokens: int = 0
+    tokens: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.model.num_labels != 1:
@@ -208,7 +208,7 @@ class HttpEngine:
     concurrency: int = 8
     per_second: float | None = None
     retries: int = 8
-    tokens: int = 0
+    tokens: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.server not in SERVERS:
