@@ -1,33 +1,48 @@
 """Stage 3a: a teacher's scores for unlabelled pairs.
 
     disranker score --model runs/teacher --pairs candidates.parquet --corpus corpus.parquet --out runs/scores
+    disranker score --status runs/scores
 
 `pairs` is a table with the columns query_id, query, doc_id and, unless a corpus holds them, title and summary. The
 output folder holds parquet shards and a manifest; a run that was cut off goes on with the shards that are missing.
+Several workers share one run: `accelerate launch -m hf_disranker.recipes.score ...` on the GPUs of a machine,
+`--num_shards N --shard_index I` in a job array. Shard i is worker i mod n's.
 """
 
+import os
 from dataclasses import dataclass, field
 
 from trl import TrlParser
 
-from hf_disranker.data import read_table
-from hf_disranker.ranker import Ranker
+from hf_disranker.candidates import Candidates
+from hf_disranker.engines import SERVERS, Engine, HttpEngine, load_engine
 from hf_disranker.runs import recipe_parser
-from hf_disranker.scoring import score_pairs
+from hf_disranker.scoring import OldScores, ScoringRun, verify
 from hf_disranker.store import ScoreStore
+from hf_disranker.summary import moved
 
 
 @dataclass
 class ScoreArguments:
     """What the stage reads and writes."""
 
-    model: str = field(metadata={"help": "The teacher: folder or Hub id."})
-    pairs: str = field(metadata={"help": "Table of candidates: file, URL or Hub data set id."})
-    out: str = field(metadata={"help": "Folder or URL for the scores."})
+    model: str | None = field(default=None, metadata={"help": "The teacher: folder, Hub id, or its name on a server."})
+    pairs: str | None = field(default=None, metadata={"help": "Table of candidates: file, folder, URL or Hub id."})
+    out: str | None = field(default=None, metadata={"help": "Folder or URL for the scores."})
     corpus: str | None = field(default=None, metadata={"help": "Table with the texts of the candidates."})
     dtype: str = field(default="auto", metadata={"help": "Precision of the model: auto, float32, bfloat16 ..."})
     token_budget: int | None = field(default=None, metadata={"help": "Tokens of a forward pass; by the device."})
     shard_rows: int = field(default=10_000, metadata={"help": "Pairs per shard: what a crash can cost at most."})
+    engine: str = field(default="transformers", metadata={"help": f"transformers, or a server: {', '.join(SERVERS)}."})
+    url: str = field(default="http://localhost:8000", metadata={"help": "Where the server listens."})
+    concurrency: int = field(default=8, metadata={"help": "Requests to the server under way at a time."})
+    per_second: float | None = field(default=None, metadata={"help": "Requests to the server in a second at most."})
+    num_shards: int = field(default=1, metadata={"help": "Jobs that share the run."})
+    shard_index: int = field(default=0, metadata={"help": "Which of them this is, from 0."})
+    reuse: str | None = field(default=None, metadata={"help": "Store whose scores hold where the texts are the same."})
+    status: str | None = field(default=None, metadata={"help": "Only tell how far the run in this folder is."})
+    against: str | None = field(default=None, metadata={"help": "With status: how the scores moved from this store."})
+    verify: bool = field(default=False, metadata={"help": "Only score a sample of `out` again and compare."})
 
 
 def make_parser() -> TrlParser:
@@ -36,13 +51,39 @@ def make_parser() -> TrlParser:
 
 
 def main(args: ScoreArguments) -> None:
-    """Read the pairs, then score what the store does not hold yet."""
-    pairs = read_table(args.pairs, "candidates", corpus=args.corpus)
-    ranker = Ranker.from_pretrained(args.model, dtype=args.dtype)
-    ranker.token_budget = args.token_budget or ranker.token_budget
-    done = score_pairs(ranker, pairs, ScoreStore(args.out), args.model, args.shard_rows)
-    cut = f"{ranker.documents_cut} documents and {ranker.queries_cut} queries were cut"
-    print(f"Scored {done} of {len(pairs)} pairs into {args.out}; {cut}.")
+    """Score what the store does not hold yet, or tell what it holds."""
+    if args.status:
+        print(status := ScoreStore(args.status).status())
+        if args.against:
+            print(moved(status.summary, ScoreStore(args.against).summary()))
+        return
+    if not (args.model and args.out and (args.pairs or args.verify)):
+        raise SystemExit("disranker score: name --model, --pairs and --out, or --status.")
+    if not 0 <= args.shard_index < args.num_shards:
+        raise SystemExit(f"--shard_index {args.shard_index} of --num_shards {args.num_shards}: they count from 0.")
+    store = ScoreStore(args.out)
+    if args.verify:
+        print(f"Largest difference: {verify(make_engine(args), store):.2g}")
+        return
+    candidates = Candidates(args.pairs, args.corpus)
+    candidates.check()  # before the model loads
+    old = OldScores(ScoreStore(args.reuse)) if args.reuse else None
+    engine = make_engine(args)
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # of accelerate launch
+    worker = args.shard_index * processes + int(os.environ.get("RANK", 0))
+    done = ScoringRun(engine, candidates, store, args.shard_rows, old).run(worker, args.num_shards * processes)
+    ranker = getattr(engine, "ranker", None)
+    cut = f"; {ranker.documents_cut} documents and {ranker.queries_cut} queries were cut" if ranker else ""
+    print(f"Scored {done} of {len(candidates)} pairs into {args.out}{cut}.")
+
+
+def make_engine(args: ScoreArguments) -> Engine:
+    """Who computes the scores."""
+    assert args.model is not None
+    if args.engine != "transformers":
+        concurrency, pace = args.concurrency, args.per_second
+        return HttpEngine(args.engine, args.url, args.model, concurrency=concurrency, per_second=pace)
+    return load_engine(args.model, args.dtype, args.token_budget)
 
 
 if __name__ == "__main__":

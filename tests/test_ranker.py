@@ -2,11 +2,23 @@
 
 import numpy as np
 import pytest
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    Gemma2Config,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from hf_disranker.data import pair_texts
 from hf_disranker.from_scratch import small_llama
 from hf_disranker.ranker import Ranker
+from hf_disranker.teacher import LLMForLastTokenRanking
 
 
 @pytest.fixture(params=["student", "teacher"])
@@ -27,10 +39,42 @@ def test_scores_do_not_depend_on_budget_order_or_neighbours(ranker, judgments):
 
 def test_a_teachers_scores_do_not_depend_on_the_padding_side(teacher_ranker, judgments, monkeypatch):
     pairs = pair_texts(judgments)
+    teacher_ranker.share_prefix = False  # which pads nothing
     assert teacher_ranker.collator.tokenizer.padding_side == "left"
     scores = teacher_ranker.predict(pairs)
     monkeypatch.setattr(teacher_ranker.collator.tokenizer, "padding_side", "right")
     assert np.allclose(teacher_ranker.predict(pairs), scores, rtol=0, atol=1e-5)
+
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig])
+def test_a_shared_prefix_changes_no_score(config, tiny_teacher, judgments):
+    tokenizer = tiny_teacher[1]
+    torch.manual_seed(0)
+    model = LLMForLastTokenRanking.from_config(config(vocab_size=len(tokenizer), **SHAPE))
+    ranker, pairs = Ranker(model, tokenizer), pair_texts(judgments)
+    assert ranker.share_prefix
+    pairs += [(pairs[0][0], ""), pairs[0], pairs[0]]  # a query alone, a query again, a row that is all prefix but one
+    read, attention = [], model.model.config._attn_implementation
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
+    shared = ranker.predict(pairs)
+    tokens = sum(read)
+    assert model.model.config._attn_implementation == attention
+    ranker.share_prefix = False
+    padded = ranker.predict(pairs)
+    np.testing.assert_allclose(shared, padded, rtol=0, atol=1e-5)
+    assert padded.std() > 0.05 and tokens < 0.9 * ranker.tokens / 2  # of each of the two calls
+
+
+def test_no_prefix_is_shared_where_attention_is_not_plain(tiny_teacher, student_ranker):
+    tokenizer = tiny_teacher[1]
+    window = {"sliding_window": 8, "vocab_size": len(tokenizer)}
+    for config in (MistralConfig(**SHAPE, **window), Gemma2Config(**SHAPE, **window)):
+        assert not Ranker(LLMForLastTokenRanking.from_config(config), tokenizer).share_prefix
+    assert not student_ranker.share_prefix
 
 
 def test_a_document_is_a_string_or_its_title_and_summary(ranker):

@@ -118,6 +118,6 @@ def test_distill_resumes_and_keeps_the_chosen_layers(tables, student_dir, teache
 def test_distill_refuses_an_unfinished_store(tables, student_dir, teacher_dir):
     pairs = ["--pairs", tables / "candidates.parquet", "--corpus", tables / "corpus.parquet"]
     run("score", "--model", teacher_dir, *pairs, "--out", tables / "scores", "--shard_rows", 20)
-    (tables / "scores" / "part-00001.parquet").unlink()
+    (tables / "scores" / "part-000001.parquet").unlink()
     with pytest.raises(ValueError, match="still lacks the scores of 20 pairs"):
         run("distill", "--student", student_dir, "--scores", tables / "scores", "--output_dir", tables / "student")

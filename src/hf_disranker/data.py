@@ -143,7 +143,8 @@ def _stream_rows(source: str, split: str | None) -> Iterator[dict[str, Any]]:
         parts = load_dataset(source, streaming=True)
     else:
         files = source if source.endswith(".parquet") else f"{source.rstrip('/')}/*.parquet"
-        parts = load_dataset("parquet", data_files=files, streaming=True)
+        # Named, since else it is the length of a file's first row group, which may be 0.
+        parts = load_dataset("parquet", data_files=files, streaming=True, batch_size=_CHUNK)
     rows = ({"split": name} | row for name, part in parts.items() for row in part)
     found = (row for row in rows if not split or row["split"] == split)
     first = next(found, None)
@@ -327,20 +328,41 @@ def _read(source: Source) -> pd.DataFrame:
     if isinstance(source, pd.DataFrame):
         return source
     source = os.fspath(source)
-    try:
-        fs, path = url_to_fs(source)
-    except (ValueError, ImportError) as error:
-        raise FileNotFoundError(f"{source}: {error}") from error
+    fs, path = _located(source)
     if fs.isfile(path):
         return _read_file(fs, path)
     if fs.isdir(path):
-        files = sorted(file for file in fs.ls(path, detail=False) if file.endswith(".parquet"))
-        if not files:
-            raise FileNotFoundError(f"{source}: the folder holds no parquet file.")
+        files = parquet_files(source)
         return pd.concat([_read_file(fs, file) for file in files], ignore_index=True)
     if _HUB_ID.fullmatch(source) and not source.endswith(tuple(_FORMATS)):
         return _read_hub(source)
     raise FileNotFoundError(f"{source}: no such file or folder.")
+
+
+def parquet_files(source: Source) -> list[str]:
+    """The parquet files that a path or URL names, by name, for its own file system; none for any other source.
+
+    Raises:
+        FileNotFoundError: the folder holds no parquet file.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return []
+    fs, path = _located(os.fspath(source))
+    if not fs.isdir(path):
+        return [path] if path.endswith(".parquet") and fs.isfile(path) else []
+    entries = fs.ls(path, detail=True)
+    files = sorted(entry["name"] for entry in entries if entry["type"] == "file")
+    files = [file for file in files if file.endswith(".parquet")]
+    if not files:
+        raise FileNotFoundError(f"{os.fspath(source)}: the folder holds no parquet file.")
+    return files
+
+
+def _located(source: str) -> tuple[Any, str]:
+    try:
+        return url_to_fs(source)
+    except (ValueError, ImportError) as error:
+        raise FileNotFoundError(f"{source}: {error}") from error
 
 
 def _read_file(fs: Any, path: str) -> pd.DataFrame:
@@ -387,10 +409,15 @@ def _join_texts(frame: pd.DataFrame, corpus: Source | None, name: str) -> pd.Dat
     if corpus is None:
         raise TableError(f"{name}: the rows have no title and summary; name the corpus that holds them.")
     texts = read_table(corpus, "corpus").set_index("doc_id")[["title", "summary"]]
-    unknown = ~frame["doc_id"].isin(texts.index)
+    refuse_unknown_documents(frame["doc_id"], texts.index, name)
+    return frame.drop(columns=["title", "summary"], errors="ignore").join(texts, on="doc_id")
+
+
+def refuse_unknown_documents(doc_ids: pd.Series, known: pd.Index, name: str) -> None:
+    """Raise TableError for a table with documents that are not in the corpus."""
+    unknown = ~doc_ids.isin(known)
     if unknown.any():
-        first = ", ".join(frame.loc[unknown, "doc_id"].head(3))
+        first = ", ".join(doc_ids[unknown].head(3))
         raise TableError(
             f"{name}: {int(unknown.sum())} row(s) name a doc_id that is not in the corpus, first: {first}."
         )
-    return frame.drop(columns=["title", "summary"], errors="ignore").join(texts, on="doc_id")
