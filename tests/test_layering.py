@@ -10,10 +10,20 @@ import hf_disranker
 PACKAGE = Path(hf_disranker.__file__).parent
 GROUPS = {
     "leaves": ["version", "schema", "texts", "metrics", "losses"],
-    "data": ["data", "python_docs", "packing", "pooling", "collators"],
+    "data": ["data", "python_docs", "packing", "pooling", "collators", "batching", "sampling"],
     "models": ["checkpoint", "card", "hub", "student", "teacher", "from_scratch", "auto", "ranker"],
     "judging": ["evaluation", "significance", "hub_data"],
-    "stages": ["runs", "cpt", "ranking_trainer", "store", "engines", "scoring", "distillation", "cross_encoder"],
+    "stages": [
+        "runs",
+        "cpt",
+        "guards",
+        "ranking_trainer",
+        "store",
+        "engines",
+        "scoring",
+        "distillation",
+        "cross_encoder",
+    ],
     "shipping": ["report", "export", "runtime", "demo", "cli"],
 }
 ORDER = [module for group in GROUPS.values() for module in group]

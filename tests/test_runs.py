@@ -12,9 +12,19 @@ def test_resume_point_is_the_newest_checkpoint(tmp_path, caplog):
     assert resume_point(str(tmp_path / "nowhere")) is None
     assert resume_point(str(tmp_path)) is None
     for step in (2, 10, 9):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        save_json({"global_step": step}, str(tmp_path / f"checkpoint-{step}" / "trainer_state.json"))
     assert resume_point(str(tmp_path)) == str(tmp_path / "checkpoint-10")
     assert "Resuming from" in caplog.text
+
+
+def test_resume_point_passes_over_a_checkpoint_that_was_cut_off(tmp_path, caplog):
+    save_json({"global_step": 5}, str(tmp_path / "checkpoint-5" / "trainer_state.json"))
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-15").mkdir()
+    (tmp_path / "checkpoint-15" / "trainer_state.json").write_text('{"global_step": 1')
+    assert resume_point(str(tmp_path)) == str(tmp_path / "checkpoint-5")
+    assert "checkpoint-10 is half written" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5"]
 
 
 def test_save_json_leaves_the_old_file_when_the_new_cannot_be_written(tmp_path):

@@ -22,11 +22,26 @@ logger = logging.getLogger(__name__)
 
 
 def resume_point(output_dir: str) -> str | None:
-    """The newest checkpoint in a folder, to go on from; None to start afresh."""
-    checkpoint = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-    if checkpoint:
-        logger.warning("Resuming from %s; remove it or choose another --output_dir to start afresh.", checkpoint)
-    return checkpoint
+    """The newest whole checkpoint in a folder, to go on from; None to start afresh.
+
+    What a killed run left half written is removed: it would be taken for the newest one whenever old ones are cleaned
+    up.
+    """
+    while os.path.isdir(output_dir) and (checkpoint := get_last_checkpoint(output_dir)):
+        if _is_whole(checkpoint):
+            logger.warning("Resuming from %s; remove it or choose another --output_dir to start afresh.", checkpoint)
+            return checkpoint
+        logger.warning("%s is half written, by a run that was killed: removed.", checkpoint)
+        shutil.rmtree(checkpoint, ignore_errors=True)  # several processes come here
+    return None
+
+
+def _is_whole(checkpoint: str) -> bool:
+    """Whether the state, which is written last, can be read."""
+    try:
+        return bool(json.loads(Path(checkpoint, "trainer_state.json").read_text()))
+    except (OSError, ValueError):
+        return False
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> PreTrainedModel:
