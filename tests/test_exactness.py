@@ -57,7 +57,7 @@ def test_two_processes_give_the_gradient_of_the_one_big_batch(reference, two_pro
         assert_equal_gradients(two_processes["budget"], expected)
 
 
-@pytest.mark.parametrize("data", ["memory", "stream"])
+@pytest.mark.parametrize("data", ["memory", "stream", "token batches"])
 def test_resuming_in_mid_epoch_is_bit_equal_on_two_processes(two_processes, data):
     whole, resumed = two_processes[data]
     assert torch.equal(whole, resumed)

@@ -79,7 +79,7 @@ def test_a_stage_resumes_its_own_checkpoints_and_no_others(tmp_path, monkeypatch
         @staticmethod
         def main(arguments):
             found.append(resume_point(str(tmp_path / "stage")) is not None)
-            (tmp_path / "stage" / "checkpoint-1").mkdir(exist_ok=True)
+            save_json({"global_step": 1}, str(tmp_path / "stage" / "checkpoint-1" / "trainer_state.json"))
             if len(found) == 1:
                 raise KeyboardInterrupt
 

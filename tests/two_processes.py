@@ -1,4 +1,4 @@
-"""Training jobs that run alike on one process and on several; `run_jobs` starts the latter, this file is their program.
+"""Training jobs that run alike on one process and on two: `run_jobs` starts two, with this file as their program.
 
 Each job trains a student without dropout, or with, and gives a tensor: a gradient or the final weights.
 """
@@ -135,6 +135,7 @@ def main(model_dir, out):
     found = {kind: gradient(kind, model_dir, out, per_device_train_batch_size=8) for kind in KINDS}
     for name, groups in {"memory": ragged_groups(16, 7), "stream": ragged_groups(16, 7).to_iterable_dataset()}.items():
         found[name] = whole_and_resumed(model_dir, out / name, groups, per_device_train_batch_size=3)
+    found["token batches"] = whole_and_resumed(model_dir, out / "tokens", ragged_groups(16, 7), token_budget=256)
     found["budget"] = gradient("scores", model_dir, out, token_budget=2000, gradient_accumulation_steps=99)
     if rank == 0:
         torch.save(found, out / "found.pt")

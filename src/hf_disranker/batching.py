@@ -131,10 +131,9 @@ class BudgetStream(IterableDataset):
 
 
 class EpochOrder(TrainerCallback):
-    """Tells the sampler which epoch it is.
+    """Tells `TokenBudgetSampler` which epoch it is.
 
-    accelerate tells it too, but not behind the batches that a resumed run skips on several processes, whose order
-    was then that of the first epoch.
+    accelerate does so too, but does not reach it behind the batches that a resumed run skips on several processes.
     """
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:

@@ -37,10 +37,11 @@ _GROUP_KEYS = ("mask", "labels", "teacher_scores")
 class RankingConfig(TokenFreeArguments, TrainingArguments):
     """Training options of the ranking stages.
 
-    A batch counts queries, each with all its documents, or tokens when `token_budget` is set. Defaults that differ from `TrainingArguments`:
-    per_device_train_batch_size 8 and per_device_eval_batch_size 16, learning_rate 2e-5, warmup_steps 0.05 (a share of
-    all steps), logging_steps 10, eval_strategy and save_strategy "epoch", save_total_limit 1, remove_unused_columns
-    False, dataloader_pin_memory only with a GPU.
+    A batch counts queries, each with all its documents, or tokens when `token_budget` is set. Defaults that differ
+    from `TrainingArguments`: per_device_train_batch_size 8 and per_device_eval_batch_size 16, learning_rate 2e-5,
+    warmup_steps 0.05 (a share of all steps), logging_steps 10, eval_strategy and save_strategy "epoch",
+    save_total_limit 1, remove_unused_columns and
+    ddp_find_unused_parameters False, dataloader_pin_memory only with a GPU.
     """
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Queries per step and device."})
@@ -54,6 +55,9 @@ class RankingConfig(TokenFreeArguments, TrainingArguments):
         default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for the way to a GPU."}
     )
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Search for weights without gradient at every step; rankers have none."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: texts are tokenised late."})
     max_length: int = field(default=256, metadata={"help": "Tokens of a query-document pair at most."})
     max_query_length: int = field(default=32, metadata={"help": "Tokens of a query at most."})
