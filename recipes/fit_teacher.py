@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 from peft import get_peft_model
 from transformers import AutoConfig, AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_disranker.data import load_groups
 from hf_disranker.hub import publish
 from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
-from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model
+from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model, save_record
 from hf_disranker.student import BertDistilledRanker
 from hf_disranker.teacher import LLMForLastTokenRanking, prepare_tokenizer
 
@@ -49,7 +49,11 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     is_bert = AutoConfig.from_pretrained(source, revision=revision).model_type == "bert"
     kind = BertDistilledRanker if is_bert else LLMForLastTokenRanking
     model = kind.from_pretrained(
-        source, revision=revision, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+        source,
+        revision=revision,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=get_quantization_config(model_args),  # QLoRA: --load_in_4bit --use_peft
     )
     if not is_bert:
         prepare_tokenizer(tokenizer)
@@ -72,6 +76,8 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     if trainer.is_world_process_zero():
         model = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
         save_json(measures, f"{training_args.output_dir}/eval.json")
+        tables = {"judgments": script_args.judgments, "eval_judgments": script_args.eval_judgments}
+        save_record(training_args.output_dir, (script_args, training_args, model_args), tables)
         if training_args.push_to_hub:
             publish(trainer, model, tokenizer)
 

@@ -115,6 +115,24 @@ def test_distill_resumes_and_keeps_the_chosen_layers(tables, student_dir, teache
     assert np.isfinite(Ranker.from_pretrained(tables / "student").predict(pair_texts(dev))).all()
 
 
+def test_distill_streams_samples_and_averages_teachers(tables, student_dir, judgments):
+    scored = judgments.assign(teacher_score=np.arange(len(judgments), dtype=np.float32))
+    scored.to_parquet(tables / "one.parquet")
+    scored.assign(teacher_score=-scored["teacher_score"]).to_parquet(tables / "two.parquet")
+    common = ["--student", student_dir, *SHORT, "--max_steps", 2, "--save_strategy", "no", "--eval_strategy", "no"]
+    sampled = ["--document_sampling", "stratified", "--documents_per_query", 3, "--score_transform", "affine"]
+    one = ["--scores", tables / "one.parquet", "--output_dir", tables / "student"]
+    run("distill", *common, *one, *sampled, "--streaming", "true", "--token_budget", 200)
+    record = json.loads((tables / "student" / "run.json").read_text())
+    assert record["options"]["ScriptArguments"]["document_sampling"] == "stratified"
+    assert record["options"]["DistillationConfig"]["token_budget"] == 200
+    assert set(record["data"]) == {"scores_0"} and len(record["data"]["scores_0"]["sha256"]) == 64
+    transform = json.loads((tables / "student" / "config.json").read_text())["disranker"]["score_transform"]
+    assert transform["kind"] == "affine" and transform["scale"] > 1
+    with pytest.raises(ValueError, match="no order to learn"):  # the two teachers cancel
+        run("distill", *common, *one, "--more_scores", tables / "two.parquet")
+
+
 def test_distill_refuses_an_unfinished_store(tables, student_dir, teacher_dir):
     pairs = ["--pairs", tables / "candidates.parquet", "--corpus", tables / "corpus.parquet"]
     run("score", "--model", teacher_dir, *pairs, "--out", tables / "scores", "--shard_rows", 20)

@@ -1,11 +1,15 @@
 """What the recipes share."""
 
+import hashlib
 import json
+import subprocess
 
 import pytest
+import torch
+from hf_disranker.recipes import distill
 
-from hf_disranker import runs
-from hf_disranker.runs import fast_precision, resume_point, run_recipe, save_json
+from hf_disranker import DistillationConfig, runs
+from hf_disranker.runs import fast_precision, fingerprint, resume_point, run_recipe, save_json, save_record
 
 
 def test_resume_point_is_the_newest_checkpoint(tmp_path, caplog):
@@ -102,3 +106,47 @@ def test_fast_precision_asks_for_bf16_only_where_it_is_faster(monkeypatch):
         )
         monkeypatch.setattr(runs.torch.accelerator, "is_available", lambda: False)
         assert (fast_precision()[:2] == ["--bf16", "true"]) is options
+
+
+def test_a_record_holds_options_data_versions_and_revision(tmp_path, monkeypatch):
+    table = tmp_path / "table.parquet"
+    table.write_bytes(b"abc")
+    config = DistillationConfig(str(tmp_path), learning_rate=3e-4, hub_token="secret", hinge_weight=0.5)
+    save_record(str(tmp_path), (config,), {"scores": str(table), "corpus": None, "folder": str(tmp_path)})
+    text = (tmp_path / "run.json").read_text()
+    record = json.loads(text)
+    options = record["options"]["DistillationConfig"]
+    assert (options["learning_rate"], options["hinge_weight"], options["optim"]) == (3e-4, 0.5, "adamw_torch_fused")
+    assert "secret" not in text
+    assert record["packages"]["torch"] == torch.__version__ and "transformers" in record["packages"]
+    digest = hashlib.sha256(hashlib.sha256(b"abc").digest()).hexdigest()
+    assert record["data"]["scores"] == {"source": str(table), "sha256": digest}
+    assert record["data"]["folder"]["sha256"] == digest and "corpus" not in record["data"]
+    table.write_bytes(b"abd")
+    assert fingerprint(str(table)) != digest
+    assert fingerprint("org/data") is None
+
+
+def test_a_record_names_the_commit_and_that_it_was_changed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_record(str(tmp_path / "out"), (), {})
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["git"] is None
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    save_record(str(tmp_path / "out"), (), {})
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["git"] == commit
+    save_record(str(tmp_path / "out"), (), {})
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["git"] == f"{commit}+"
+
+
+def test_help_groups_the_options_and_shows_defaults():
+    text = distill.make_parser().format_help()
+    titles = ["What the stage reads:", "Options of the distillation:", "Training options of the ranking stages:"]
+    places = [text.index(f"\n{title}\n") for title in [*titles, "TrainingArguments of transformers:"]]
+    assert places == sorted(places)
+    assert places[0] < text.index("--more_scores") < places[1] < text.index("--kl_weight") < places[2]
+    assert places[2] < text.index("--token_budget") < places[3] < text.index("--adam_beta1")
+    assert text.count("--kl_weight KL_WEIGHT") == 1
+    assert "order. (default: 0.5)" in " ".join(text.split())

@@ -56,7 +56,7 @@ def ragged_groups(count, largest=30, seed=0):
 
 def make_trainer(kind, model_dir, out, groups, **options):
     torch.manual_seed(0)
-    dropout = options.pop("dropout", 0.1)
+    dropout, eval_dataset = options.pop("dropout", 0.1), options.pop("eval_dataset", None)
     model = BertDistilledRanker.from_pretrained(
         model_dir, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
     )
@@ -67,6 +67,7 @@ def make_trainer(kind, model_dir, out, groups, **options):
         model=model,
         args=config_class(str(out), **settings | options),
         train_dataset=groups,
+        eval_dataset=eval_dataset,
         processing_class=AutoTokenizer.from_pretrained(model_dir),
     )
 

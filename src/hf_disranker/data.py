@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, groupby
 from typing import IO, Any, TypeAlias
 
@@ -43,6 +43,7 @@ _FORMATS: dict[str, Callable[[IO[bytes]], pd.DataFrame]] = {
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CHUNK = 10_000
+_REMEMBERED = 100_000
 _BM25 = {"method": "lucene", "k1": 1.2, "b": 0.75}
 
 
@@ -86,12 +87,16 @@ def _checked(
 
 
 def load_groups(
-    source: Source, split: str | None = None, corpus: Source | None = None, streaming: bool = False
+    source: Source | Sequence[Source],
+    split: str | None = None,
+    corpus: Source | None = None,
+    streaming: bool = False,
 ) -> Dataset | IterableDataset:
     """One row per query with all its documents, from a judgments or a scores table.
 
     Args:
-        source: see the module's text.
+        source: see the module's text; several scores tables over the same pairs give the mean of their teachers'
+            scores, as they are: a teacher of wider scale counts for more.
         split: as in `read_table`.
         corpus: as in `read_table`.
         streaming: read as you go, for what does not fit into memory: a Hub data set id or a path or URL of parquet
@@ -108,10 +113,25 @@ def load_groups(
         if corpus is not None or not isinstance(source, str | os.PathLike):
             raise ValueError("Streaming takes the name of a table that holds its own texts, and no corpus.")
         return IterableDataset.from_generator(_stream_groups, gen_kwargs={"source": os.fspath(source), "split": split})
+    if isinstance(source, list | tuple):
+        return group_rows(_mean_scores(source, split, corpus))
     frame = _read(source)
     groups = group_rows(_checked(frame, _name(source), _graded(frame), split, corpus))
     groups.info.dataset_name = _name(source)
     return groups
+
+
+def _mean_scores(sources: Sequence[Source], split: str | None, corpus: Source | None) -> pd.DataFrame:
+    """The first table with the mean of all tables' scores, matched by query and document."""
+    key = ["query_id", "doc_id"]
+    first, *others = (read_table(source, "scores", split, corpus) for source in sources)
+    total = first.set_index(key)["teacher_score"].astype(np.float64)
+    for source, other in zip(sources[1:], others, strict=True):
+        scores = other.set_index(key)["teacher_score"].reindex(total.index)
+        if scores.isna().any() or len(other) != len(first):
+            raise TableError(f"{_name(source)} scores other pairs than {_name(sources[0])}: averaging needs the same.")
+        total = total + scores
+    return first.assign(teacher_score=(total / len(sources)).to_numpy(np.float32))
 
 
 def _graded(frame: pd.DataFrame) -> str:
@@ -125,7 +145,8 @@ def _stream_groups(source: str, split: str | None) -> Iterator[dict[str, Any]]:
     for query_id, rows in groupby(_stream_rows(source, split), key=lambda row: row["query_id"]):
         if query_id in seen:
             raise TableError(f"{source}: the rows of query '{query_id}' stand apart: sort by query_id to stream it.")
-        seen.add(query_id)
+        if len(seen) < _REMEMBERED:  # a table that is not sorted shows it soon, and memory stays flat
+            seen.add(query_id)
         chunk += rows
         if len(chunk) >= _CHUNK:
             yield from _checked_groups(chunk, source)

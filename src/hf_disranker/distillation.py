@@ -37,6 +37,11 @@ class DistillationConfig(RankingConfig):
         },
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score_transform not in ("none", "affine"):
+            raise ValueError(f"score_transform is none or affine, got {self.score_transform!r}.")
+
 
 class DistillationTrainer(RankingTrainer):
     """Distil teacher scores into a ranker, query by query, with mixed Point-MSE and Margin-MSE.
