@@ -8,6 +8,7 @@ resident memory of the process.
 """
 
 import argparse
+import multiprocessing
 import tempfile
 import time
 from pathlib import Path
@@ -54,7 +55,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "scores.parquet")
-        write(path, args.rows, args.documents)
+        writer = multiprocessing.get_context("spawn").Process(target=write, args=(path, args.rows, args.documents))
+        writer.start()  # its memory is not the reader's
+        writer.join()
         print(f"{args.rows} rows, {path.stat().st_size / 2**20:.0f} MiB of parquet")
         groups = load_groups(path, streaming=True).shuffle(seed=0, buffer_size=args.shuffle_buffer)
         process, start, seen = psutil.Process(), time.perf_counter(), 0

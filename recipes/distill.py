@@ -9,7 +9,7 @@ the student as it learns. A run that was cut off goes on from its last checkpoin
 
 from dataclasses import dataclass, field
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, set_seed
 from trl import TrlParser
 
 from hf_disranker.data import load_groups
@@ -67,6 +67,7 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     if eval_dataset is None:
         training_args.eval_strategy = "no"
 
+    set_seed(training_args.seed)  # a new head is random: the same in every run and process
     tokenizer = AutoTokenizer.from_pretrained(script_args.student, revision=script_args.revision)
     student = BertDistilledRanker.from_pretrained(
         script_args.student, revision=script_args.revision, attn_implementation=script_args.attn_implementation

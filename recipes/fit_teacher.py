@@ -11,7 +11,7 @@ goes on from its last checkpoint.
 from dataclasses import dataclass, field
 
 from peft import get_peft_model
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_disranker.data import load_groups
@@ -44,6 +44,7 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     train_dataset = load_groups(script_args.judgments, split=script_args.train_split)
     eval_dataset = load_groups(script_args.eval_judgments or script_args.judgments, split=script_args.eval_split)
 
+    set_seed(training_args.seed)  # a new head is random: the same in every run and process
     source, revision = model_args.model_name_or_path, model_args.model_revision
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     is_bert = AutoConfig.from_pretrained(source, revision=revision).model_type == "bert"

@@ -72,6 +72,13 @@ def test_resuming_in_mid_epoch_is_bit_equal(student_dir, tmp_path, data):
     assert torch.equal(whole, resumed)
 
 
+@pytest.mark.parametrize("data", ["memory", "stream"])
+def test_resuming_a_finished_run_takes_no_further_step(student_dir, tmp_path, data):
+    groups = ragged_groups(16, 7) if data == "memory" else ragged_groups(16, 7).to_iterable_dataset()
+    whole = weights(student_dir, tmp_path, groups, save_steps=7)
+    assert torch.equal(weights(student_dir, tmp_path, groups, str(tmp_path / "checkpoint-7")), whole)
+
+
 def test_resuming_a_stream_in_token_batches_is_bit_equal(student_dir, tmp_path):
     rows = pd.DataFrame(ragged_groups(16, 7).to_list()).drop(columns="labels")
     columns = {"doc_ids": "doc_id", "titles": "title", "summaries": "summary", "teacher_scores": "teacher_score"}

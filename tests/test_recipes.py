@@ -50,6 +50,9 @@ def test_cpt_and_fit_teacher_leave_stock_checkpoints(tables, language_model, lor
     losses = json.loads((tables / "cpt" / "cpt.json").read_text())
     assert losses["loss_after"] < losses["loss_before"]
     assert losses["perplexity_after"] == pytest.approx(np.exp(losses["loss_after"]))
+    for part in ("title", "summary"):
+        assert losses[f"{part}_perplexity_after"] < losses[f"{part}_perplexity_before"]
+    assert set(json.loads((tables / "cpt" / "run.json").read_text())["data"]) == {"clicks", "eval_clicks"}
 
     judgments = ["--judgments", tables / "judgments.parquet"]
     run("fit_teacher", "--model_name_or_path", tables / "cpt", *judgments, "--output_dir", tables / "teacher", *steps)

@@ -97,7 +97,8 @@ class RankerConfigMixin:
             "format": FORMAT,
             "role": cls.role,
             "head": cls.head,
-            "templates": cls.default_templates.to_dict(),
+            # A language model that has read clicks keeps the template of its pre-training.
+            "templates": getattr(config, "click_templates", None) or cls.default_templates.to_dict(),
             "score_transform": None,
         }
         return config

@@ -10,13 +10,14 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, groupby
+from itertools import chain
 from typing import IO, Any, TypeAlias
 
 import bm25s
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from fsspec.core import url_to_fs
 from tqdm.auto import tqdm
@@ -140,37 +141,56 @@ def _graded(frame: pd.DataFrame) -> str:
 
 def _stream_groups(source: str, split: str | None) -> Iterator[dict[str, Any]]:
     """Rows of `load_groups`, checked some thousand table rows at a time."""
-    seen: set[Any] = set()
-    chunk: list[dict[str, Any]] = []
-    for query_id, rows in groupby(_stream_rows(source, split), key=lambda row: row["query_id"]):
-        if query_id in seen:
-            raise TableError(f"{source}: the rows of query '{query_id}' stand apart: sort by query_id to stream it.")
+    seen: set[str] = set()
+    rest: list[pd.DataFrame] = []
+    for chunk in chain(_stream_frames(source, split), [None]):
+        if chunk is not None:
+            frame = pd.concat([*rest, chunk], ignore_index=True)
+            frame = _checked(frame, source, _graded(frame), None, None)
+            last = frame["query_id"] == frame["query_id"].iloc[-1]  # may go on in the next chunk
+            frame, rest = frame[~last], [frame[last]]
+        else:
+            frame, rest = pd.concat(rest), []
+        starts = frame["query_id"][frame["query_id"] != frame["query_id"].shift()]
+        apart = starts[starts.duplicated() | starts.isin(seen)]
+        if len(apart):
+            raise TableError(
+                f"{source}: the rows of query '{apart.iloc[0]}' stand apart: sort by query_id to stream it."
+            )
         if len(seen) < _REMEMBERED:  # a table that is not sorted shows it soon, and memory stays flat
-            seen.add(query_id)
-        chunk += rows
-        if len(chunk) >= _CHUNK:
-            yield from _checked_groups(chunk, source)
-            chunk = []
-    yield from _checked_groups(chunk, source) if chunk else ()
+            seen.update(starts)
+        yield from group_rows(frame)
 
 
-def _checked_groups(rows: list[dict[str, Any]], name: str) -> Dataset:
-    frame = pd.DataFrame(rows)
-    return group_rows(_checked(frame, name, _graded(frame), None, None))
-
-
-def _stream_rows(source: str, split: str | None) -> Iterator[dict[str, Any]]:
-    if _HUB_ID.fullmatch(source) and not os.path.exists(source):
-        parts = load_dataset(source, streaming=True)
-    else:
-        files = source if source.endswith(".parquet") else f"{source.rstrip('/')}/*.parquet"
-        parts = load_dataset("parquet", data_files=files, streaming=True)
-    rows = ({"split": name} | row for name, part in parts.items() for row in part)
-    found = (row for row in rows if not split or row["split"] == split)
-    first = next(found, None)
-    if first is None:
+def _stream_frames(source: str, split: str | None) -> Iterator[pd.DataFrame]:
+    """The rows of a split, some thousand at a time."""
+    found = False
+    for frame in _stream_hub(source) if _is_hub_id(source) else _stream_parquet(source):
+        chosen = frame if not split else frame[frame["split"] == split] if "split" in frame else frame[:0]
+        found |= len(chosen) > 0
+        if len(chosen):
+            yield chosen
+    if not found:
         raise TableError(f"{source}: no row has split '{split}'.")
-    return chain([first], found)
+
+
+def _stream_hub(source: str) -> Iterator[pd.DataFrame]:
+    for split, part in load_dataset(source, streaming=True).items():
+        for table in part.with_format("arrow").iter(_CHUNK):
+            frame = table.to_pandas()
+            yield frame if "split" in frame.columns else frame.assign(split=str(split))
+
+
+def _stream_parquet(source: str) -> Iterator[pd.DataFrame]:
+    fs, path = url_to_fs(source)
+    for name in [path] if path.endswith(".parquet") else sorted(fs.glob(f"{path}/*.parquet")):
+        with fs.open(name, "rb") as file:
+            # Not through datasets, whose scanner reads ahead of a slow reader, up to the whole file; and a row group
+            # at a time, because the reader keeps what it has read until its iteration ends.
+            table = pq.ParquetFile(file)
+            for number in range(table.num_row_groups):
+                for batch in table.iter_batches(_CHUNK, row_groups=[number]):
+                    yield batch.to_pandas()
 
 
 def group_rows(frame: pd.DataFrame) -> Dataset:
@@ -338,6 +358,10 @@ def _without_empty_queries(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     return frame[~empty].reset_index(drop=True)
 
 
+def _is_hub_id(source: str) -> bool:
+    return bool(_HUB_ID.fullmatch(source)) and not os.path.exists(source) and not source.endswith(tuple(_FORMATS))
+
+
 def _name(source: Source) -> str:
     return os.fspath(source) if isinstance(source, str | os.PathLike) else f"<{type(source).__name__}>"
 
@@ -359,7 +383,7 @@ def _read(source: Source) -> pd.DataFrame:
         if not files:
             raise FileNotFoundError(f"{source}: the folder holds no parquet file.")
         return pd.concat([_read_file(fs, file) for file in files], ignore_index=True)
-    if _HUB_ID.fullmatch(source) and not source.endswith(tuple(_FORMATS)):
+    if _is_hub_id(source):
         return _read_hub(source)
     raise FileNotFoundError(f"{source}: no such file or folder.")
 

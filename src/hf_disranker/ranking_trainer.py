@@ -202,6 +202,8 @@ class RankingTrainer(TrainerHubMixin, Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """As in `Trainer`, but what is counted are the weights of our loss terms, over all micro-batches."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # resumed when all steps were done: Trainer would take one more
         batches, _ = super().get_batch_samples(*args, **kwargs)
         # The weights depend on labels and mask alone, so any scores will do.
         counts = [self._weights(self.loss_terms(torch.zeros_like(batch["labels"]), batch)) for batch in batches]
