@@ -19,7 +19,7 @@ from hf_disranker.hub import publish
 from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
 from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model, save_record
 from hf_disranker.student import BertDistilledRanker
-from hf_disranker.teacher import LLMForLastTokenRanking, prepare_tokenizer
+from hf_disranker.teacher import LABEL_EXPECTATION, LLMForLastTokenRanking, expect_labels, prepare_tokenizer
 
 
 @dataclass
@@ -32,6 +32,14 @@ class ScriptArguments:
         default=None, metadata={"help": "Judgments to evaluate on, if in another table."}
     )
     eval_split: str = field(default="dev", metadata={"help": "Split to evaluate on; '' for all rows."})
+    head: str = field(
+        default="last_token",
+        metadata={"help": "How a decoder scores a text.", "choices": ["last_token", LABEL_EXPECTATION]},
+    )
+    label_words: list[str] = field(
+        default_factory=lambda: list("01234"),
+        metadata={"help": "With label_expectation: the word of each grade from 0 up, one token each."},
+    )
 
 
 def make_parser() -> TrlParser:
@@ -47,17 +55,21 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     set_seed(training_args.seed)  # a new head is random: the same in every run and process
     source, revision = model_args.model_name_or_path, model_args.model_revision
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    is_bert = AutoConfig.from_pretrained(source, revision=revision).model_type == "bert"
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    is_bert = config.model_type == "bert"
+    if script_args.head == LABEL_EXPECTATION:
+        config = expect_labels(config, tokenizer, script_args.label_words)
     kind = BertDistilledRanker if is_bert else LLMForLastTokenRanking
     model = kind.from_pretrained(
         source,
+        config=config,
         revision=revision,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
         quantization_config=get_quantization_config(model_args),  # QLoRA: --load_in_4bit --use_peft
     )
     if not is_bert:
-        prepare_tokenizer(tokenizer)
+        prepare_tokenizer(tokenizer, model.config.disranker.get("ending"))
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
         model.config.pad_token_id = tokenizer.pad_token_id

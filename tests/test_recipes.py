@@ -88,6 +88,19 @@ def test_a_tokenizer_that_pads_with_its_end_token_gets_a_pad_of_its_own(tables, 
     assert isinstance(LLMForLastTokenRanking.from_pretrained(tables / "teacher"), LLMForLastTokenRanking)
 
 
+def test_a_teacher_learns_by_label_expectation_in_bf16_with_lora_and_recomputed_activations(tables, language_model):
+    steps = [*SHORT, "--max_steps", 3, "--learning_rate", 0.01, "--save_strategy", "no", *LORA]
+    large = ["--bf16", "true", "--gradient_checkpointing", "true"]
+    head = ["--head", "label_expectation", "--label_words", *"abc"]
+    inputs = ["--model_name_or_path", language_model, "--judgments", tables / "judgments.parquet"]
+    run("fit_teacher", *inputs, "--output_dir", tables / "teacher", *steps, *large, *head)
+    config = json.loads((tables / "teacher" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["disranker"]["head"] == "label_expectation" and config["disranker"]["ending"] == " relevance:"
+    scores = Ranker.from_pretrained(tables / "teacher").predict([("read json", "json load"), ("plot", "remove file")])
+    assert ((scores > 0) & (scores < 2)).all() and scores[0] != scores[1]
+
+
 def losses(checkpoint):
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
