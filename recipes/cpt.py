@@ -10,7 +10,7 @@ weights are trained and merged at the end. A run that was cut off goes on from i
 import math
 from dataclasses import dataclass, field
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_disranker.cpt import ClickTrainer, CptConfig, click_dataset, click_losses, prepare_clicks
@@ -47,6 +47,7 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
     if held_out is None:
         training_args.eval_strategy = "no"
 
+    set_seed(training_args.seed)  # new LoRA weights are random: the same in every run and process
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path,

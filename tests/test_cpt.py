@@ -1,6 +1,8 @@
 """Continued pre-training: what is masked, and that trl learns from it."""
 
 import math
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ from trl import SFTTrainer
 
 from hf_disranker import ClickTrainer, CptConfig, click_dataset
 from hf_disranker.cpt import check_packing, click_losses, prepare_clicks
+from hf_disranker.data import read_table
 from hf_disranker.from_scratch import small_llama, train_bpe
 from hf_disranker.schema import TableError
 from hf_disranker.teacher import LLMForLastTokenRanking
@@ -117,7 +120,7 @@ def test_equal_weights_keep_every_click_once():
 def test_queries_of_few_users_are_dropped_and_counted(caplog):
     clicks = table(("a", "x", "", 1.0, 1), ("a", "y", "", 1.0, 5), ("b", "z", "", 1.0, 4), ("c", "z", "", 1.0, 5))
     assert prepare_clicks(clicks, min_users=5)["query"].tolist() == ["a", "a", "c"]
-    assert "25.0% of the clicks (1) belong to queries of fewer than 5 users: dropped" in caplog.text
+    assert "25.0% of the clicks are dropped: fewer than 5 users typed their query" in caplog.text
     with pytest.raises(TableError, match="No click is left"):
         prepare_clicks(clicks, min_users=6)
 
@@ -181,3 +184,25 @@ def test_the_teacher_keeps_the_template_of_the_clicks(tokenizer, tmp_path):
     model.save_pretrained(tmp_path)
     teacher = LLMForLastTokenRanking.from_pretrained(tmp_path)
     assert teacher.config.templates.render_text("q", "d") == "q => d"
+
+
+def test_the_example_of_the_page_about_clicks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = pd.DataFrame(
+        [
+            ("ann", "read json", "json.load", "text", 1, 30),
+            ("ann", "read json", "json.load", "text", 1, 40),  # once per user
+            ("bob", "read json", "json.load", "text", 2, 12),
+            ("cat", "read json", "json.dump", "text", 1, 3),  # left at once
+        ],
+        columns=["user", "query", "title", "summary", "position", "seconds"],
+    )
+    log.to_parquet("log.parquet")
+    swaps = [(1, True), (1, True), (1, False), (1, False), (2, True), (2, False), (2, False), (2, False)]
+    pd.DataFrame(swaps, columns=["position", "clicked"]).to_parquet("swaps.parquet")
+    page = (Path(__file__).parents[1] / "docs" / "how_to" / "clicks.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", page, flags=re.S)[1], {})
+    # The second place is looked at half as often as the first: ann's click weighs 1, bob's 2.
+    rows = read_table("clicks.parquet", "clicks").to_dict("records")
+    expected = {"query": "read json", "title": "json.load", "summary": "text", "weight": 3.0, "users": 3.0}
+    assert rows == [expected]

@@ -142,7 +142,7 @@ def test_distill_streams_samples_and_averages_teachers(tables, student_dir, judg
     record = json.loads((tables / "student" / "run.json").read_text())
     assert record["options"]["ScriptArguments"]["document_sampling"] == "stratified"
     assert record["options"]["DistillationConfig"]["token_budget"] == 200
-    assert set(record["data"]) == {"scores_0"} and len(record["data"]["scores_0"]["sha256"]) == 64
+    assert set(record["data"]) == {"scores_0"} and len(record["data"]["scores_0"]["fingerprint"]) == 64
     transform = json.loads((tables / "student" / "config.json").read_text())["disranker"]["score_transform"]
     assert transform["kind"] == "affine" and transform["scale"] > 1
     with pytest.raises(ValueError, match="no order to learn"):  # the two teachers cancel

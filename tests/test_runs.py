@@ -7,8 +7,9 @@ import subprocess
 import pytest
 import torch
 from hf_disranker.recipes import distill
+from huggingface_hub import HfApi
 
-from hf_disranker import DistillationConfig, runs
+from hf_disranker import DistillationConfig, push_table, runs
 from hf_disranker.runs import fast_precision, fingerprint, resume_point, run_recipe, save_json, save_record
 
 
@@ -120,11 +121,19 @@ def test_a_record_holds_options_data_versions_and_revision(tmp_path, monkeypatch
     assert "secret" not in text
     assert record["packages"]["torch"] == torch.__version__ and "transformers" in record["packages"]
     digest = hashlib.sha256(hashlib.sha256(b"abc").digest()).hexdigest()
-    assert record["data"]["scores"] == {"source": str(table), "sha256": digest}
-    assert record["data"]["folder"]["sha256"] == digest and "corpus" not in record["data"]
+    assert record["data"]["scores"] == {"source": str(table), "fingerprint": digest}
+    assert record["data"]["folder"]["fingerprint"] == digest and "corpus" not in record["data"]
     table.write_bytes(b"abd")
     assert fingerprint(str(table)) != digest
     assert fingerprint("org/data") is None
+
+
+def test_the_fingerprint_of_a_hub_data_set_is_its_commit(hub, judgments):
+    push_table(judgments, "judgments", "tester/fingerprint")
+    first = fingerprint("tester/fingerprint")
+    assert first == HfApi().dataset_info("tester/fingerprint").sha
+    push_table(judgments[:5], "judgments", "tester/fingerprint")
+    assert fingerprint("tester/fingerprint") not in (first, None)
 
 
 def test_a_record_names_the_commit_and_that_it_was_changed(tmp_path, monkeypatch):

@@ -107,19 +107,15 @@ def prepare_clicks(clicks: pd.DataFrame, min_users: int = 0, seed: int = 0) -> p
     Raises:
         TableError: `min_users` without a column `users`, no row is left, or all weights are 0.
     """
-    if "users" in clicks.columns:
-        common = clicks.groupby("query")["users"].transform("max") >= min_users
-        logger.warning(
-            "%.1f%% of the clicks (%d) belong to queries of fewer than %d users: dropped.",
-            100 * (1 - common.mean()),
-            int((~common).sum()),
-            min_users,
-        )
-        clicks = clicks[common]
-    elif min_users:
-        raise TableError(f"--min_users {min_users} needs a column 'users': how many users typed the query.")
-    else:
+    if "users" not in clicks.columns:
+        if min_users:
+            raise TableError(f"--min_users {min_users} needs a column 'users': how many users typed the query.")
         logger.warning("The clicks have no column 'users': the model may memorise rare queries, and who typed them.")
+    elif min_users:
+        rare = clicks.groupby("query")["users"].transform("max") < min_users
+        share = 100 * rare.mean()
+        logger.warning("%.1f%% of the clicks are dropped: fewer than %d users typed their query.", share, min_users)
+        clicks = clicks[~rare]
     weights = clicks.get("weight", pd.Series(1.0, clicks.index))
     same = clicks.assign(weight=weights).groupby(["query", "title", "summary"], sort=False, as_index=False)
     rows = same["weight"].sum()

@@ -40,8 +40,8 @@ class RankingConfig(TokenFreeArguments, TrainingArguments):
     A batch counts queries, each with all its documents, or tokens when `token_budget` is set. Defaults that differ
     from `TrainingArguments`: per_device_train_batch_size 8 and per_device_eval_batch_size 16, learning_rate 2e-5,
     warmup_steps 0.05 (a share of all steps), logging_steps 10, eval_strategy and save_strategy "epoch",
-    save_total_limit 1, remove_unused_columns and
-    ddp_find_unused_parameters False, dataloader_pin_memory only with a GPU.
+    save_total_limit 1, remove_unused_columns and ddp_find_unused_parameters False, dataloader_pin_memory only with a
+    GPU.
     """
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Queries per step and device."})

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from fsspec.core import url_to_fs
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
@@ -90,22 +92,25 @@ def save_record(output_dir: str, arguments: Sequence[Any], sources: Mapping[str,
         for part in arguments
     }
     versions = {name: metadata.version(name) for name in _PACKAGES if importlib.util.find_spec(name)}
-    data = {name: {"source": source, "sha256": fingerprint(source)} for name, source in sources.items() if source}
+    data = {name: {"source": source, "fingerprint": fingerprint(source)} for name, source in sources.items() if source}
     record = {"options": options, "data": data, "packages": versions, "git": _git_revision()}
     save_json(json.loads(json.dumps(record, default=str)), f"{output_dir}/run.json")
 
 
 def fingerprint(source: str) -> str | None:
-    """SHA-256 of a file, or of a folder's parquet files in their order; None for what lies elsewhere."""
+    """SHA-256 of a local file or of a folder's parquet files, the commit of a Hub data set; else None."""
     fs, path = url_to_fs(source)
     files = [path] if fs.isfile(path) else sorted(fs.glob(f"{path}/*.parquet"))
-    if "file" not in fs.protocol or not files:
+    if "file" in fs.protocol and files:
+        digest = hashlib.sha256()
+        for name in files:
+            with open(name, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+    try:
+        return HfApi().dataset_info(source).sha
+    except (HfHubHTTPError, HFValidationError, OSError):  # the model stands; a name unknown to the Hub is no failure
         return None
-    digest = hashlib.sha256()
-    for name in files:
-        with open(name, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _git_revision() -> str | None:
