@@ -123,6 +123,10 @@ class BudgetStream(IterableDataset):
         if window:
             yield from self._batches(window, rng)
 
+    def collate_batch(self, batches: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        """The one batch that a data loader of batch_size 1 hands over."""
+        return self.collate(batches[0])
+
     def _batches(self, window: list[dict[str, Any]], rng: np.random.Generator) -> Iterator[list[dict[str, Any]]]:
         sizes = np.array([len(group["rows"]) for group in window])
         batches = budget_groups(sizes, np.array([_longest(group) for group in window]), self.token_budget)

@@ -176,7 +176,7 @@ class RankingTrainer(TrainerHubMixin, Trainer):
         options = {"num_workers": self.args.dataloader_num_workers, "pin_memory": self.args.dataloader_pin_memory}
         if isinstance(groups, IterableDataset):
             stream = BudgetStream(groups, collate, budget, self.args.seed)
-            loader = DataLoader(stream, batch_size=1, collate_fn=lambda batches: collate(batches[0]), **options)
+            loader = DataLoader(stream, batch_size=1, collate_fn=stream.collate_batch, **options)
         else:
             lengths = group_lengths(groups, collate)
             sampler = TokenBudgetSampler(*lengths, budget, self.args.world_size, self.args.seed)
