@@ -2,19 +2,21 @@
 
     disranker cpt --model_name_or_path Qwen/Qwen3-0.6B-Base --clicks clicks.parquet --output_dir runs/cpt
 
-`clicks` is a table with the columns query, title, summary. The loss is on title and summary only. With `--use_peft`
-LoRA weights are trained and merged at the end. A run that was cut off goes on from its last checkpoint.
+`clicks` is a table with the columns query, title, summary and, if you have them, weight and users. Equal rows are
+joined, and a row is read as often as its weight says. The loss is on title and summary only. With `--use_peft` LoRA
+weights are trained and merged at the end. A run that was cut off goes on from its last checkpoint.
 """
 
 import math
 from dataclasses import dataclass, field
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from hf_disranker.cpt import ClickTrainer, CptConfig, click_dataset
+from hf_disranker.cpt import ClickTrainer, CptConfig, click_dataset, click_losses, prepare_clicks
 from hf_disranker.data import read_table
-from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model
+from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model, save_record
+from hf_disranker.texts import TEACHER_TEMPLATES, Templates
 
 
 @dataclass
@@ -22,6 +24,10 @@ class ScriptArguments:
     """What the stage reads."""
 
     clicks: str = field(metadata={"help": "Table of clicks: file, URL or Hub data set id."})
+    min_users: int = field(default=0, metadata={"help": "Drop queries that fewer users typed; needs a column users."})
+    text_template: str = field(
+        default=str(TEACHER_TEMPLATES.text), metadata={"help": "The text that the model reads; the teacher keeps it."}
+    )
     eval_clicks: str | None = field(default=None, metadata={"help": "Held-out clicks, to measure the loss on."})
     eval_rows: int = field(default=1000, metadata={"help": "Held-out clicks that are used at most."})
 
@@ -33,23 +39,27 @@ def make_parser() -> TrlParser:
 
 def main(script_args: ScriptArguments, training_args: CptConfig, model_args: ModelConfig) -> None:
     """Read the clicks, train, measure the held-out loss before and after, save."""
-    clicks = read_table(script_args.clicks, "clicks")
+    clicks = prepare_clicks(read_table(script_args.clicks, "clicks"), script_args.min_users, training_args.seed)
+    templates = Templates(text=script_args.text_template)
     held_out = (
         read_table(script_args.eval_clicks, "clicks")[: script_args.eval_rows] if script_args.eval_clicks else None
     )
     if held_out is None:
         training_args.eval_strategy = "no"
 
+    set_seed(training_args.seed)  # new LoRA weights are random: the same in every run and process
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
+        quantization_config=get_quantization_config(model_args),  # QLoRA: --load_in_4bit --use_peft
     )
+    model.config.click_templates = templates.to_dict()
     max_length = training_args.max_length or tokenizer.model_max_length
-    train_dataset = click_dataset(clicks, tokenizer, max_length)
-    eval_dataset = click_dataset(held_out, tokenizer, max_length) if held_out is not None else None
+    train_dataset = click_dataset(clicks, tokenizer, max_length, templates)
+    eval_dataset = click_dataset(held_out, tokenizer, max_length, templates) if held_out is not None else None
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
 
@@ -61,14 +71,20 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
-    before = trainer.evaluate()["eval_loss"] if eval_dataset else None
-    trainer.train(resume_from_checkpoint=resume_point(training_args.output_dir))
-    after = trainer.evaluate()["eval_loss"] if eval_dataset else None
+    losses = {}
+    for moment in ("before", "after"):
+        if moment == "after":
+            trainer.train(resume_from_checkpoint=resume_point(training_args.output_dir))
+        if held_out is not None:
+            losses[f"loss_{moment}"] = trainer.evaluate()["eval_loss"]
+            parts = click_losses(trainer.model, tokenizer, held_out, max_length, templates)
+            losses |= {f"{part}_loss_{moment}": value for part, value in parts.items()}
     if trainer.is_world_process_zero():
         save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
-        if before is not None and after is not None:
-            losses = {"loss_before": before, "loss_after": after}
-            perplexity = {"perplexity_before": math.exp(before), "perplexity_after": math.exp(after)}
+        tables = {"clicks": script_args.clicks, "eval_clicks": script_args.eval_clicks}
+        save_record(training_args.output_dir, (script_args, training_args, model_args), tables)
+        if losses:
+            perplexity = {name.replace("loss", "perplexity"): math.exp(loss) for name, loss in losses.items()}
             save_json(losses | perplexity, f"{training_args.output_dir}/cpt.json")
 
 

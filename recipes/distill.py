@@ -10,13 +10,15 @@ the student as it learns. A run that was cut off goes on from its last checkpoin
 from dataclasses import dataclass, field
 
 import numpy as np
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, set_seed
 from trl import TrlParser
 
 from hf_disranker.data import load_groups
 from hf_disranker.distillation import DistillationConfig, DistillationTrainer
+from hf_disranker.guards import sample_groups
 from hf_disranker.hub import publish
-from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model
+from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model, save_record
+from hf_disranker.sampling import KINDS, sample_documents
 from hf_disranker.store import teacher_of
 from hf_disranker.student import BertDistilledRanker
 
@@ -27,7 +29,21 @@ class ScriptArguments:
 
     student: str = field(metadata={"help": "A BERT to start from: folder or Hub id."})
     scores: str = field(metadata={"help": "Teacher scores: a score store, or a table of scores."})
+    more_scores: list[str] = field(
+        default_factory=list, metadata={"help": "Scores of further teachers over the same pairs: all are averaged."}
+    )
     corpus: str | None = field(default=None, metadata={"help": "Table with the texts, if the scores have none."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the scores as you go; they hold their texts. Needs --max_steps."}
+    )
+    document_sampling: str = field(
+        default="all",
+        metadata={
+            "help": "Documents of a query to train on: all, the top, or stratified over the teacher's scores.",
+            "choices": list(KINDS),
+        },
+    )
+    documents_per_query: int = field(default=32, metadata={"help": "How many, unless all."})
     judgments: str | None = field(default=None, metadata={"help": "Judgments to evaluate on."})
     eval_split: str = field(default="dev", metadata={"help": "Split to evaluate on; '' for all rows."})
     student_layers: str | None = field(default=None, metadata={"help": "Layers to keep, from 0: for example 0,3,6,9."})
@@ -42,23 +58,30 @@ def make_parser() -> TrlParser:
 
 def main(script_args: ScriptArguments, training_args: DistillationConfig) -> None:
     """Read the scores, train, evaluate, save."""
-    teacher = teacher_of(script_args.scores)
-    train_dataset = load_groups(script_args.scores, corpus=script_args.corpus)
+    sources = [script_args.scores, *script_args.more_scores]
+    teachers = [teacher for teacher in map(teacher_of, sources) if teacher]
+    source = sources if script_args.more_scores else script_args.scores
+    train_dataset = load_groups(source, corpus=script_args.corpus, streaming=script_args.streaming)
+    train_dataset = sample_documents(
+        train_dataset, script_args.documents_per_query, script_args.document_sampling, training_args.seed
+    )
     eval_dataset = None
     if not script_args.judgments:
         training_args.eval_strategy = "no"
     if training_args.eval_strategy != "no":
         eval_dataset = load_groups(script_args.judgments, split=script_args.eval_split)
 
+    set_seed(training_args.seed)  # a new head is random: the same in every run and process
     tokenizer = AutoTokenizer.from_pretrained(script_args.student, revision=script_args.revision)
     student = BertDistilledRanker.from_pretrained(
         script_args.student, revision=script_args.revision, attn_implementation=script_args.attn_implementation
     )
     if script_args.student_layers:
         student.keep_layers([int(layer) for layer in script_args.student_layers.split(",")])
-    if not student.config.disranker.get("teacher"):
-        student.start_at(np.mean(np.concatenate(train_dataset["teacher_scores"])))
-    student.config.disranker["teacher"] = teacher
+    if not student.config.disranker.get("teacher") and training_args.score_transform == "none":
+        student.start_at(float(np.mean(np.concatenate(sample_groups(train_dataset)["teacher_scores"]))))
+    several = {"id": " + ".join(str(teacher["id"]) for teacher in teachers), "revision": None}
+    student.config.disranker["teacher"] = several if len(teachers) > 1 else next(iter(teachers), None)
 
     trainer = DistillationTrainer(
         model=student,
@@ -73,6 +96,9 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
         student = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
         if measures:
             save_json(measures, f"{training_args.output_dir}/eval.json")
+        tables = {"corpus": script_args.corpus, "judgments": script_args.judgments}
+        tables |= {f"scores_{number}": path for number, path in enumerate(sources)}
+        save_record(training_args.output_dir, (script_args, training_args), tables)
         if training_args.push_to_hub:
             publish(trainer, student, tokenizer)
 

@@ -11,15 +11,15 @@ goes on from its last checkpoint.
 from dataclasses import dataclass, field
 
 from peft import get_peft_model
-from transformers import AutoConfig, AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config
+from transformers import AutoConfig, AutoTokenizer, set_seed
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_disranker.data import load_groups
 from hf_disranker.hub import publish
 from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
-from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model
+from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model, save_record
 from hf_disranker.student import BertDistilledRanker
-from hf_disranker.teacher import LLMForLastTokenRanking, prepare_tokenizer
+from hf_disranker.teacher import LABEL_EXPECTATION, LLMForLastTokenRanking, expect_labels, prepare_tokenizer
 
 
 @dataclass
@@ -32,6 +32,14 @@ class ScriptArguments:
         default=None, metadata={"help": "Judgments to evaluate on, if in another table."}
     )
     eval_split: str = field(default="dev", metadata={"help": "Split to evaluate on; '' for all rows."})
+    head: str = field(
+        default="last_token",
+        metadata={"help": "How a decoder scores a text.", "choices": ["last_token", LABEL_EXPECTATION]},
+    )
+    label_words: list[str] = field(
+        default_factory=lambda: list("01234"),
+        metadata={"help": "With label_expectation: the word of each grade from 0 up, one token each."},
+    )
 
 
 def make_parser() -> TrlParser:
@@ -46,15 +54,24 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     if training_args.eval_strategy != "no":
         eval_dataset = load_groups(script_args.eval_judgments or script_args.judgments, split=script_args.eval_split)
 
+    set_seed(training_args.seed)  # a new head is random: the same in every run and process
     source, revision = model_args.model_name_or_path, model_args.model_revision
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    is_bert = AutoConfig.from_pretrained(source, revision=revision).model_type == "bert"
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    is_bert = config.model_type == "bert"
+    if script_args.head == LABEL_EXPECTATION:
+        config = expect_labels(config, tokenizer, script_args.label_words)
     kind = BertDistilledRanker if is_bert else LLMForLastTokenRanking
     model = kind.from_pretrained(
-        source, revision=revision, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+        source,
+        config=config,
+        revision=revision,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=get_quantization_config(model_args),  # QLoRA: --load_in_4bit --use_peft
     )
     if not is_bert:
-        prepare_tokenizer(tokenizer)
+        prepare_tokenizer(tokenizer, model.config.disranker.get("ending"))
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -75,6 +92,8 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
         model = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
         if measures:
             save_json(measures, f"{training_args.output_dir}/eval.json")
+        tables = {"judgments": script_args.judgments, "eval_judgments": script_args.eval_judgments}
+        save_record(training_args.output_dir, (script_args, training_args, model_args), tables)
         if training_args.push_to_hub:
             publish(trainer, model, tokenizer)
 

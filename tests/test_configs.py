@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from hf_disranker import recipes
 
@@ -35,3 +36,11 @@ def test_every_field_of_a_config_reaches_its_recipe(folder: str, stage: str, tmp
     for name, value in values.items():
         same = math.isclose(found[name], value) if isinstance(value, float) else found[name] == value
         assert same, (name, found[name], value)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs_and_each_says_when_to_use_it(path: Path) -> None:
+    values, text = yaml.safe_load(path.read_text()), path.read_text()
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == values["distributed_type"] and config.num_processes == values["num_processes"]
+    assert text.startswith("# ") and "ot yet run" in text

@@ -1,6 +1,8 @@
 """Continued pre-training: what is masked, and that trl learns from it."""
 
 import math
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,7 +11,11 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from hf_disranker import ClickTrainer, CptConfig, click_dataset
+from hf_disranker.cpt import check_packing, click_losses, prepare_clicks
+from hf_disranker.data import read_table
 from hf_disranker.from_scratch import small_llama, train_bpe
+from hf_disranker.schema import TableError
+from hf_disranker.teacher import LLMForLastTokenRanking
 
 CLICKS = pd.DataFrame(
     {
@@ -92,3 +98,111 @@ def test_what_has_read_clicks_is_published_privately_unless_asked_otherwise(
     repo = f"tester/clicks-{private}"
     trainer_of(ClickTrainer, tokenizer, tmp_path, push_to_hub=True, hub_model_id=repo, hub_token=hub.token, **options)
     assert hub.repos["model", repo].private is private
+
+
+def table(*rows):
+    return pd.DataFrame(rows, columns=["query", "title", "summary", "weight", "users"])
+
+
+def test_equal_clicks_become_one_and_rows_come_as_often_as_they_weigh():
+    clicks = table(("a", "x", "", 1.0, 9), ("a", "x", "", 2.0, 9), ("b", "y", "", 9.0, 9), ("c", "z", "", 0.0, 9))
+    # Three rows are left, of weights 3, 9 and 0: of three draws b gets 9/4 and a 3/4.
+    drawn = [prepare_clicks(clicks, seed=seed)["query"].tolist() for seed in range(200)]
+    assert all(len(rows) == 3 and rows.count("b") in (2, 3) and rows.count("c") == 0 for rows in drawn)
+    assert sum(rows.count("b") for rows in drawn) / 200 == pytest.approx(9 / 4, abs=0.1)
+
+
+def test_equal_weights_keep_every_click_once():
+    rows = prepare_clicks(pd.concat([CLICKS.assign(query=CLICKS["query"] + str(i)) for i in range(5)]))
+    assert len(rows) == 15 == len(rows.drop_duplicates())
+
+
+def test_queries_of_few_users_are_dropped_and_counted(caplog):
+    clicks = table(("a", "x", "", 1.0, 1), ("a", "y", "", 1.0, 5), ("b", "z", "", 1.0, 4), ("c", "z", "", 1.0, 5))
+    assert prepare_clicks(clicks, min_users=5)["query"].tolist() == ["a", "a", "c"]
+    assert "25.0% of the clicks are dropped: fewer than 5 users typed their query" in caplog.text
+    with pytest.raises(TableError, match="No click is left"):
+        prepare_clicks(clicks, min_users=6)
+
+
+def test_without_users_it_warns_and_cannot_filter(caplog):
+    prepare_clicks(CLICKS)
+    assert [record.getMessage() for record in caplog.records if "memorise rare queries" in record.getMessage()]
+    with pytest.raises(TableError, match="--min_users 3 needs a column 'users'"):
+        prepare_clicks(CLICKS, min_users=3)
+
+
+def test_losses_of_title_and_summary_match_the_token_by_token_sum(tokenizer):
+    torch.manual_seed(0)
+    model = small_llama(tokenizer, layers=1, size=64, initializer_range=0.5)
+    found = click_losses(model, tokenizer, CLICKS[:3], max_length=48)
+    sums, counts = {"title": 0.0, "summary": 0.0}, {"title": 0, "summary": 0}
+    for click in CLICKS[:3].itertuples():
+        document = f"{click.title} {click.summary}".strip()
+        prompt, whole = (tokenizer(f"query: {click.query} document:{text}").input_ids for text in ("", f" {document}"))
+        titled = tokenizer(f"query: {click.query} document: {click.title}".strip()).input_ids
+        with torch.no_grad():
+            chances = model.eval()(torch.tensor([whole])).logits[0].log_softmax(dim=-1)
+        for place in range(len(prompt) - 1, len(whole)):
+            part = "title" if place < len(titled) - 1 else "summary"
+            sums[part] -= chances[place - 1, whole[place]].item()
+            counts[part] += 1
+    assert found == {part: pytest.approx(sums[part] / counts[part], rel=1e-4) for part in sums}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_samples_are_kept_apart(tokenizer, tmp_path, attention):
+    options = {"learning_rate": 0.0, "max_steps": 1, "per_device_train_batch_size": 12, "logging_steps": 1}
+    apart = trainer_of(ClickTrainer, tokenizer, tmp_path, **options)
+    packed = trainer_of(ClickTrainer, tokenizer, tmp_path, packing=True, eval_packing=False, **options)
+    assert len(packed.train_dataset) < len(apart.train_dataset)
+    logged = []
+    for trainer in (apart, packed):
+        trainer.model.set_attn_implementation(attention)
+        check_packing(trainer.model)
+        trainer.train()
+        logged.append(next(entry for entry in trainer.state.log_history if "grad_norm" in entry))
+    for name in ("loss", "grad_norm"):
+        assert logged[1][name] == pytest.approx(logged[0][name], rel=1e-3)
+
+
+def test_a_model_that_mixes_packed_samples_is_refused(tokenizer):
+    model = small_llama(tokenizer, layers=1, size=64, initializer_range=0.5)
+    whole = model.forward
+    model.forward = lambda input_ids, position_ids: whole(input_ids)  # blind to where a sample begins
+    with pytest.raises(ValueError, match="lets packed samples read one another"):
+        check_packing(model)
+
+
+def test_the_teacher_keeps_the_template_of_the_clicks(tokenizer, tmp_path):
+    model = small_llama(tokenizer, layers=1, size=64)
+    model.config.click_templates = {
+        "query": "{query}",
+        "document": "{title} {summary}",
+        "text": "{query} => {document}",
+    }
+    model.save_pretrained(tmp_path)
+    teacher = LLMForLastTokenRanking.from_pretrained(tmp_path)
+    assert teacher.config.templates.render_text("q", "d") == "q => d"
+
+
+def test_the_example_of_the_page_about_clicks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = pd.DataFrame(
+        [
+            ("ann", "read json", "json.load", "text", 1, 30),
+            ("ann", "read json", "json.load", "text", 1, 40),  # once per user
+            ("bob", "read json", "json.load", "text", 2, 12),
+            ("cat", "read json", "json.dump", "text", 1, 3),  # left at once
+        ],
+        columns=["user", "query", "title", "summary", "position", "seconds"],
+    )
+    log.to_parquet("log.parquet")
+    swaps = [(1, True), (1, True), (1, False), (1, False), (2, True), (2, False), (2, False), (2, False)]
+    pd.DataFrame(swaps, columns=["position", "clicked"]).to_parquet("swaps.parquet")
+    page = (Path(__file__).parents[1] / "docs" / "how_to" / "clicks.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", page, flags=re.S)[1], {})
+    # The second place is looked at half as often as the first: ann's click weighs 1, bob's 2.
+    rows = read_table("clicks.parquet", "clicks").to_dict("records")
+    expected = {"query": "read json", "title": "json.load", "summary": "text", "weight": 3.0, "users": 3.0}
+    assert rows == [expected]

@@ -13,7 +13,7 @@ from sentence_transformers.cross_encoder.evaluation import CrossEncoderReranking
 from sentence_transformers.cross_encoder.losses import MarginMSELoss
 
 from hf_disranker import BertDistilledRanker, Ranker, load_groups
-from hf_disranker.cross_encoder import from_n_tuples, to_n_tuples
+from hf_disranker.cross_encoder import PointMarginMSELoss, from_n_tuples, to_n_tuples
 from hf_disranker.data import pair_texts
 from hf_disranker.metrics import mean_average_precision, mrr
 from hf_disranker.schema import TableError
@@ -88,6 +88,40 @@ def test_their_trainer_fine_tunes_ours_further(cross_encoder, scored, tmp_path):
     np.testing.assert_allclose(again.predict(pairs), cross_encoder.predict(pairs), atol=1e-5)
     config = json.loads(Path(tmp_path, "tuned", "config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"]
+
+
+@pytest.mark.parametrize(("point", "margin"), [(1.0, 0.0), (0.0, 1.0)])
+def test_point_margin_loss_matches_stock_mse_on_pairs(cross_encoder, scored, point, margin):
+    rows = to_n_tuples(load_groups(scored), documents=2)
+    texts = [rows[name] for name in ("query", "positive", "negative_1")]
+    labels = torch.tensor(rows["scores"])
+    cross_encoder.eval()
+    parts = PointMarginMSELoss(cross_encoder, point, margin)(texts, labels)
+    scores = torch.tensor(
+        np.stack([cross_encoder.predict(list(zip(texts[0], texts[column], strict=True))) for column in (1, 2)], axis=1)
+    )
+    stock = MarginMSELoss(cross_encoder)(texts, labels) if margin else torch.nn.MSELoss()(scores, labels)
+    assert sum(parts.values()).item() == pytest.approx(stock.item(), rel=1e-4)
+    with pytest.raises(ValueError, match="need as many scores"):
+        PointMarginMSELoss(cross_encoder)(texts, labels[:, :1])
+
+
+def test_their_trainer_learns_with_our_loss(cross_encoder, scored, tmp_path):
+    rows = to_n_tuples(load_groups(scored), documents=3)
+
+    def error():
+        names = ["positive", "negative_1", "negative_2"]
+        found = [cross_encoder.predict(list(zip(rows["query"], rows[name], strict=True))) for name in names]
+        return np.mean((np.array(found) - np.array(rows["scores"]).T) ** 2)
+
+    before = error()
+    arguments = CrossEncoderTrainingArguments(
+        str(tmp_path), max_steps=60, learning_rate=1e-3, report_to="none", use_cpu=True, logging_steps=30
+    )
+    trainer = CrossEncoderTrainer(cross_encoder, arguments, train_dataset=rows, loss=PointMarginMSELoss(cross_encoder))
+    trainer.train()
+    assert error() < 0.3 * before
+    assert {"point_mse", "margin_mse"} <= trainer.state.log_history[0].keys()
 
 
 def test_n_tuples_match_hand_example():

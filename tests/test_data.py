@@ -335,3 +335,15 @@ def test_clicks_without_a_query_are_left_out_and_counted(clicks, caplog):
     read = read_table(rows, "clicks")
     pd.testing.assert_frame_equal(read, clicks, check_dtype=False)
     assert caplog.messages == ["<DataFrame>: 2 click(s) have no query and are left out."]
+
+
+def test_scores_of_several_teachers_are_averaged(judgments):
+    first = judgments.assign(teacher_score=np.arange(len(judgments), dtype=np.float32))
+    second = first.assign(teacher_score=first["teacher_score"] * 3).sample(frac=1, random_state=0)
+    groups = load_groups([first, second])
+    expected = load_groups(first.assign(teacher_score=first["teacher_score"] * 2))
+    assert groups.to_list() == expected.to_list()
+    with pytest.raises(TableError, match="scores other pairs"):
+        load_groups([first, second[1:]])
+    with pytest.raises(TableError, match="scores other pairs"):
+        load_groups([first[1:], second])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 from hub_server import Handler
@@ -62,6 +63,33 @@ def test_streaming_reads_parquet_and_hub_addresses_in_chunks(scores, tmp_path, m
     for source in (tmp_path, tmp_path / "scores.parquet", "tester/streamed", address):
         assert list(load_groups(source, streaming=True)) == expected
     assert load_groups(address).to_list() == expected
+
+
+def test_a_stream_reads_no_further_than_it_is_asked(scores, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_disranker.data._CHUNK", 10)
+    scores.to_parquet(tmp_path / "scores.parquet")
+    read = []
+    monkeypatch.setattr("hf_disranker.data.pq.ParquetFile", lambda file: Counted(file, read))
+    groups = iter(load_groups(tmp_path / "scores.parquet", streaming=True))
+    first = next(groups)
+    assert first["query_id"] == scores["query_id"].iloc[0] and sum(read) <= 20 < len(scores)
+    assert len(list(groups)) == scores["query_id"].nunique() - 1 and sum(read) == len(scores)
+
+
+class Counted:
+    stock = pq.ParquetFile
+
+    def __init__(self, file, read):
+        self.file, self.read = self.stock(file), read
+
+    @property
+    def num_row_groups(self):
+        return self.file.num_row_groups
+
+    def iter_batches(self, size, row_groups):
+        for batch in self.file.iter_batches(size, row_groups=row_groups):
+            self.read.append(len(batch))
+            yield batch
 
 
 def test_what_cannot_be_streamed_is_said(scores, tmp_path, monkeypatch):

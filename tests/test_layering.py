@@ -10,10 +10,21 @@ import hf_disranker
 PACKAGE = Path(hf_disranker.__file__).parent
 GROUPS = {
     "leaves": ["version", "schema", "texts", "metrics", "losses"],
-    "data": ["data", "candidates", "python_docs", "packing", "pooling", "collators"],
+    "data": ["data", "candidates", "python_docs", "packing", "pooling", "collators", "batching", "sampling"],
     "models": ["checkpoint", "card", "hub", "student", "teacher", "from_scratch", "auto", "ranker"],
     "judging": ["evaluation", "significance", "hub_data"],
-    "stages": ["runs", "cpt", "ranking_trainer", "summary", "store", "combine", "engines", "scoring", "cluster"]
+    "stages": [
+        "runs",
+        "cpt",
+        "guards",
+        "ranking_trainer",
+        "summary",
+        "store",
+        "combine",
+        "engines",
+        "scoring",
+        "cluster",
+    ]
     + ["distillation", "cross_encoder"],
     "shipping": ["report", "export", "runtime", "demo", "cli"],
 }

@@ -1,12 +1,13 @@
 """Losses against numbers worked out by hand, double loops and stock classes."""
 
+import math
 from itertools import combinations
 
 import pytest
 import torch
 from torch import nn
 
-from hf_disranker.losses import hinge, margin_mse, point_mse
+from hf_disranker.losses import hinge, kl, margin_mse, point_mse, ranknet, softmax
 
 STUDENT = torch.tensor([[1.0, 3.0, 0.0], [2.0, 1.0, 9.0]])
 TEACHER = torch.tensor([[2.0, 2.0, 2.0], [0.0, 3.0, 7.0]])
@@ -31,6 +32,37 @@ def test_hinge_matches_hand_example():
     term = hinge(STUDENT, labels, MASK)
     assert (term.mean.item(), term.weight.item()) == (pytest.approx(1.0), 1.0)
     assert hinge(STUDENT, labels, MASK, margin=3.0).mean.item() == pytest.approx((5 + 2 + 0) / 3)
+
+
+def test_ranknet_matches_hand_example():
+    scores, labels = torch.tensor([[0.0, math.log(3), 0.0], [5.0, 1.0, 0.0]]), torch.tensor([[1, 0, 0], [1, 1, 7]])
+    # query 1: 1 over 2: log(1 + 3); 1 over 3: log 2; query 2 has no pair
+    term = ranknet(scores, labels, MASK)
+    assert (term.mean.item(), term.weight.item()) == (pytest.approx((math.log(4) + math.log(2)) / 2), 1.0)
+
+
+def test_softmax_matches_hand_example():
+    scores = torch.tensor([[math.log(2), 0.0, 0.0], [5.0, 1.0, 0.0]])
+    labels = torch.tensor([[2, 1, 0], [1, 1, 7]])
+    # query 1: softmax 1/2, 1/4, 1/4 against shares 2/3, 1/3, 0; query 2 has one grade only
+    term = softmax(scores, labels, MASK)
+    assert (term.mean.item(), term.weight.item()) == (pytest.approx(4 / 3 * math.log(2)), 1.0)
+
+
+def test_softmax_leaves_out_documents_of_unknown_grade():
+    scores, labels = torch.tensor([[math.log(3), 0.0, 9.0]]), torch.tensor([[1.0, 0.0, math.nan]])
+    assert softmax(scores, labels, MASK[:1]).mean.item() == pytest.approx(-math.log(3 / 4))
+
+
+def test_kl_matches_hand_example():
+    student, teacher = torch.zeros(3, 2), torch.tensor([[0.0, math.log(3)], [0.0, 2 * math.log(3)], [1.0, 1.0]])
+    mask = torch.tensor([[True, True], [True, True], [True, False]])
+    # p = 1/4, 3/4 against 1/2, 1/2; at temperature 2 the second query is that one, times 4
+    value = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert kl(student[:1], teacher[:1], mask[:1]).mean.item() == pytest.approx(value)
+    assert kl(student[1:2], teacher[1:2], mask[1:2], temperature=2.0).mean.item() == pytest.approx(4 * value)
+    assert kl(student, teacher, mask).weight == 2
+    assert kl(teacher + 7.0, teacher, mask).total.item() == pytest.approx(0.0, abs=1e-6)  # blind to the offset
 
 
 def test_point_mse_equals_mse_loss():
@@ -72,18 +104,24 @@ def test_margin_mse_is_exact_under_a_large_common_offset():
     assert (gradients[1] - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
 
 
+def losses_with_targets(teacher, labels):
+    return [(loss, teacher) for loss in (point_mse, margin_mse, kl)] + [
+        (loss, labels) for loss in (hinge, ranknet, softmax)
+    ]
+
+
 def test_losses_add_up_over_any_split_of_the_batch():
     torch.manual_seed(3)
     student, teacher = torch.randn(6, 5), torch.randn(6, 5)
     labels, mask = torch.randint(0, 3, (6, 5)), torch.rand(6, 5) > 0.3
-    for loss, target in ((point_mse, teacher), (margin_mse, teacher), (hinge, labels)):
+    for loss, target in losses_with_targets(teacher, labels):
         whole = loss(student, target, mask)
         parts = [loss(student[rows], target[rows], mask[rows]) for rows in (slice(0, 1), slice(1, 4), slice(4, 6))]
         assert sum(part.total for part in parts).item() == pytest.approx(whole.total.item(), rel=1e-5)
         assert sum(part.weight for part in parts) == whole.weight
 
 
-@pytest.mark.parametrize("loss", [point_mse, margin_mse, hinge])
+@pytest.mark.parametrize("loss", [point_mse, margin_mse, kl, hinge, ranknet, softmax])
 def test_padding_can_be_nan_and_gets_no_gradient(loss):
     student = torch.tensor([[1.0, 2.0, torch.nan]], requires_grad=True)
     mask = torch.tensor([[True, True, False]])

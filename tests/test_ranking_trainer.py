@@ -235,3 +235,42 @@ def test_ranking_metrics_match_hand_example():
 def test_score_spread_matches_hand_example():
     scores, mask = torch.tensor([[1.0, 3.0, 9.0], [5.0, 5.0, 5.0]]), torch.tensor([[True, True, False], [True] * 3])
     assert score_spread(scores, mask).mean.item() == pytest.approx((1.0 + 0.0) / 2)
+
+
+def test_an_affine_transform_is_learned_and_stored(student_dir, tmp_path):
+    groups = ragged_groups()
+    args = DistillationConfig(**options(tmp_path, score_transform="affine", logging_steps=1, max_steps=1))
+    model, tokenizer = student(student_dir), AutoTokenizer.from_pretrained(student_dir)
+    trainer = DistillationTrainer(model=model, args=args, train_dataset=groups, processing_class=tokenizer)
+    trainer.save_model(str(tmp_path))
+    scores = np.concatenate(groups["teacher_scores"])
+    stored = json.loads((tmp_path / "config.json").read_text())["disranker"]["score_transform"]
+    assert stored == {"kind": "affine", "shift": pytest.approx(scores.mean()), "scale": pytest.approx(scores.std())}
+    batch = trainer.data_collator(groups.to_list())
+    wanted = (batch["teacher_scores"] - stored["shift"]) / stored["scale"]
+    terms = trainer.loss_terms(wanted, batch)
+    assert terms["point_mse"][1].mean < 1e-10 and terms["margin_mse"][1].mean < 1e-10
+    with pytest.raises(ValueError, match="none or affine"):
+        DistillationConfig(**options(tmp_path, score_transform="zscore"))
+
+
+def test_labels_of_some_documents_will_do_for_a_loss_on_labels(student_dir, tmp_path):
+    args = DistillationConfig(**options(tmp_path, hinge_weight=0.3, ranknet_weight=0.2, kl_weight=0.1))
+    trainer = DistillationTrainer(
+        model=student(student_dir),
+        args=args,
+        train_dataset=ragged_groups(),
+        processing_class=AutoTokenizer.from_pretrained(student_dir),
+    )
+    batch = {"labels": torch.tensor([[1.0, np.nan, 0.0]]), "mask": torch.ones(1, 3, dtype=torch.bool)}
+    batch["teacher_scores"] = torch.tensor([[1.0, 2.0, 3.0]])
+    terms = trainer.loss_terms(torch.tensor([[0.0, 9.0, 0.0]]), batch)
+    assert {name: weight for name, (weight, _) in terms.items()} == {
+        "point_mse": 0.5,
+        "margin_mse": 0.5,
+        "kl": 0.1,
+        "hinge": 0.3,
+        "ranknet": 0.2,
+    }
+    assert terms["hinge"][1].mean == 1.0  # one pair of known grades, equal scores: the whole margin
+    assert terms["ranknet"][1].mean.item() == pytest.approx(np.log(2))

@@ -50,6 +50,9 @@ def test_cpt_and_fit_teacher_leave_stock_checkpoints(tables, language_model, lor
     losses = json.loads((tables / "cpt" / "cpt.json").read_text())
     assert losses["loss_after"] < losses["loss_before"]
     assert losses["perplexity_after"] == pytest.approx(np.exp(losses["loss_after"]))
+    for part in ("title", "summary"):
+        assert losses[f"{part}_perplexity_after"] < losses[f"{part}_perplexity_before"]
+    assert set(json.loads((tables / "cpt" / "run.json").read_text())["data"]) == {"clicks", "eval_clicks"}
 
     judgments = ["--judgments", tables / "judgments.parquet"]
     run("fit_teacher", "--model_name_or_path", tables / "cpt", *judgments, "--output_dir", tables / "teacher", *steps)
@@ -85,6 +88,19 @@ def test_a_tokenizer_that_pads_with_its_end_token_gets_a_pad_of_its_own(tables, 
     assert isinstance(LLMForLastTokenRanking.from_pretrained(tables / "teacher"), LLMForLastTokenRanking)
 
 
+def test_a_teacher_learns_by_label_expectation_in_bf16_with_lora_and_recomputed_activations(tables, language_model):
+    steps = [*SHORT, "--max_steps", 3, "--learning_rate", 0.01, "--save_strategy", "no", *LORA]
+    large = ["--bf16", "true", "--gradient_checkpointing", "true"]
+    head = ["--head", "label_expectation", "--label_words", *"abc"]
+    inputs = ["--model_name_or_path", language_model, "--judgments", tables / "judgments.parquet"]
+    run("fit_teacher", *inputs, "--output_dir", tables / "teacher", *steps, *large, *head)
+    config = json.loads((tables / "teacher" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["disranker"]["head"] == "label_expectation" and config["disranker"]["ending"] == " relevance:"
+    scores = Ranker.from_pretrained(tables / "teacher").predict([("read json", "json load"), ("plot", "remove file")])
+    assert ((scores > 0) & (scores < 2)).all() and scores[0] != scores[1]
+
+
 def losses(checkpoint):
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
@@ -113,6 +129,24 @@ def test_distill_resumes_and_keeps_the_chosen_layers(tables, student_dir, teache
     assert json.loads(out.read_text())["ndcg@10"] == measures["ndcg@10"]
     dev = judgments[judgments["split"] == "dev"]
     assert np.isfinite(Ranker.from_pretrained(tables / "student").predict(pair_texts(dev))).all()
+
+
+def test_distill_streams_samples_and_averages_teachers(tables, student_dir, judgments):
+    scored = judgments.assign(teacher_score=np.arange(len(judgments), dtype=np.float32))
+    scored.to_parquet(tables / "one.parquet")
+    scored.assign(teacher_score=-scored["teacher_score"]).to_parquet(tables / "two.parquet")
+    common = ["--student", student_dir, *SHORT, "--max_steps", 2, "--save_strategy", "no", "--eval_strategy", "no"]
+    sampled = ["--document_sampling", "stratified", "--documents_per_query", 3, "--score_transform", "affine"]
+    one = ["--scores", tables / "one.parquet", "--output_dir", tables / "student"]
+    run("distill", *common, *one, *sampled, "--streaming", "true", "--token_budget", 200)
+    record = json.loads((tables / "student" / "run.json").read_text())
+    assert record["options"]["ScriptArguments"]["document_sampling"] == "stratified"
+    assert record["options"]["DistillationConfig"]["token_budget"] == 200
+    assert set(record["data"]) == {"scores_0"} and len(record["data"]["scores_0"]["fingerprint"]) == 64
+    transform = json.loads((tables / "student" / "config.json").read_text())["disranker"]["score_transform"]
+    assert transform["kind"] == "affine" and transform["scale"] > 1
+    with pytest.raises(ValueError, match="no order to learn"):  # the two teachers cancel
+        run("distill", *common, *one, "--more_scores", tables / "two.parquet")
 
 
 def test_distill_refuses_an_unfinished_store(tables, student_dir, teacher_dir):

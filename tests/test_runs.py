@@ -1,20 +1,35 @@
 """What the recipes share."""
 
+import hashlib
 import json
+import subprocess
 
 import pytest
+import torch
+from hf_disranker.recipes import distill
+from huggingface_hub import HfApi
 
-from hf_disranker import runs
-from hf_disranker.runs import fast_precision, resume_point, run_recipe, save_json
+from hf_disranker import DistillationConfig, push_table, runs
+from hf_disranker.runs import fast_precision, fingerprint, resume_point, run_recipe, save_json, save_record
 
 
 def test_resume_point_is_the_newest_checkpoint(tmp_path, caplog):
     assert resume_point(str(tmp_path / "nowhere")) is None
     assert resume_point(str(tmp_path)) is None
     for step in (2, 10, 9):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        save_json({"global_step": step}, str(tmp_path / f"checkpoint-{step}" / "trainer_state.json"))
     assert resume_point(str(tmp_path)) == str(tmp_path / "checkpoint-10")
     assert "Resuming from" in caplog.text
+
+
+def test_resume_point_passes_over_a_checkpoint_that_was_cut_off(tmp_path, caplog):
+    save_json({"global_step": 5}, str(tmp_path / "checkpoint-5" / "trainer_state.json"))
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-15").mkdir()
+    (tmp_path / "checkpoint-15" / "trainer_state.json").write_text('{"global_step": 1')
+    assert resume_point(str(tmp_path)) == str(tmp_path / "checkpoint-5")
+    assert "checkpoint-10 is half written" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5"]
 
 
 def test_save_json_leaves_the_old_file_when_the_new_cannot_be_written(tmp_path):
@@ -69,7 +84,7 @@ def test_a_stage_resumes_its_own_checkpoints_and_no_others(tmp_path, monkeypatch
         @staticmethod
         def main(arguments):
             found.append(resume_point(str(tmp_path / "stage")) is not None)
-            (tmp_path / "stage" / "checkpoint-1").mkdir(exist_ok=True)
+            save_json({"global_step": 1}, str(tmp_path / "stage" / "checkpoint-1" / "trainer_state.json"))
             if len(found) == 1:
                 raise KeyboardInterrupt
 
@@ -92,3 +107,55 @@ def test_fast_precision_asks_for_bf16_only_where_it_is_faster(monkeypatch):
         )
         monkeypatch.setattr(runs.torch.accelerator, "is_available", lambda: False)
         assert (fast_precision()[:2] == ["--bf16", "true"]) is options
+
+
+def test_a_record_holds_options_data_versions_and_revision(tmp_path, monkeypatch):
+    table = tmp_path / "table.parquet"
+    table.write_bytes(b"abc")
+    config = DistillationConfig(str(tmp_path), learning_rate=3e-4, hub_token="secret", hinge_weight=0.5)
+    save_record(str(tmp_path), (config,), {"scores": str(table), "corpus": None, "folder": str(tmp_path)})
+    text = (tmp_path / "run.json").read_text()
+    record = json.loads(text)
+    options = record["options"]["DistillationConfig"]
+    assert (options["learning_rate"], options["hinge_weight"], options["optim"]) == (3e-4, 0.5, "adamw_torch_fused")
+    assert "secret" not in text
+    assert record["packages"]["torch"] == torch.__version__ and "transformers" in record["packages"]
+    digest = hashlib.sha256(hashlib.sha256(b"abc").digest()).hexdigest()
+    assert record["data"]["scores"] == {"source": str(table), "fingerprint": digest}
+    assert record["data"]["folder"]["fingerprint"] == digest and "corpus" not in record["data"]
+    table.write_bytes(b"abd")
+    assert fingerprint(str(table)) != digest
+    assert fingerprint("org/data") is None
+
+
+def test_the_fingerprint_of_a_hub_data_set_is_its_commit(hub, judgments):
+    push_table(judgments, "judgments", "tester/fingerprint")
+    first = fingerprint("tester/fingerprint")
+    assert first == HfApi().dataset_info("tester/fingerprint").sha
+    push_table(judgments[:5], "judgments", "tester/fingerprint")
+    assert fingerprint("tester/fingerprint") not in (first, None)
+
+
+def test_a_record_names_the_commit_and_that_it_was_changed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_record(str(tmp_path / "out"), (), {})
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["git"] is None
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    save_record(str(tmp_path / "out"), (), {})
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["git"] == commit
+    save_record(str(tmp_path / "out"), (), {})
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["git"] == f"{commit}+"
+
+
+def test_help_groups_the_options_and_shows_defaults():
+    text = distill.make_parser().format_help()
+    titles = ["What the stage reads:", "Options of the distillation:", "Training options of the ranking stages:"]
+    places = [text.index(f"\n{title}\n") for title in [*titles, "TrainingArguments of transformers:"]]
+    assert places == sorted(places)
+    assert places[0] < text.index("--more_scores") < places[1] < text.index("--kl_weight") < places[2]
+    assert places[2] < text.index("--token_budget") < places[3] < text.index("--adam_beta1")
+    assert text.count("--kl_weight KL_WEIGHT") == 1
+    assert "order. (default: 0.5)" in " ".join(text.split())

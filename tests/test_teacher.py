@@ -1,11 +1,16 @@
 """LLMForLastTokenRanking against the stock classes, and its tokenizer."""
 
+import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import processors
 from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     Gemma2Config,
@@ -21,7 +26,8 @@ from transformers import (
 from hf_disranker import LLMForLastTokenRanking
 from hf_disranker.from_scratch import train_bpe
 from hf_disranker.pooling import last_token
-from hf_disranker.teacher import prepare_tokenizer
+from hf_disranker.ranker import Ranker
+from hf_disranker.teacher import expect_labels, prepare_tokenizer
 
 TINY = {
     "vocab_size": 99,
@@ -152,3 +158,67 @@ def test_prepare_tokenizer_needs_an_end_of_sequence_token():
     bare = train_bpe(["read a json file"] * 5, vocab_size=300, max_length=8).backend_tokenizer
     with pytest.raises(ValueError, match="end-of-sequence"):
         prepare_tokenizer(PreTrainedTokenizerFast(tokenizer_object=bare))
+
+
+@pytest.fixture(scope="module")
+def grades_tokenizer():
+    texts = ["query: read a file document: open and read relevance: 0 1 2 3"] * 20
+    backend = train_bpe(texts, vocab_size=320, max_length=32).backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=32
+    )
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("gemma2", True)])
+def test_label_expectation_is_the_mean_grade_of_the_stock_language_model(tmp_path, grades_tokenizer, family, tied):
+    tokenizer = copy.deepcopy(grades_tokenizer)
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    torch.manual_seed(0)
+    plain = FAMILIES[family](
+        **TINY | special | {"vocab_size": len(tokenizer), "tie_word_embeddings": tied, "initializer_range": 0.5}
+    )
+    stock = AutoModelForCausalLM.from_config(plain).eval()
+    stock.save_pretrained(tmp_path / "stock")
+    config = expect_labels(plain, tokenizer, [" 0", " 1", " 2"])
+    teacher = LLMForLastTokenRanking.from_pretrained(tmp_path / "stock", config=config).eval()
+    found = Ranker(teacher, tokenizer).predict([("read a file", "open"), ("read", "open and read " * 20)])
+
+    # The long document is cut, the ending is not.
+    texts = ["query: read a file document: open", "query: read document: " + "open and read " * 20]
+    ending = tokenizer.encode(" relevance:", add_special_tokens=False)
+    labels = [tokenizer.encode(" relevance: " + label, add_special_tokens=False)[-1] for label in "012"]
+    expected = []
+    for text in texts:
+        ids = grades_tokenizer(text, truncation=True, max_length=32 - len(ending)).input_ids + ending
+        with torch.no_grad():
+            chances = stock(torch.tensor([ids])).logits[0, -1, labels].softmax(dim=0)
+        expected.append(float(chances @ torch.arange(3.0)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert abs(expected[0] - expected[1]) > 0.01
+
+    teacher.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    saved = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    assert saved["architectures"] == [type(stock).__name__] and saved["disranker"]["grades"] == [0, 1, 2]
+    again = Ranker.from_pretrained(tmp_path / "teacher")
+    np.testing.assert_allclose(again.predict([("read a file", "open")]), expected[:1], atol=1e-5)
+    assert isinstance(AutoModel.from_pretrained(tmp_path / "teacher"), LLMForLastTokenRanking)
+    language_model = type(stock).from_pretrained(tmp_path / "teacher")
+    torch.testing.assert_close(language_model.lm_head.weight, stock.lm_head.weight)
+
+
+def test_an_ending_takes_the_place_of_the_end_token_and_stays(grades_tokenizer):
+    tokenizer = copy.deepcopy(grades_tokenizer)
+    prepare_tokenizer(tokenizer)
+    assert tokenizer("read").input_ids[-1] == tokenizer.eos_token_id
+    for _ in range(2):
+        prepare_tokenizer(tokenizer, " relevance:")
+    expected = [tokenizer.bos_token_id, *tokenizer.encode("read relevance:", add_special_tokens=False)]
+    assert tokenizer("read").input_ids == expected
+
+
+def test_a_label_must_be_one_token(grades_tokenizer):
+    for labels in ([" 0", " irrelevant"], [" 1", " 1"]):
+        with pytest.raises(ValueError, match="must be one token"):
+            expect_labels(LlamaConfig(**TINY), copy.deepcopy(grades_tokenizer), labels)

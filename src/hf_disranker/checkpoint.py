@@ -64,12 +64,13 @@ class RankerConfigMixin:
     @classmethod
     def _check_claims(cls, config_dict: dict[str, Any]) -> None:
         """Raise ValueError where a marked config contradicts itself, or names code of another repository."""
+        head = config_dict[MARKER].get("head", cls.head)
+        architecture = cls.architecture_of(head)
         for name in config_dict.get("architectures") or []:
-            if name != cls.architecture:
+            if name != (architecture or cls.architecture):
                 raise ValueError(f"A marked checkpoint of a {name}; a {cls.role} is a {cls.architecture}.")
         labels = len(config_dict.get("id2label") or ())
-        if labels != 1 or config_dict[MARKER].get("head", cls.head) != cls.head:
-            head = config_dict[MARKER].get("head", cls.head)
+        if labels != 1 or architecture is None:
             raise ValueError(
                 f"The config claims a ranker, which has one label and the head {cls.head}, and says {labels or 2} "
                 f"labels and the head {head}: it was changed by hand or belongs to other weights."
@@ -80,6 +81,11 @@ class RankerConfigMixin:
                     f"The checkpoint's auto_map names code of another repository ({reference}). Refused: a ranker "
                     "needs no such code. Remove auto_map from its config.json if you trust the weights."
                 )
+
+    @classmethod
+    def architecture_of(cls, head: str) -> str | None:
+        """The stock class that a checkpoint with this head is on disk; None for a head that is not known."""
+        return cls.architecture if head == cls.head else None
 
     @classmethod
     def mark(cls, config: PreTrainedConfig) -> Any:
@@ -97,7 +103,8 @@ class RankerConfigMixin:
             "format": FORMAT,
             "role": cls.role,
             "head": cls.head,
-            "templates": cls.default_templates.to_dict(),
+            # A language model that has read clicks keeps the template of its pre-training.
+            "templates": getattr(config, "click_templates", None) or cls.default_templates.to_dict(),
             "score_transform": None,
         }
         return config
@@ -109,7 +116,8 @@ class RankerConfigMixin:
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data: it names the stock architecture, and no code, which lies in no folder of ours."""
-        content = super().to_dict() | {"architectures": [self.architecture]}  # type: ignore[misc]
+        architecture = self.architecture_of(self.disranker["head"])
+        content = super().to_dict() | {"architectures": [architecture]}  # type: ignore[misc]
         content.pop("auto_map", None)
         return content
 

@@ -6,6 +6,7 @@ Tokenisation happens here, in the data loader's workers, never in the training s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -120,15 +121,25 @@ class GroupCollator:
 
     pairs: PairCollator
 
-    def __call__(self, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Collate groups of any sizes."""
+    def encode_pairs(self, groups: list[dict[str, Any]]) -> Encoded:
+        """All pairs of the groups, tokenised, in their order."""
         queries = [group["query"] for group in groups for _ in group["doc_ids"]]
         documents = [
             self.pairs.templates.render_document(title, summary)
             for group in groups
             for title, summary in zip(group["titles"], group["summaries"], strict=True)
         ]
-        batch = self.pairs.pad(self.pairs.encode(queries, documents).rows)
+        return self.pairs.encode(queries, documents)
+
+    def encode(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The groups with their tokenised pairs, as the further key `rows`."""
+        rows = iter(self.encode_pairs(groups).rows)
+        return [group | {"rows": list(islice(rows, len(group["doc_ids"])))} for group in groups]
+
+    def __call__(self, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Collate groups of any sizes, tokenised by `encode` or not."""
+        encoded = groups if "rows" in groups[0] else self.encode(groups)
+        batch = self.pairs.pad([row for group in encoded for row in group["rows"]])
         sizes = torch.tensor([len(group["doc_ids"]) for group in groups])
         mask = torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
         batch["mask"] = mask

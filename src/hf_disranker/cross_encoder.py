@@ -1,4 +1,4 @@
-"""To and from sentence-transformers: our rows in the form that its cross-encoder losses read."""
+"""To and from sentence-transformers: our loss and our rows for its CrossEncoderTrainer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,73 @@ import hashlib
 import logging
 
 import pandas as pd
+import torch
 from datasets import Dataset
+from sentence_transformers import CrossEncoder
+from sentence_transformers.util import batch_to_device
+from torch import Tensor, nn
 
 from hf_disranker.data import group_rows
+from hf_disranker.losses import margin_mse, point_mse
 from hf_disranker.schema import validate
 from hf_disranker.texts import STUDENT_TEMPLATES, Templates
 
 logger = logging.getLogger(__name__)
 
 _SCORES = ("scores", "score", "labels", "label")
+
+
+class PointMarginMSELoss(nn.Module):
+    """Point-MSE and Margin-MSE over all pairs, as `loss=` of sentence-transformers' `CrossEncoderTrainer`.
+
+    All documents of the batch take one forward pass. Rows are n-tuples with a score for each document, see
+    `to_n_tuples`. The mean is over the batch that the loss is called with, as with every loss of that trainer.
+
+    Args:
+        model: the CrossEncoder that is trained, with one label.
+        point_weight: weight of Point-MSE.
+        margin_weight: weight of Margin-MSE.
+    """
+
+    def __init__(self, model: CrossEncoder, point_weight: float = 0.5, margin_weight: float = 0.5) -> None:
+        super().__init__()
+        self.model = model
+        self.point_weight, self.margin_weight = point_weight, margin_weight
+
+    def forward(
+        self,
+        inputs: list[list[str]],
+        labels: Tensor | list[Tensor],
+        prompt: str | None = None,
+        task: str | None = None,
+    ) -> dict[str, Tensor]:
+        """The two terms, weighted; the trainer adds them up and logs both.
+
+        Args:
+            inputs: the columns query, document, document, ..., each of shape (rows,).
+            labels: a score for each document, shape (rows, documents).
+            prompt: goes to the model's `preprocess`.
+            task: likewise.
+
+        Raises:
+            ValueError: the scores are not one for each document.
+        """
+        queries, *columns = inputs
+        teacher = torch.stack(labels) if isinstance(labels, list) else labels
+        if teacher.shape != (len(queries), len(columns)):
+            raise ValueError(f"{len(columns)} documents a row need as many scores; they are {tuple(teacher.shape)}.")
+        pairs = [(row[0], document) for row in zip(*inputs, strict=True) for document in row[1:]]
+        features = batch_to_device(self.model.preprocess(pairs, prompt=prompt, task=task), self.model.device)
+        scores = self.model(features)["scores"].view(teacher.shape)
+        mask = torch.ones_like(teacher, dtype=torch.bool)
+        return {
+            "point_mse": self.point_weight * point_mse(scores, teacher, mask).mean,
+            "margin_mse": self.margin_weight * margin_mse(scores, teacher, mask).mean,
+        }
+
+    def get_config_dict(self) -> dict[str, float]:
+        """What the model card says of this loss."""
+        return {"point_weight": self.point_weight, "margin_weight": self.margin_weight}
 
 
 def to_n_tuples(groups: Dataset, documents: int, templates: Templates = STUDENT_TEMPLATES) -> Dataset:

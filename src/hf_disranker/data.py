@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
-from itertools import chain, groupby
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import IO, Any, TypeAlias
 
 import bm25s
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from fsspec.core import url_to_fs
 from tqdm.auto import tqdm
@@ -43,6 +44,7 @@ _FORMATS: dict[str, Callable[[IO[bytes]], pd.DataFrame]] = {
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CHUNK = 10_000
+_REMEMBERED = 100_000
 _BM25 = {"method": "lucene", "k1": 1.2, "b": 0.75}
 
 
@@ -86,12 +88,16 @@ def _checked(
 
 
 def load_groups(
-    source: Source, split: str | None = None, corpus: Source | None = None, streaming: bool = False
+    source: Source | Sequence[Source],
+    split: str | None = None,
+    corpus: Source | None = None,
+    streaming: bool = False,
 ) -> Dataset | IterableDataset:
     """One row per query with all its documents, from a judgments or a scores table.
 
     Args:
-        source: see the module's text.
+        source: see the module's text; several scores tables over the same pairs give the mean of their teachers'
+            scores, as they are: a teacher of wider scale counts for more.
         split: as in `read_table`.
         corpus: as in `read_table`.
         streaming: read as you go, for what does not fit into memory: a Hub data set id or a path or URL of parquet
@@ -108,10 +114,25 @@ def load_groups(
         if corpus is not None or not isinstance(source, str | os.PathLike):
             raise ValueError("Streaming takes the name of a table that holds its own texts, and no corpus.")
         return IterableDataset.from_generator(_stream_groups, gen_kwargs={"source": os.fspath(source), "split": split})
+    if isinstance(source, list | tuple):
+        return group_rows(_mean_scores(source, split, corpus))
     frame = _read(source)
     groups = group_rows(_checked(frame, _name(source), _graded(frame), split, corpus))
     groups.info.dataset_name = _name(source)
     return groups
+
+
+def _mean_scores(sources: Sequence[Source], split: str | None, corpus: Source | None) -> pd.DataFrame:
+    """The first table with the mean of all tables' scores, matched by query and document."""
+    key = ["query_id", "doc_id"]
+    first, *others = (read_table(source, "scores", split, corpus) for source in sources)
+    total = first.set_index(key)["teacher_score"].astype(np.float64)
+    for source, other in zip(sources[1:], others, strict=True):
+        scores = other.set_index(key)["teacher_score"].reindex(total.index)
+        if scores.isna().any() or len(other) != len(first):
+            raise TableError(f"{_name(source)} scores other pairs than {_name(sources[0])}: averaging needs the same.")
+        total = total + scores
+    return first.assign(teacher_score=(total / len(sources)).to_numpy(np.float32))
 
 
 def _graded(frame: pd.DataFrame) -> str:
@@ -120,37 +141,56 @@ def _graded(frame: pd.DataFrame) -> str:
 
 def _stream_groups(source: str, split: str | None) -> Iterator[dict[str, Any]]:
     """Rows of `load_groups`, checked some thousand table rows at a time."""
-    seen: set[Any] = set()
-    chunk: list[dict[str, Any]] = []
-    for query_id, rows in groupby(_stream_rows(source, split), key=lambda row: row["query_id"]):
-        if query_id in seen:
-            raise TableError(f"{source}: the rows of query '{query_id}' stand apart: sort by query_id to stream it.")
-        seen.add(query_id)
-        chunk += rows
-        if len(chunk) >= _CHUNK:
-            yield from _checked_groups(chunk, source)
-            chunk = []
-    yield from _checked_groups(chunk, source) if chunk else ()
+    seen: set[str] = set()
+    rest: list[pd.DataFrame] = []
+    for chunk in chain(_stream_frames(source, split), [None]):
+        if chunk is not None:
+            frame = pd.concat([*rest, chunk], ignore_index=True)
+            frame = _checked(frame, source, _graded(frame), None, None)
+            last = frame["query_id"] == frame["query_id"].iloc[-1]  # may go on in the next chunk
+            frame, rest = frame[~last], [frame[last]]
+        else:
+            frame, rest = pd.concat(rest), []
+        starts = frame["query_id"][frame["query_id"] != frame["query_id"].shift()]
+        apart = starts[starts.duplicated() | starts.isin(seen)]
+        if len(apart):
+            raise TableError(
+                f"{source}: the rows of query '{apart.iloc[0]}' stand apart: sort by query_id to stream it."
+            )
+        if len(seen) < _REMEMBERED:  # a table that is not sorted shows it soon, and memory stays flat
+            seen.update(starts)
+        yield from group_rows(frame)
 
 
-def _checked_groups(rows: list[dict[str, Any]], name: str) -> Dataset:
-    frame = pd.DataFrame(rows)
-    return group_rows(_checked(frame, name, _graded(frame), None, None))
-
-
-def _stream_rows(source: str, split: str | None) -> Iterator[dict[str, Any]]:
-    if _HUB_ID.fullmatch(source) and not os.path.exists(source):
-        parts = load_dataset(source, streaming=True)
-    else:
-        files = source if source.endswith(".parquet") else f"{source.rstrip('/')}/*.parquet"
-        # Named, since else it is the length of a file's first row group, which may be 0.
-        parts = load_dataset("parquet", data_files=files, streaming=True, batch_size=_CHUNK)
-    rows = ({"split": name} | row for name, part in parts.items() for row in part)
-    found = (row for row in rows if not split or row["split"] == split)
-    first = next(found, None)
-    if first is None:
+def _stream_frames(source: str, split: str | None) -> Iterator[pd.DataFrame]:
+    """The rows of a split, some thousand at a time."""
+    found = False
+    for frame in _stream_hub(source) if _is_hub_id(source) else _stream_parquet(source):
+        chosen = frame if not split else frame[frame["split"] == split] if "split" in frame else frame[:0]
+        found |= len(chosen) > 0
+        if len(chosen):
+            yield chosen
+    if not found:
         raise TableError(f"{source}: no row has split '{split}'.")
-    return chain([first], found)
+
+
+def _stream_hub(source: str) -> Iterator[pd.DataFrame]:
+    for split, part in load_dataset(source, streaming=True).items():
+        for table in part.with_format("arrow").iter(_CHUNK):
+            frame = table.to_pandas()
+            yield frame if "split" in frame.columns else frame.assign(split=str(split))
+
+
+def _stream_parquet(source: str) -> Iterator[pd.DataFrame]:
+    fs, _ = url_to_fs(source)
+    for name in parquet_files(source):
+        with fs.open(name, "rb") as file:
+            # Not through datasets, whose scanner reads ahead of a slow reader, up to the whole file; and a row group
+            # at a time, because the reader keeps what it has read until its iteration ends.
+            table = pq.ParquetFile(file)
+            for number in range(table.num_row_groups):
+                for batch in table.iter_batches(_CHUNK, row_groups=[number]):
+                    yield batch.to_pandas()
 
 
 def group_rows(frame: pd.DataFrame) -> Dataset:
@@ -318,6 +358,10 @@ def _without_empty_queries(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     return frame[~empty].reset_index(drop=True)
 
 
+def _is_hub_id(source: str) -> bool:
+    return bool(_HUB_ID.fullmatch(source)) and not os.path.exists(source) and not source.endswith(tuple(_FORMATS))
+
+
 def _name(source: Source) -> str:
     return os.fspath(source) if isinstance(source, str | os.PathLike) else f"<{type(source).__name__}>"
 
@@ -334,7 +378,7 @@ def _read(source: Source) -> pd.DataFrame:
     if fs.isdir(path):
         files = parquet_files(source)
         return pd.concat([_read_file(fs, file) for file in files], ignore_index=True)
-    if _HUB_ID.fullmatch(source) and not source.endswith(tuple(_FORMATS)):
+    if _is_hub_id(source):
         return _read_hub(source)
     raise FileNotFoundError(f"{source}: no such file or folder.")
 

@@ -8,7 +8,10 @@ processes, so a mean over any partition of a batch is the mean over the whole ba
 |------------|----------------|---------------------------------------------------|-----------------------|
 | point_mse  | teacher scores | learns it                                         | its documents         |
 | margin_mse | teacher scores | cannot see it                                     | its documents less 1  |
+| kl         | teacher scores | cannot see it                                     | 1 if it has two       |
 | hinge      | graded labels  | cannot see it                                     | 1 if it has a pair    |
+| ranknet    | graded labels  | cannot see it                                     | 1 if it has a pair    |
+| softmax    | graded labels  | cannot see it                                     | 1 if it has a pair    |
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LossTerm(NamedTuple):
@@ -81,17 +84,79 @@ def hinge(scores: Tensor, labels: Tensor, mask: Tensor, margin: float = 1.0) -> 
         mask: True where a document exists, shape (queries, docs).
         margin: score difference that is wanted. The DisRanker paper publishes none; 1.0 is ours.
     """
-    scores = torch.where(mask, scores.float(), 0.0)
-    pairs = label_pairs(labels, mask)
-    missing = (margin - (scores.unsqueeze(2) - scores.unsqueeze(1))).clamp(min=0.0)
-    count = pairs.sum(dim=(1, 2))
-    by_query = torch.where(pairs, missing, 0.0).sum(dim=(1, 2)) / count.clamp(min=1)
-    return LossTerm(by_query.sum(), (count > 0).sum().float())
+    return _pair_mean((margin - _differences(scores, mask)).clamp(min=0.0), label_pairs(labels, mask))
+
+
+def ranknet(scores: Tensor, labels: Tensor, mask: Tensor) -> LossTerm:
+    """Pairwise logistic loss: log(1 + exp(s_j - s_i)) where document i has a higher grade than document j.
+
+    Each query's pairs are averaged, then the queries that have one. Arguments as in `hinge`.
+
+    Source: Burges et al. 2005, Learning to rank using gradient descent.
+    """
+    return _pair_mean(nn.functional.softplus(-_differences(scores, mask)), label_pairs(labels, mask))
+
+
+def softmax(scores: Tensor, labels: Tensor, mask: Tensor) -> LossTerm:
+    """Listwise softmax: cross-entropy of the scores' softmax against each document's share of the query's grades.
+
+    With p_i = label_i / sum label it is -sum p_i log softmax(s)_i, averaged over the queries that have two different
+    grades; a document of unknown grade (NaN) is left out. Arguments as in `hinge`.
+
+    Source: Cao et al. 2007, ListNet, with the grades themselves for the target; as in Zhuang et al. 2022,
+    arXiv 2210.10634, but each query's grades sum to 1.
+    """
+    known = mask & ~labels.isnan() if labels.is_floating_point() else mask
+    grades = torch.where(known, labels.float(), 0.0)
+    share = grades / grades.sum(dim=1, keepdim=True).clamp(min=1.0)
+    usable = label_pairs(labels, mask).any(dim=2).any(dim=1)
+    by_query = -(share * _log_softmax(scores, known)).sum(dim=1)
+    return LossTerm(torch.where(usable, by_query, 0.0).sum(), usable.sum().float())
+
+
+def kl(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 1.0) -> LossTerm:
+    """Listwise distillation: Kullback-Leibler divergence of the student's softmax from the teacher's.
+
+    With p = softmax(teacher / T) and q = softmax(student / T) over a query's documents it is T^2 sum p log(p / q),
+    averaged over the queries of two documents or more.
+
+    Args:
+        student: scores, shape (queries, docs), any float dtype.
+        teacher: scores, shape (queries, docs), any float dtype.
+        mask: True where a document exists, shape (queries, docs).
+        temperature: T; a higher one looks further down the list, and T^2 keeps the gradient's size.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531, over a query's documents in place of classes.
+    """
+    log_p, log_q = (_log_softmax(scores / temperature, mask) for scores in (teacher.float(), student.float()))
+    usable = mask.sum(dim=1) > 1
+    by_query = temperature**2 * (log_p.exp() * (log_p - log_q) * mask).sum(dim=1)
+    return LossTerm(torch.where(usable, by_query, 0.0).sum(), usable.sum().float())
 
 
 def label_pairs(labels: Tensor, mask: Tensor) -> Tensor:
     """Where document i has a higher grade than document j, shape (queries, docs, docs), bool."""
     return (labels.unsqueeze(2) > labels.unsqueeze(1)) & mask.unsqueeze(2) & mask.unsqueeze(1)
+
+
+def _differences(scores: Tensor, mask: Tensor) -> Tensor:
+    """Score of document i less that of document j, fp32, shape (queries, docs, docs)."""
+    scores = torch.where(mask, scores.float(), 0.0)
+    return scores.unsqueeze(2) - scores.unsqueeze(1)
+
+
+def _pair_mean(values: Tensor, pairs: Tensor) -> LossTerm:
+    """Values averaged over each query's pairs; a query weighs 1 if it has one."""
+    count = pairs.sum(dim=(1, 2))
+    by_query = torch.where(pairs, values, 0.0).sum(dim=(1, 2)) / count.clamp(min=1)
+    return LossTerm(by_query.sum(), (count > 0).sum().float())
+
+
+def _log_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Log of the softmax over a query's documents, fp32, 0 where no document is."""
+    # The dtype's lowest number, not -inf: a query without documents must have no NaN gradient.
+    lowest = torch.finfo(torch.float32).min
+    return torch.where(mask, torch.where(mask, scores.float(), lowest).log_softmax(dim=1), 0.0)
 
 
 def _error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:

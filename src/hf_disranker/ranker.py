@@ -184,7 +184,7 @@ def pair_collator(
     """The collator that feeds a model as its checkpoint says."""
     marker = model.config.disranker
     if marker["role"] == "teacher":
-        tokenizer = prepare_tokenizer(tokenizer)
+        tokenizer = prepare_tokenizer(tokenizer, marker.get("ending"))
     else:
         tokenizer.padding_side = "right"  # BERT counts its positions from the left
     max_length = marker.get("max_length") or min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)

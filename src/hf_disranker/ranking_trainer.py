@@ -8,14 +8,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_disranker import metrics
+from hf_disranker.batching import BudgetStream, EpochOrder, TokenBudgetSampler, group_lengths
 from hf_disranker.collators import GroupCollator
+from hf_disranker.guards import TrainingWatch, check_target, sample_groups, warn_cut
 from hf_disranker.hub import TokenFreeArguments, TrainerHubMixin
-from hf_disranker.losses import LossTerm, hinge
+from hf_disranker.losses import LossTerm, hinge, ranknet, softmax
 from hf_disranker.ranker import pair_collator
 
 logger = logging.getLogger(__name__)
@@ -27,10 +37,11 @@ _GROUP_KEYS = ("mask", "labels", "teacher_scores")
 class RankingConfig(TokenFreeArguments, TrainingArguments):
     """Training options of the ranking stages.
 
-    A batch counts queries, each with all its documents. Defaults that differ from `TrainingArguments`:
-    per_device_train_batch_size 8 and per_device_eval_batch_size 16, learning_rate 2e-5, warmup_steps 0.05 (a share of
-    all steps), logging_steps 10, eval_strategy and save_strategy "epoch", save_total_limit 1, remove_unused_columns
-    False, dataloader_pin_memory only with a GPU.
+    A batch counts queries, each with all its documents, or tokens when `token_budget` is set. Defaults that differ
+    from `TrainingArguments`: per_device_train_batch_size 8 and per_device_eval_batch_size 16, learning_rate 2e-5,
+    warmup_steps 0.05 (a share of all steps), logging_steps 10, eval_strategy and save_strategy "epoch",
+    save_total_limit 1, remove_unused_columns and ddp_find_unused_parameters False, dataloader_pin_memory only with a
+    GPU.
     """
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Queries per step and device."})
@@ -44,16 +55,47 @@ class RankingConfig(TokenFreeArguments, TrainingArguments):
         default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for the way to a GPU."}
     )
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Search for weights without gradient at every step; rankers have none."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: texts are tokenised late."})
     max_length: int = field(default=256, metadata={"help": "Tokens of a query-document pair at most."})
     max_query_length: int = field(default=32, metadata={"help": "Tokens of a query at most."})
+    token_budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens per step and device, padding included; queries of like length share a step. "
+            "None goes by per_device_train_batch_size."
+        },
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Queries of a stream among which the next is drawn."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Evaluations without a better metric_for_best_model before training stops."}
+    )
+    hinge_weight: float = field(default=1.0, metadata={"help": "Weight of the pairwise hinge on labels."})
     hinge_margin: float = field(
         default=1.0, metadata={"help": "Score difference wanted between grades. Ours: the paper publishes none."}
     )
+    ranknet_weight: float = field(default=0.0, metadata={"help": "Weight of the pairwise logistic loss on labels."})
+    softmax_weight: float = field(default=0.0, metadata={"help": "Weight of the listwise softmax loss on labels."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Batches have ragged shapes, which the first process cannot cut up for the others.
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False
+        weights = self.loss_weights()
+        if min(weights.values()) < 0 or not any(weights.values()):
+            raise ValueError(f"Weights of losses are not negative, and one is positive: {weights}.")
+
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each loss term by its name."""
+        names = [name for name in self.__dataclass_fields__ if name.endswith("_weight")]
+        return {name.removesuffix("_weight"): getattr(self, name) for name in names}
 
 
 class RankingTrainer(TrainerHubMixin, Trainer):
-    """Fit a ranker to graded labels, query by query, with a pairwise hinge loss.
+    """Fit a ranker to graded labels, query by query: pairwise hinge, RankNet, listwise softmax, or a sum of them.
 
     Every loss is a mean over the whole optimizer step: with gradient accumulation, on several processes, and with
     groups of any sizes, the gradient is that of the one big batch. Each loss term and the spread of the scores
@@ -62,7 +104,8 @@ class RankingTrainer(TrainerHubMixin, Trainer):
     Args:
         model: a `BertDistilledRanker` or an `LLMForLastTokenRanking` (also inside a peft model).
         args: the options.
-        train_dataset: rows of `load_groups`, with `labels`.
+        train_dataset: rows of `load_groups`, with `labels`. A stream is repeated without end and drawn from a
+            shuffle buffer, so it needs `max_steps`; resuming reads again what was read.
         eval_dataset: rows of `load_groups`, with `labels` for the measures.
         processing_class: the model's tokenizer.
         options: go to `Trainer`.
@@ -79,7 +122,7 @@ class RankingTrainer(TrainerHubMixin, Trainer):
         self,
         model: PreTrainedModel,
         args: RankingConfig,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **options: Any,
@@ -89,46 +132,78 @@ class RankingTrainer(TrainerHubMixin, Trainer):
         if args.n_gpu > 1:
             logger.warning("Using one GPU of %d: start with `accelerate launch` to use them all.", args.n_gpu)
             args._n_gpu = 1
-        if isinstance(train_dataset, Dataset):
-            self.check_groups(train_dataset)
-        model.config.disranker |= {"max_length": args.max_length, "max_query_length": args.max_query_length}
+        self.args = args
+        sample = None if train_dataset is None else sample_groups(train_dataset)
+        if sample is not None:
+            self.watch = TrainingWatch(self.check_groups(sample))
+        if isinstance(train_dataset, IterableDataset):
+            # Repeated first: each pass has its own order, and a step number says all about where a run stands.
+            train_dataset = train_dataset.repeat(None).shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
+        model.config.disranker |= self.marker()
         # CrossEncoder and the servers cut at the tokenizer's limit.
         processing_class.model_max_length = args.max_length
         options.setdefault("compute_metrics", ranking_metrics)
+        collator = GroupCollator(pair_collator(model, processing_class))
+        if sample is not None:
+            warn_cut(sample, collator)
         super().__init__(
             model=model,
             args=args,
-            data_collator=GroupCollator(pair_collator(model, processing_class)),
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             **options,
         )
         self._logged: dict[str, LossTerm] = {}
+        self.add_callback(EpochOrder())
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
-    def check_groups(self, groups: Dataset) -> None:
-        """Raise ValueError when there is nothing to learn from; say how many queries teach nothing."""
-        if self.target not in groups.column_names:
-            raise ValueError(
-                f"{type(self).__name__} learns from '{self.target}'; the rows have {groups.column_names}."
-            )
-        idle = sum(len(set(values)) < 2 for values in groups[self.target])
-        if idle == len(groups):
-            raise ValueError(f"In every query all documents have the same {self.target}: there is no order to learn.")
-        if idle:
-            logger.warning("%d of %d queries hold no pair of different %s.", idle, len(groups), self.target)
+    def check_groups(self, groups: Dataset) -> float:
+        """Refuse what teaches nothing; see `guards.check_target`."""
+        return check_target(groups, self.target, type(self).__name__)
+
+    def marker(self) -> dict[str, Any]:
+        """What the checkpoint's marker says of this training."""
+        return {"max_length": self.args.max_length, "max_query_length": self.args.max_query_length}
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of whole queries, by number or by token budget."""
+        budget, collate, groups = self.args.token_budget, self.data_collator, self.train_dataset
+        if budget is None:
+            return super().get_train_dataloader()
+        options = {"num_workers": self.args.dataloader_num_workers, "pin_memory": self.args.dataloader_pin_memory}
+        if isinstance(groups, IterableDataset):
+            stream = BudgetStream(groups, collate, budget, self.args.seed)
+            loader = DataLoader(stream, batch_size=1, collate_fn=stream.collate_batch, **options)
+        else:
+            lengths = group_lengths(groups, collate)
+            sampler = TokenBudgetSampler(*lengths, budget, self.args.world_size, self.args.seed)
+            loader = DataLoader(groups, batch_sampler=sampler, collate_fn=collate, **options)
+        return self.accelerator.prepare(loader)
 
     def loss_terms(self, scores: Tensor, batch: dict[str, Tensor]) -> dict[str, tuple[float, LossTerm]]:
-        """The terms of the loss by name, each with its factor in the sum.
+        """The terms of the loss by name, each with its weight in the sum; only those that weigh.
 
         Args:
             scores: the model's, shape (queries, docs).
             batch: `mask`, `labels` and `teacher_scores` of the same shape.
         """
-        return {"hinge": (1.0, hinge(scores, batch["labels"], batch["mask"], self.args.hinge_margin))}
+        labels, mask, args = batch["labels"], batch["mask"], self.args
+        terms = {}
+        if args.hinge_weight:
+            terms["hinge"] = (args.hinge_weight, hinge(scores, labels, mask, args.hinge_margin))
+        if args.ranknet_weight:
+            terms["ranknet"] = (args.ranknet_weight, ranknet(scores, labels, mask))
+        if args.softmax_weight:
+            terms["softmax"] = (args.softmax_weight, softmax(scores, labels, mask))
+        return terms
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """As in `Trainer`, but what is counted are the weights of our loss terms, over all micro-batches."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # resumed when all steps were done: Trainer would take one more
         batches, _ = super().get_batch_samples(*args, **kwargs)
         # The weights depend on labels and mask alone, so any scores will do.
         counts = [self._weights(self.loss_terms(torch.zeros_like(batch["labels"]), batch)) for batch in batches]
@@ -185,6 +260,7 @@ class RankingTrainer(TrainerHubMixin, Trainer):
                 total, weight = self.accelerator.reduce(torch.stack([term.total, term.weight]), "sum")
                 logs[name] = round((total / weight.clamp(min=1.0)).item(), 4)
             self._logged = {}
+            self.watch.look(self.state.global_step, logs)
         super().log(logs, *args, **kwargs)
 
     def _weights(self, terms: dict[str, tuple[float, LossTerm]]) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from tokenizers import processors
 from torch import Tensor, nn
 from transformers import (
@@ -26,6 +28,7 @@ from transformers import (
     Qwen3Config,
     Qwen3PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_disranker.checkpoint import RankerConfigMixin, RankerOutput
 from hf_disranker.hub import RankerHubMixin
@@ -33,6 +36,7 @@ from hf_disranker.pooling import last_token
 from hf_disranker.texts import TEACHER_TEMPLATES
 
 PAD_TOKEN = "<|pad|>"
+LABEL_EXPECTATION = "label_expectation"
 
 
 class TeacherConfigMixin(RankerConfigMixin):
@@ -41,6 +45,13 @@ class TeacherConfigMixin(RankerConfigMixin):
     role = "teacher"
     head = "last_token"
     default_templates = TEACHER_TEMPLATES
+
+    @classmethod
+    def architecture_of(cls, head: str) -> str | None:
+        """As in `RankerConfigMixin`; a teacher by label expectation is a causal language model on disk."""
+        if head == LABEL_EXPECTATION:
+            return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.stock.model_type]
+        return super().architecture_of(head)
 
 
 class DisRankerLlamaConfig(TeacherConfigMixin, LlamaConfig):
@@ -114,6 +125,8 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
 
     It reads one text that holds the query and then the document (`config.templates`); the tokenizer ends it with the
     end-of-sequence token, which has seen all the others. On disk it is the stock `<Family>ForSequenceClassification`.
+    With a config of `expect_labels` the score is the expected grade over label tokens instead, sum of grade times
+    probability, and the checkpoint the stock `<Family>ForCausalLM`; it must be loaded by this class or `AutoModel`.
     `from_pretrained` and `from_config` give the class of the checkpoint's family; a causal language model is taken as
     well, its score row is then new.
 
@@ -131,7 +144,11 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
         self.was_marked = was_marked
         # The stock config: Auto classes would answer the marked one with this very class.
         self.model = AutoModel.from_config(_stock_config(config))
-        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        if config.disranker["head"] == LABEL_EXPECTATION:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+        else:
+            self.score = nn.Linear(config.hidden_size, 1, bias=False)
         self.post_init()
 
     @classmethod
@@ -186,10 +203,20 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
             use_cache=False,
             **kwargs,
         )
-        logits = self.score(last_token(output.last_hidden_state, attention_mask))
+        state = last_token(output.last_hidden_state, attention_mask)
+        logits = self._expected_grade(state) if hasattr(self, "lm_head") else self.score(state)
         if return_dict is False:
             return (logits,)
         return RankerOutput(logits=logits, hidden_states=output.hidden_states, attentions=output.attentions)
+
+    def _expected_grade(self, state: Tensor) -> Tensor:
+        """Mean grade under the probabilities of the label tokens, shape (rows, 1), fp32."""
+        marker = self.config.disranker
+        logits = nn.functional.linear(state, self.lm_head.weight[marker["label_tokens"]]).float()
+        if cap := getattr(self.config, "final_logit_softcapping", None):
+            logits = cap * (logits / cap).tanh()
+        grades = torch.tensor(marker["grades"], dtype=torch.float32, device=logits.device)
+        return (logits.softmax(dim=1) @ grades).unsqueeze(1)
 
 
 class LlamaForLastTokenRanking(LLMForLastTokenRanking, LlamaPreTrainedModel):
@@ -241,12 +268,45 @@ FAMILIES = {
 }
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def expect_labels(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], ending: str = " relevance:"
+) -> PreTrainedConfig:
+    """The config of a teacher that scores by the expected grade over label tokens.
+
+    The same authors prefer this head to the last token in later work, for it is closer to what the model was
+    pre-trained on. Give it to `LLMForLastTokenRanking.from_pretrained(..., config=config)`.
+
+    Args:
+        config: that of a causal language model.
+        tokenizer: its tokenizer; it is prepared for the ending.
+        labels: the word of each grade, from 0 up; each one token when it follows the ending.
+        ending: what stands behind each text, also when the document is cut; the label would come next.
+
+    Raises:
+        ValueError: a label is not one token of its own.
+    """
+    before = tokenizer.encode(ending, add_special_tokens=False)
+    behind = [tokenizer.encode(ending + label, add_special_tokens=False) for label in labels]
+    tokens = [ids[-1] for ids in behind]
+    if any(ids[:-1] != before for ids in behind) or len(set(tokens)) < len(labels):
+        raise ValueError(f"Each of the labels {list(labels)} must be one token behind {ending!r}; choose other words.")
+    config = _family(config).config_class.mark(config)
+    marker = {"label_tokens": tokens, "grades": list(range(len(labels))), "ending": ending}
+    config.disranker |= {"head": LABEL_EXPECTATION} | marker
+    prepare_tokenizer(tokenizer, ending)
+    return config
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, ending: str | None = None) -> PreTrainedTokenizerBase:
     """Let a decoder's tokenizer end every text with its end-of-sequence token, and pad with another one.
 
     The tokenizer itself puts the token on: in the text it would be lost to truncation. A padding id that is also
     the end-of-sequence id would make stock loaders read the token before it. Works in place and only once; when the
     vocabulary has grown, call `model.resize_token_embeddings(len(tokenizer))`.
+
+    Args:
+        tokenizer: the model's.
+        ending: text to end with in place of the end-of-sequence token.
 
     Raises:
         ValueError: the tokenizer has no end-of-sequence token, or no fast implementation.
@@ -255,16 +315,32 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         raise ValueError(
             f"{type(tokenizer).__name__}: a teacher needs a fast tokenizer with an end-of-sequence token."
         )
-    if tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
+    if ending is not None:
+        _end_with(tokenizer, tokenizer.encode(ending, add_special_tokens=False))
+    elif tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
         backend, eos = tokenizer.backend_tokenizer, tokenizer.eos_token
-        ending = processors.TemplateProcessing(
+        last = processors.TemplateProcessing(
             single=f"$A {eos}", pair=f"$A $B:1 {eos}:1", special_tokens=[(eos, tokenizer.eos_token_id)]
         )
         before = [backend.post_processor] if backend.post_processor is not None else []
-        backend.post_processor = processors.Sequence([*before, ending])
+        backend.post_processor = processors.Sequence([*before, last])
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
+
+
+def _end_with(tokenizer: PreTrainedTokenizerBase, ending: list[int]) -> None:
+    """Let every text end with the given tokens, in place of what the tokenizer puts behind it."""
+    whole, text = tokenizer("a")["input_ids"], tokenizer.encode("a", add_special_tokens=False)
+    if whole[-len(ending) :] != ending:
+        start = next(whole[:at] for at in range(len(whole)) if whole[at : at + len(text)] == text)
+        parts = {name: ids for name, ids in (("START", start), ("ENDING", ending)) if ids}
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="START $A ENDING" if start else "$A ENDING",
+            special_tokens=[
+                {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)} for name, ids in parts.items()
+            ],
+        )
 
 
 def _family(config: PreTrainedConfig) -> type[LLMForLastTokenRanking]:

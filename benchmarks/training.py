@@ -1,0 +1,178 @@
+"""Training speed and memory against sentence-transformers on the same rows and the same model.
+
+    python benchmarks/training.py --quick                    # minutes, on two CPU cores
+    python benchmarks/training.py --layers 6 --size 384      # the shape of MiniLM-L6
+    accelerate launch --num_processes 1 benchmarks/training.py --layers 12 --size 768 --queries 32     # on a GPU
+
+A row is a query with all its documents and a teacher score for each. The systems take turns, each in a process of its
+own; a figure is the median over the rounds of the median step, the first two steps left out. Documents per second
+count every document once a step. A preference pair is a margin of the teacher that the loss compares: n (n - 1) / 2 of
+n documents with ours, n - 1 with `MarginMSELoss`, which compares the first document with each other one. Peak memory
+is that of the GPU, or the process's largest resident memory on a CPU, libraries included.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, load_from_disk
+from sentence_transformers import CrossEncoder
+from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.cross_encoder.losses import MarginMSELoss
+from transformers import AutoTokenizer, TrainerCallback
+
+from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer
+from hf_disranker.cross_encoder import to_n_tuples
+from hf_disranker.from_scratch import small_bert, train_wordpiece
+
+SYSTEMS = ("ours", "ours, token budget", "sentence-transformers")
+MAX_LENGTH = 256
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of each optimizer step, the loading of its batch left out."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop it when the device has finished."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def make_rows(queries: int, documents: int) -> Dataset:
+    """Queries of 3 to 8 words with documents of log-normal length, about 50 words, and teacher scores."""
+    rng = np.random.default_rng(0)
+    words = np.array([f"w{number}" for number in range(3000)])
+
+    def text(length: float) -> str:
+        return " ".join(rng.choice(words, max(1, int(length))))
+
+    rows = []
+    for query in range(queries):
+        ids = [f"{query}-{place}" for place in range(documents)]
+        summaries = [text(length) for length in rng.lognormal(3.7, 0.6, documents).clip(5, 200)]
+        scores = rng.normal(size=documents).tolist()
+        row = {"query_id": str(query), "query": text(rng.integers(3, 9)), "doc_ids": ids, "titles": [""] * documents}
+        rows.append(row | {"summaries": summaries, "teacher_scores": scores})
+    return Dataset.from_list(rows)
+
+
+def prepare(folder: Path, args: argparse.Namespace) -> None:
+    """Write the rows, as groups and as n-tuples, and a random model."""
+    rows = make_rows(args.queries * args.steps, args.documents)
+    rows.save_to_disk(folder / "groups")
+    to_n_tuples(rows, args.documents).save_to_disk(folder / "tuples")
+    texts = [row["query"] for row in rows] + [text for row in rows for text in row["summaries"]]
+    tokenizer = train_wordpiece(texts[:20_000], vocab_size=5000, max_length=MAX_LENGTH)
+    torch.manual_seed(0)
+    small_bert(tokenizer, layers=args.layers, size=args.size).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+
+def run_one(system: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Train one system for some steps and tell what it took."""
+    times = StepTimes()
+    options = {"output_dir": str(folder / "out"), "max_steps": args.steps, "bf16": args.precision == "bf16"}
+    options |= {"per_device_train_batch_size": args.queries, "report_to": "none", "save_strategy": "no"}
+    options |= {"disable_tqdm": True, "use_cpu": not torch.cuda.is_available(), "logging_steps": 1000, "seed": 0}
+    torch.manual_seed(0)
+    if system == "sentence-transformers":
+        model = CrossEncoder(str(folder / "model"), max_length=MAX_LENGTH)
+        trainer = CrossEncoderTrainer(
+            model=model,
+            args=CrossEncoderTrainingArguments(**options),
+            train_dataset=load_from_disk(str(folder / "tuples")),
+            loss=MarginMSELoss(model),
+        )
+    else:
+        if system == "ours, token budget":
+            # As many pairs a step on average: a pair has some 90 tokens with its padding.
+            options["token_budget"] = args.queries * args.documents * 90
+        trainer = DistillationTrainer(
+            model=BertDistilledRanker.from_pretrained(folder / "model"),
+            args=DistillationConfig(
+                **options, eval_strategy="no", point_weight=0.0, margin_weight=1.0, max_length=MAX_LENGTH
+            ),
+            train_dataset=load_from_disk(str(folder / "groups")),
+            processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+        )
+    trainer.add_callback(times)
+    start = time.perf_counter()
+    trainer.train()
+    wall = time.perf_counter() - start
+    seen = args.queries * args.documents
+    if system == "ours, token budget":
+        loader = trainer.get_train_dataloader()
+        seen = args.documents * statistics.mean(len(batch) for batch in loader.batch_sampler)
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * max_resident()
+    return {"step": statistics.median(times.seconds[2:]), "documents": seen, "memory": memory, "wall": wall}
+
+
+def max_resident() -> int:
+    """The process's largest resident memory so far, KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    """Run all systems in turns and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--size", type=int, default=384)
+    parser.add_argument("--queries", type=int, default=8, help="queries per step")
+    parser.add_argument("--documents", type=int, default=16, help="documents per query")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--quick", action="store_true", help="a BERT of 4 layers x 128, 4 queries, 2 rounds")
+    parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.quick:
+        args.layers, args.size, args.queries, args.rounds = 4, 128, 4, 2
+    if args.one:
+        args.precision = args.precision[0]
+        print(json.dumps(run_one(args.one[0], Path(args.one[1]), args)))
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"BERT {args.layers} x {args.size}, {args.queries} queries x {args.documents} documents a step, {device}")
+    print(f"{'':30}{'documents/s':>12}{'pairs/s':>12}{'step, ms':>10}{'peak, MiB':>11}")
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), args)
+        shape = [f"--{name}={getattr(args, name)}" for name in ("layers", "size", "queries", "documents", "steps")]
+        for precision in args.precision:
+            found: dict[str, list[dict[str, float]]] = {system: [] for system in SYSTEMS}
+            for turn in range(args.rounds):
+                for system in SYSTEMS[:: 1 if turn % 2 else -1]:
+                    command = [sys.executable, __file__, *shape, "--precision", precision, "--one", system, folder]
+                    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                    found[system].append(json.loads(output.splitlines()[-1]))
+            for system, runs in found.items():
+                step = statistics.median(run["step"] for run in runs)
+                documents = runs[0]["documents"] / step
+                pairs = documents * (1 - 1 / args.documents)
+                if system != "sentence-transformers":
+                    pairs = documents * (args.documents - 1) / 2
+                memory = max(run["memory"] for run in runs) / 2**20
+                print(
+                    f"{precision} {system:25}{documents:12.0f}{pairs:12.0f}{1000 * step:10.0f}{memory:11.0f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
