@@ -91,7 +91,7 @@ def test_a_tokenizer_that_pads_with_its_end_token_gets_a_pad_of_its_own(tables, 
 def test_a_teacher_learns_by_label_expectation_in_bf16_with_lora_and_recomputed_activations(tables, language_model):
     steps = [*SHORT, "--max_steps", 3, "--learning_rate", 0.01, "--save_strategy", "no", *LORA]
     large = ["--bf16", "true", "--gradient_checkpointing", "true"]
-    head = ["--head", "label_expectation", "--label_words", *"abc"]
+    head = ["--head", "label_expectation", "--label_words", "close", "read", "write"]
     inputs = ["--model_name_or_path", language_model, "--judgments", tables / "judgments.parquet"]
     run("fit_teacher", *inputs, "--output_dir", tables / "teacher", *steps, *large, *head)
     config = json.loads((tables / "teacher" / "config.json").read_text())
