@@ -27,7 +27,8 @@ def teacher(tiny_teacher):
 
 
 def read_back(collator, row):
-    return collator.tokenizer.decode(row["input_ids"])
+    """The text of a row; the small decoder's tokenizer puts blanks around punctuation."""
+    return collator.tokenizer.decode(row["input_ids"]).replace(" :", ":")
 
 
 def test_a_student_reads_a_pair(student):
@@ -80,7 +81,7 @@ def test_both_cuts_together_leave_both_parts(student, teacher):
 
 def test_an_empty_document_is_read_as_empty(student, teacher):
     assert read_back(student, student.encode(["json"], [""]).rows[0]) == "[CLS] json [SEP] [SEP]"
-    assert read_back(teacher, teacher.encode(["json"], [""]).rows[0]).endswith("document: </s>")
+    assert read_back(teacher, teacher.encode(["json"], [""]).rows[0]).endswith("document:</s>")
 
 
 def test_any_script_reaches_the_teacher(teacher):

@@ -38,8 +38,10 @@ def test_the_loss_is_on_title_summary_and_end_alone(tokenizer):
         learned = [i for i, mask in zip(row["input_ids"], row["completion_mask"], strict=True) if mask]
         prompt = [i for i, mask in zip(row["input_ids"], row["completion_mask"], strict=True) if not mask]
         assert learned[-1] == tokenizer.eos_token_id
-        assert tokenizer.decode(learned[:-1]).strip() == f"{click.title} {click.summary}".strip()
-        assert tokenizer.decode(prompt[1:]).strip() == f"query: {click.query} document:"
+        # The small decoder's tokenizer puts blanks around punctuation.
+        learned_text, prompt_text = (tokenizer.decode(ids).strip() for ids in (learned[:-1], prompt[1:]))
+        assert learned_text.replace(" . ", ".") == f"{click.title} {click.summary}".strip()
+        assert prompt_text.replace(" :", ":") == f"query: {click.query} document:"
         assert row["completion_mask"] == sorted(row["completion_mask"])
 
 
