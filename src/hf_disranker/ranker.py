@@ -175,7 +175,7 @@ class Ranker:
             hidden = decoder(input_ids=ids, position_ids=places, use_cache=False, packed=packed).last_hidden_state
         finally:
             decoder.set_attn_implementation(usual)
-        return self.model.score(hidden[0, packed.last]).squeeze(-1).float().cpu().numpy()
+        return self.model.head_logits(hidden[0, packed.last]).squeeze(-1).float().cpu().numpy()
 
 
 def pair_collator(

@@ -204,10 +204,14 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
             **kwargs,
         )
         state = last_token(output.last_hidden_state, attention_mask)
-        logits = self._expected_grade(state) if hasattr(self, "lm_head") else self.score(state)
+        logits = self.head_logits(state)
         if return_dict is False:
             return (logits,)
         return RankerOutput(logits=logits, hidden_states=output.hidden_states, attentions=output.attentions)
+
+    def head_logits(self, state: Tensor) -> Tensor:
+        """What the head makes of the last tokens' hidden states, shape (rows, size): logits of shape (rows, 1)."""
+        return self._expected_grade(state) if hasattr(self, "lm_head") else self.score(state)
 
     def _expected_grade(self, state: Tensor) -> Tensor:
         """Mean grade under the probabilities of the label tokens, shape (rows, 1), fp32."""
