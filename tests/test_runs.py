@@ -159,3 +159,10 @@ def test_help_groups_the_options_and_shows_defaults():
     assert places[2] < text.index("--token_budget") < places[3] < text.index("--adam_beta1")
     assert text.count("--kl_weight KL_WEIGHT") == 1
     assert "order. (default: 0.5)" in " ".join(text.split())
+
+
+def test_the_fingerprint_of_a_score_store_passes_over_its_quarantine(tmp_path):
+    (tmp_path / "part-000000.parquet").write_bytes(b"scores")
+    before = fingerprint(str(tmp_path))
+    (tmp_path / "quarantine.parquet").mkdir()
+    assert fingerprint(str(tmp_path)) == before is not None

@@ -27,6 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
+from hf_disranker.data import parquet_files
+
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("hf_disranker", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy")
@@ -100,7 +102,7 @@ def save_record(output_dir: str, arguments: Sequence[Any], sources: Mapping[str,
 def fingerprint(source: str) -> str | None:
     """SHA-256 of a local file or of a folder's parquet files, the commit of a Hub data set; else None."""
     fs, path = url_to_fs(source)
-    files = [path] if fs.isfile(path) else sorted(fs.glob(f"{path}/*.parquet"))
+    files = [path] if fs.isfile(path) else parquet_files(source)
     if "file" in fs.protocol and files:
         digest = hashlib.sha256()
         for name in files:
