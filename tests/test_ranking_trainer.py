@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, EvalPrediction
+from two_processes import random_row
 
 from hf_disranker import (
     BertDistilledRanker,
@@ -19,30 +20,14 @@ from hf_disranker import (
 )
 from hf_disranker.ranking_trainer import ranking_metrics, score_spread
 
-WORDS = ["read", "write", "json", "file", "python", "list", "dict", "sort", "plot", "open", "close", "string"]
-
 
 def ragged_groups(count=8, seed=0):
     """Queries with 1 to 7 documents, labels 0 to 2 and teacher scores."""
     rng = np.random.default_rng(seed)
-
-    def text(words):
-        return " ".join(rng.choice(WORDS, words))
-
     rows = []
     for query in range(count):
         size = int(rng.integers(1, 8)) if query else 5
-        rows.append(
-            {
-                "query_id": str(query),
-                "query": text(3),
-                "doc_ids": [f"{query}-{i}" for i in range(size)],
-                "titles": [text(2) for _ in range(size)],
-                "summaries": [text(int(rng.integers(0, 12))) for _ in range(size)],
-                "labels": [0, 1, 2, 0, 1, 2, 0][:size],
-                "teacher_scores": (3 * rng.normal(size=size) + 5).tolist(),
-            }
-        )
+        rows.append(random_row(rng, query, size, labels=[0, 1, 2, 0, 1, 2, 0][:size]))
     return Dataset.from_list(rows)
 
 

@@ -30,27 +30,30 @@ WEIGHTS = {
 WORDS = ["read", "write", "json", "file", "python", "list", "dict", "sort", "plot", "open", "close", "string"]
 
 
-def ragged_groups(count, largest=30, seed=0):
-    """Queries with 1 to `largest` documents, labels 0 to 2 and teacher scores."""
-    rng = np.random.default_rng(seed)
+def random_row(rng, query, size, labels=None):
+    """A query with `size` documents and teacher scores; labels 0 to 2 are drawn unless given."""
 
     def text(words):
         return " ".join(rng.choice(WORDS, words))
 
+    return {
+        "query_id": str(query),
+        "query": text(3),
+        "doc_ids": [f"{query}-{i}" for i in range(size)],
+        "titles": [text(2) for _ in range(size)],
+        "summaries": [text(int(rng.integers(0, 12))) for _ in range(size)],
+        "labels": rng.integers(0, 3, size).tolist() if labels is None else labels,
+        "teacher_scores": (3 * rng.normal(size=size) + 5).tolist(),
+    }
+
+
+def ragged_groups(count, largest=30, seed=0):
+    """Queries with 1 to `largest` documents, labels 0 to 2 and teacher scores."""
+    rng = np.random.default_rng(seed)
     rows = []
     for query in range(count):
         size = int(rng.integers(1, largest + 1)) if query > 1 else [1, largest][query]
-        rows.append(
-            {
-                "query_id": str(query),
-                "query": text(3),
-                "doc_ids": [f"{query}-{i}" for i in range(size)],
-                "titles": [text(2) for _ in range(size)],
-                "summaries": [text(int(rng.integers(0, 12))) for _ in range(size)],
-                "labels": rng.integers(0, 3, size).tolist(),
-                "teacher_scores": (3 * rng.normal(size=size) + 5).tolist(),
-            }
-        )
+        rows.append(random_row(rng, query, size))
     return Dataset.from_list(rows)
 
 
