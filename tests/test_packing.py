@@ -1,36 +1,29 @@
-"""Token budgets, packing, and what is made ahead."""
+"""Batches without padding."""
 
-import threading
+import torch
 
-import numpy as np
-import pytest
-
-from hf_disranker.packing import budget_batches, made_ahead, pack, runs_within
+from hf_disranker.packing import Unpadded, pack
 
 
-def test_batches_match_hand_example():
-    # Longest first: 12 is over the budget and stands alone; 10 // 5 rows fit, then 10 // 3, of which 2 are left.
-    batches = budget_batches(np.array([3, 5, 12, 2, 4]), token_budget=10)
-    assert [batch.tolist() for batch in batches] == [[2], [1, 4], [0, 3]]
+def test_unpadded_rows_match_hand_example():
+    # Padded on the left and on the right; the two rows of two tokens are one run behind the longest.
+    flat = Unpadded.of(torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 1]]))
+    assert flat.order.tolist() == [1, 0, 2] and flat.runs == [(1, 3), (2, 2)]
+    assert flat.tokens.tolist() == [3, 4, 5, 0, 1, 7, 8]
+    assert flat.positions.tolist() == [0, 1, 2, 0, 1, 1, 2]
+    assert flat.first.tolist() == [0, 3, 5]
 
 
-def test_every_row_comes_once_and_no_batch_is_over_the_budget():
-    lengths = np.random.default_rng(0).integers(1, 65, 1000)
-    batches = budget_batches(lengths, token_budget=256)
-    assert sorted(np.concatenate(batches)) == list(range(1000))
-    assert max(len(batch) * lengths[batch].max() for batch in batches) <= 256
-    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
-    assert padded < 1.03 * lengths.sum()
-
-
-def test_no_rows_make_no_batch():
-    assert budget_batches(np.array([], dtype=int), token_budget=10) == []
-
-
-def test_runs_keep_the_order_and_the_budget():
-    runs = runs_within(np.array([4, 4, 4, 12, 1, 1]), token_budget=8)
-    assert [run.tolist() for run in runs] == [[0, 1], [2, 3], [4, 5]]
-    assert runs_within(np.array([], dtype=int), token_budget=8) == []
+def test_attention_matches_hand_example():
+    # One head of size 1. Equal keys weigh equally: each token gets the mean of its row's values.
+    flat = Unpadded.of(torch.tensor([[1, 1, 1], [1, 0, 0]]))
+    values = torch.tensor([[1.0], [2.0], [6.0], [5.0]])
+    mixed = flat.attend(torch.ones(4, 1), torch.zeros(4, 1), values, heads=1)
+    torch.testing.assert_close(mixed, torch.tensor([[3.0], [3.0], [3.0], [5.0]]))
+    # Keys 0, log 2 and 0 weigh 1 : 2 : 1 for a query of 1; one token of each row asks.
+    keys = torch.tensor([[1.0], [2.0], [1.0], [1.0]]).log()
+    mixed = flat.attend(torch.ones(2, 1), keys, values, heads=1)
+    torch.testing.assert_close(mixed, torch.tensor([[(1 + 2 * 2 + 6) / 4], [5.0]]))
 
 
 def test_packed_rows_match_hand_example():
@@ -41,22 +34,3 @@ def test_packed_rows_match_hand_example():
     assert packed.last.tolist() == [3, 4, 7, 9, 10]
     assert packed.groups[0] == (slice(0, 2), [slice(2, 4), slice(4, 5)])
     assert packed.groups[1] == (slice(5, 7), [slice(7, 8)])
-
-
-def test_the_next_is_made_while_one_is_used():
-    begun = [threading.Event() for _ in range(3)]
-
-    def make(number):
-        begun[number].set()
-        return number * number
-
-    results = made_ahead(make, range(3))
-    assert next(results) == 0 and begun[1].wait(5)
-    assert list(results) == [1, 4] and list(made_ahead(make, [])) == []
-
-
-def test_an_error_comes_where_its_result_would():
-    results = made_ahead(lambda number: 1 / number, [1, 0, 1])
-    assert next(results) == 1
-    with pytest.raises(ZeroDivisionError):
-        next(results)

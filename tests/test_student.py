@@ -50,7 +50,9 @@ def test_output_keeps_tuples_and_gives_fp32_scores():
     ranker = BertDistilledRanker(BertConfig(**TINY)).eval().to(torch.bfloat16)
     output = ranker(**batch())
     assert output.scores.dtype == torch.float32 and output.scores.shape == (3,)
-    assert torch.equal(ranker(**batch(), return_dict=False)[0], output.logits)
+    usual = ranker(**batch(), return_dict=False)
+    assert isinstance(usual, tuple)
+    torch.testing.assert_close(usual[0], output.logits, atol=4e-3, rtol=0)  # bf16 keeps 8 bits
 
 
 def test_a_plain_bert_becomes_a_ranker_with_one_label(tmp_path):
@@ -103,3 +105,60 @@ def test_start_at_moves_all_scores_to_the_teachers_mean():
         before = ranker(**batch()).scores
         ranker.start_at(-2.5)
         torch.testing.assert_close(ranker(**batch()).scores, before - 2.5)
+
+
+def ragged(side="right"):
+    """Rows of 12, 7, 12, 3 and 7 tokens, padded on one side."""
+    lengths = torch.tensor([12, 7, 12, 3, 7])
+    place = torch.arange(12) if side == "right" else torch.arange(11, -1, -1)
+    mask = (place < lengths.unsqueeze(1)).long()
+    torch.manual_seed(3)
+    ids, types = torch.randint(5, 99, mask.shape), torch.randint(0, 2, mask.shape)
+    return {"input_ids": ids * mask, "token_type_ids": types * mask, "attention_mask": mask}
+
+
+def gradients(model):
+    return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+
+def test_without_padding_logits_and_gradients_are_those_of_the_stock_class(tmp_path):
+    torch.manual_seed(1)
+    BertDistilledRanker(BertConfig(**TINY, initializer_range=0.3)).save_pretrained(tmp_path)
+    ours, stock = (
+        kind.from_pretrained(tmp_path).eval() for kind in (BertDistilledRanker, BertForSequenceClassification)
+    )
+    for model in (ours, stock):
+        model(**ragged()).logits.square().sum().backward()
+    assert ours(**ragged()).logits.shape == (5, 1) and ours(**ragged()).logits.std() > 0.1
+    torch.testing.assert_close(ours(**ragged()).logits, stock(**ragged()).logits, atol=1e-5, rtol=0)
+    assert (gradients(ours) - gradients(stock)).norm() / gradients(stock).norm() < 1e-5
+
+
+def test_what_asks_for_more_than_scores_gets_the_usual_forward():
+    ranker = BertDistilledRanker(BertConfig(**TINY)).eval()
+    output = ranker(**batch(), output_hidden_states=True, labels=torch.zeros(3))
+    assert len(output.hidden_states) == 5 and output.loss is not None
+    torch.testing.assert_close(output.scores, ranker(**batch()).scores, atol=1e-6, rtol=0)
+
+
+def test_no_row_reads_another():
+    ranker = BertDistilledRanker(BertConfig(**TINY, initializer_range=0.3)).eval()
+    before = ranker(**ragged()).scores
+    changed = ragged()
+    changed["input_ids"][1] = 17 * changed["attention_mask"][1]
+    after = ranker(**changed).scores
+    others = [0, 2, 3, 4]
+    assert torch.equal(after[others], before[others]) and after[1] != before[1]
+
+
+def test_dropout_falls_as_often_as_in_the_stock_class(tmp_path):
+    torch.manual_seed(1)
+    options = {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.0, "initializer_range": 0.3}
+    BertDistilledRanker(BertConfig(**TINY, **options)).save_pretrained(tmp_path)
+    kinds = (BertDistilledRanker, BertForSequenceClassification)
+    rows = {key: value.repeat(400, 1) for key, value in ragged().items()}
+    with torch.no_grad():
+        ours, stock = (kind.from_pretrained(tmp_path).train()(**rows).logits.view(400, 5) for kind in kinds)
+    torch.testing.assert_close(ours.std(dim=0), stock.std(dim=0), atol=0, rtol=0.2)
+    assert (ours.mean(dim=0) - stock.mean(dim=0)).abs().max() < 4 * stock.std(dim=0).max() / 20
+    assert stock.std(dim=0).min() > 0.05

@@ -1,4 +1,4 @@
-"""Which queries share a training step: batches by token budget, from memory and from a stream.
+"""What shares a forward pass: batches by token budget, of rows and of whole queries, from memory and from a stream.
 
 A batch of whole queries is one flat batch of pairs, so what it costs is its pairs times its longest pair.
 """
@@ -6,8 +6,9 @@ A batch of whole queries is one flat batch of pairs, so what it costs is its pai
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 from datasets import Dataset
@@ -19,9 +20,60 @@ from hf_disranker.collators import GroupCollator
 
 logger = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
 # Groups measured at a time, and budgets of tokens among which a stream looks for queries of equal length.
 _CHUNK = 256
 _WINDOW = 16
+
+
+def made_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """`map`, with the next result made in a thread while the caller works with the one before."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for item in items:
+            coming = thread.submit(make, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting.result()
+
+
+def budget_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
+    """Cut rows, longest first, into batches that hold at most `token_budget` tokens with their padding.
+
+    Sorting by length leaves almost no padding; the longest first shows at once whether the memory suffices.
+
+    Args:
+        lengths: tokens of each row, shape (rows,).
+        token_budget: rows times longest row of a batch; a longer row gets a batch of its own.
+
+    Returns:
+        Row numbers, an array per batch; every row once.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, token_budget // max(1, int(lengths[order[start]])))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def runs_within(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
+    """Cut rows, in their order, into batches of at most `token_budget` tokens and the rest of one row.
+
+    Args:
+        lengths: tokens of each row, shape (rows,).
+        token_budget: of a batch, before what its rows share is counted once.
+
+    Returns:
+        Row numbers, an array per batch; every row once.
+    """
+    number = (np.cumsum(lengths) - lengths) // token_budget
+    return np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(number)) + 1) if len(lengths) else []
 
 
 def budget_groups(sizes: np.ndarray, lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:

@@ -13,8 +13,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from hf_disranker.batching import budget_batches, made_ahead, runs_within
 from hf_disranker.collators import Encoded, PairCollator
-from hf_disranker.packing import PACKED, budget_batches, made_ahead, pack, runs_within
+from hf_disranker.packing import PACKED, pack
 from hf_disranker.student import BertDistilledRanker
 from hf_disranker.teacher import LLMForLastTokenRanking, prepare_tokenizer
 

@@ -15,10 +15,10 @@ import pandas as pd
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from hf_disranker.batching import made_ahead
 from hf_disranker.candidates import TEXT_COLUMNS, Candidates
 from hf_disranker.data import pair_texts
 from hf_disranker.engines import Engine
-from hf_disranker.packing import made_ahead
 from hf_disranker.schema import TableError
 from hf_disranker.store import INPUT, ScoreStore, differences
 from hf_disranker.summary import duration, rates
