@@ -127,3 +127,14 @@ def test_checkpoints_of_another_kind_are_refused(tiny_student, tiny_teacher, tmp
         model.save_pretrained(tmp_path / name)
         with pytest.raises(ValueError, match=messages[name]):
             Ranker.from_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_half_the_bits_move_scores_little_and_tie_none(kind, request, judgments):
+    folder, pairs = request.getfixturevalue(f"{kind}_dir"), pair_texts(judgments)
+    exact, half = (Ranker.from_pretrained(folder, device="cpu", dtype=kind) for kind in ("float32", "bfloat16"))
+    expected, scores = exact.predict(pairs), half.predict(pairs)
+    assert next(half.model.parameters()).dtype == torch.bfloat16
+    assert len(set(scores)) == len(set(expected))
+    # Of random models, whose weights do not average their rounding out.
+    assert 0 < np.abs(scores - expected).max() < 0.05

@@ -64,7 +64,8 @@ class Ranker:
         Args:
             name_or_path: folder or Hub id.
             device: where it runs; None takes a GPU when there is one.
-            options: go to the model's `from_pretrained`, for example `revision` or `dtype`.
+            options: go to the model's `from_pretrained`, for example `revision` or `dtype`. A CPU with AVX-512 BF16
+                takes about half the time with dtype "bfloat16", for scores that differ in the third digit.
 
         Raises:
             ValueError: the checkpoint is of a kind that is not known, or holds no ranking head.
@@ -76,6 +77,10 @@ class Ranker:
         if info["missing_keys"]:
             raise ValueError(f"{name_or_path} is no trained ranker: it lacks {sorted(info['missing_keys'])[:4]}.")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
+        head = getattr(model, "classifier", None) or getattr(model, "score", None)
+        if head is not None and head.weight.dtype != torch.float32:
+            # A score in bf16 has 8 bits, and documents of a query would tie.
+            head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
 
     def predict(self, pairs: Sequence[tuple[str, Document]], progress: bool = False) -> np.ndarray:

@@ -216,7 +216,8 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
     def _expected_grade(self, state: Tensor) -> Tensor:
         """Mean grade under the probabilities of the label tokens, shape (rows, 1), fp32."""
         marker = self.config.disranker
-        logits = nn.functional.linear(state, self.lm_head.weight[marker["label_tokens"]]).float()
+        # fp32 throughout: in bf16 near grades would tie.
+        logits = nn.functional.linear(state.float(), self.lm_head.weight[marker["label_tokens"]].float())
         if cap := getattr(self.config, "final_logit_softcapping", None):
             logits = cap * (logits / cap).tanh()
         grades = torch.tensor(marker["grades"], dtype=torch.float32, device=logits.device)
