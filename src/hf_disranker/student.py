@@ -76,7 +76,7 @@ class BertDistilledRanker(RankerHubMixin, BertForSequenceClassification):
         config = self.config
         asked = config.output_attentions or config.output_hidden_states or not config.return_dict or config.is_decoder
         traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        return self.device.type == "cpu" and not (asked or traced or self.is_gradient_checkpointing)
+        return self.device.type == "cpu" and not (asked or traced or self.bert.encoder.layer[0].gradient_checkpointing)
 
     def _unpadded_logits(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """Logits of a padded batch, shape (rows, 1), through the modules of the stock BERT."""

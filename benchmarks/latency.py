@@ -1,0 +1,101 @@
+"""How long a search waits: one query with 10, 50 and 100 documents, for students of growing depth.
+
+    python benchmarks/latency.py --budget_ms 10
+    python benchmarks/latency.py --student runs/quickstart/student --judgments judgments.parquet
+
+From strings to a sorted list, tokenisation included, one search after the other, as a server with one worker does. The
+students have MiniLM's width and random weights unless one is named. A depth fits the budget when 95 of 100 searches do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sentence_transformers import CrossEncoder
+from speed import MAX_LENGTH, SHAPES, read_pairs
+from transformers import BertConfig
+
+from hf_disranker import BertDistilledRanker, Ranker, read_table
+from hf_disranker.data import pair_texts
+from hf_disranker.from_scratch import train_wordpiece
+
+DEPTHS, DOCUMENTS = (1, 2, 3, 6), (10, 50, 100)
+
+
+def make_students(folder: Path, pairs: list[tuple[str, str]]) -> dict[str, Path]:
+    """Students of MiniLM's width with random weights, by depth."""
+    tokenizer = train_wordpiece([text for pair in pairs for text in pair], 30_522, MAX_LENGTH)
+    students = {}
+    for depth in DEPTHS:
+        shape = SHAPES["minilm"] | {"num_hidden_layers": depth}
+        students[f"{depth} layers"] = folder / str(depth)
+        BertDistilledRanker(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / str(depth))
+        tokenizer.save_pretrained(folder / str(depth))
+    return students
+
+
+def searches(pairs: list[tuple[str, str]], documents: int, count: int) -> list[tuple[str, list[str]]]:
+    """Queries, each with as many documents, of which those of other queries fill it up."""
+    texts = [text for _, text in pairs]
+    starts = np.random.default_rng(0).integers(max(1, len(texts) - documents), size=count)
+    return [(pairs[start][0], texts[start : start + documents]) for start in starts]
+
+
+def main() -> None:
+    """Print p50, p95 and p99 of each way and depth."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", help="a trained student instead of random ones")
+    parser.add_argument("--judgments", help="table whose development queries are searched with --student")
+    parser.add_argument("--searches", type=int, default=60, help="searches for each figure")
+    parser.add_argument("--budget_ms", type=float, default=10.0, help="what a search may take")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", help="json file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        if args.student:
+            table = read_table(args.judgments, "judgments", split="dev")
+            pairs = [(query, f"{text['title']} {text['summary']}") for query, text in pair_texts(table.head(2000))]
+            students = {args.student: Path(args.student)}
+        else:
+            pairs = read_pairs(2000, Path(folder) / "data")
+            students = make_students(Path(folder), pairs)
+        print(f"{args.threads} threads, load {os.getloadavg()[0]:.1f}; milliseconds")
+        print(f"{'':12}{'':22}{'documents':>10}{'p50':>8}{'p95':>8}{'p99':>8}")
+        for name, path in students.items():
+            rankers = {
+                "CrossEncoder fp32": CrossEncoder(str(path), device="cpu", max_length=MAX_LENGTH),
+                "ours fp32": Ranker.from_pretrained(path, device="cpu", dtype="float32"),
+                "ours bf16": Ranker.from_pretrained(path, device="cpu", dtype="bfloat16"),
+            }
+            for way, ranker in rankers.items():
+                for documents in DOCUMENTS:
+                    seconds = []
+                    for query, texts in searches(pairs, documents, args.searches + 3):
+                        start = time.perf_counter()
+                        ranker.rank(query, texts)
+                        seconds.append(time.perf_counter() - start)
+                    p50, p95, p99 = (1000 * np.percentile(seconds[3:], (50, 95, 99))).tolist()
+                    rows.append(
+                        {"student": name, "way": way, "documents": documents, "p50": p50, "p95": p95, "p99": p99}
+                    )
+                    print(f"{Path(name).name:12}{way:22}{documents:10}{p50:8.1f}{p95:8.1f}{p99:8.1f}", flush=True)
+    for documents in DOCUMENTS:
+        fits = [row for row in rows if row["documents"] == documents and row["p95"] <= args.budget_ms]
+        best = max(fits, key=lambda row: (row["student"], row["way"]), default=None)
+        says = f"{best['student']}, {best['way']}" if best else "none"
+        print(f"Deepest within {args.budget_ms:g} ms for {documents} documents: {says}")
+    if args.out:
+        Path(args.out).write_text(json.dumps(rows, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

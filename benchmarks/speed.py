@@ -1,0 +1,302 @@
+"""Scoring speed against peers: the same pairs and weights, in turns, with what the speed does to the scores beside it.
+
+    python benchmarks/speed.py                                  # the shape of MiniLM-L6, tokenisation, start-up
+    python benchmarks/speed.py --rows bert-base teacher         # BERT-base, a decoder of 69M parameters; long
+    python benchmarks/speed.py --rows student --trained runs/quickstart/student --judgments judgments.parquet
+
+Texts are the Python documentation of this machine. Weights are random: speed does not depend on them, agreement does, so
+`--trained` shows what bf16 does to the measures of a real ranker. A figure is the median over the rounds of pairs per
+CPU second in one thread; the brackets hold the slowest and the fastest round. `limit` is the share of the rate at which
+this machine multiplies large matrices of that precision, for the products that the stock model needs without padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import CrossEncoder
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, Qwen3Config
+
+from hf_disranker import BertDistilledRanker, LLMForLastTokenRanking, Ranker, metrics, python_docs, read_table
+from hf_disranker.batching import budget_batches
+from hf_disranker.data import pair_texts
+from hf_disranker.evaluation import evaluate
+from hf_disranker.from_scratch import train_bpe, train_wordpiece
+
+Scores = np.ndarray
+Variants = dict[str, Callable[[], Scores]]
+
+SHAPES = {
+    "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
+    "bert-base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+TEACHER = {"num_hidden_layers": 10, "hidden_size": 640, "num_attention_heads": 10, "intermediate_size": 1920}
+INSTRUCTION = "Judge whether the document answers the query of someone who programs in Python. " * 3
+MAX_LENGTH, BUDGET = 256, 4096
+
+
+def read_pairs(count: int, folder: Path) -> list[tuple[str, str]]:
+    """Queries with 16 documents each, as a first stage would hand them over."""
+    python_docs.build(folder)
+    corpus = read_table(f"{folder}/corpus.parquet", "corpus")
+    rows = read_table(f"{folder}/candidates.parquet", "candidates", corpus=corpus)
+    rows = rows[rows.groupby("query_id")["query_id"].transform("size") >= 16].groupby("query_id").head(16)
+    return [(query, f"{text['title']} {text['summary']}") for query, text in pair_texts(rows.head(count))]
+
+
+def limits() -> dict[str, float]:
+    """GFLOP/s of a product of large matrices, the best of ten, by precision."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.randn(2048, 2048).to(dtype)
+        found[str(dtype).removeprefix("torch.")] = (
+            max(2 * 2048**3 / _seconds(lambda m=matrix: m @ m) for _ in range(10)) / 1e9
+        )
+    return found
+
+
+def _seconds(job: Callable[[], Any]) -> float:
+    start = time.process_time()
+    job()
+    return time.process_time() - start
+
+
+def measure(variants: Variants, rounds: int) -> dict[str, tuple[list[float], Scores]]:
+    """CPU seconds of each round, the variants taking turns, and the scores."""
+    found: dict[str, tuple[list[float], Scores]] = {name: ([], np.array([])) for name in variants}
+    for _ in range(rounds):
+        for name, variant in variants.items():
+            start = time.process_time()
+            scores = variant()
+            found[name] = ([*found[name][0], time.process_time() - start], scores)
+            print(".", end="", flush=True, file=sys.stderr)
+    return found
+
+
+def student_rows(folder: Path, shape: dict[str, int], pairs: list[tuple[str, str]]) -> tuple[Variants, float]:
+    """Ways to score pairs with one BERT, and the floating-point operations of an average pair."""
+    texts = [text for pair in pairs for text in pair]
+    tokenizer = train_wordpiece(texts, vocab_size=30_522, max_length=MAX_LENGTH)
+    torch.manual_seed(0)
+    model = BertDistilledRanker(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **shape)).eval()
+    for name in ("ours", "stock"):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    config = json.loads((folder / "stock" / "config.json").read_text())
+    del config["disranker"]  # or AutoModel would load our class for the peers
+    (folder / "stock" / "config.json").write_text(json.dumps(config))
+
+    variants: Variants = {}
+    lengths = np.array([len(row) for row in tokenizer([q for q, _ in pairs], [d for _, d in pairs])["input_ids"]])
+    for name in ("float32", "bfloat16"):
+        dtype = getattr(torch, name)
+        peer = CrossEncoder(str(folder / "stock"), device="cpu", max_length=MAX_LENGTH, model_kwargs={"dtype": dtype})
+        ranker = Ranker.from_pretrained(folder / "ours", device="cpu", dtype=dtype)
+        variants[f"CrossEncoder.predict {name}"] = lambda p=peer: p.predict(pairs, show_progress_bar=False)
+        variants[f"transformers, token budget {name}"] = _control(folder / "stock", dtype, pairs)
+        variants[f"ours {name}"] = lambda r=ranker: r.predict(pairs)
+    tokens, size = np.minimum(lengths, MAX_LENGTH), shape["hidden_size"]
+    weights = 4 * size**2 + 2 * size * shape["intermediate_size"]
+    return variants, float(np.mean(shape["num_hidden_layers"] * tokens * (2 * weights + 4 * tokens * size)))
+
+
+def _control(folder: Path, dtype: torch.dtype, pairs: list[tuple[str, str]]) -> Callable[[], Scores]:
+    """The stock class on batches sorted by tokens: what anyone can write in ten lines."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
+    assert type(model).__name__ == "BertForSequenceClassification"
+
+    def score() -> Scores:
+        queries, documents = zip(*pairs, strict=True)
+        rows = tokenizer(list(queries), list(documents), truncation="only_second", max_length=MAX_LENGTH)
+        scores = np.zeros(len(pairs), np.float32)
+        for batch in budget_batches(np.array([len(ids) for ids in rows["input_ids"]]), BUDGET):
+            inputs = tokenizer.pad({key: [rows[key][row] for row in batch] for key in rows}, return_tensors="pt")
+            with torch.inference_mode():
+                scores[batch] = model(**inputs).logits.squeeze(-1).float().numpy()
+        return scores
+
+    return score
+
+
+def teacher_rows(pairs: list[tuple[str, str]], instruction: str) -> tuple[Variants, float]:
+    """Ways to score pairs with one decoder, and the floating-point operations of an average pair."""
+    tokenizer = train_bpe([text for pair in pairs for text in pair], vocab_size=30_000, max_length=MAX_LENGTH)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), num_key_value_heads=5, head_dim=64, pad_token_id=tokenizer.pad_token_id, **TEACHER
+    )
+    model = LLMForLastTokenRanking.from_config(config).eval()
+    if instruction:
+        model.config.disranker["templates"]["text"] = instruction + model.config.templates.text
+    model.config.disranker |= {"max_length": MAX_LENGTH, "max_query_length": 64}
+    budget, shared = Ranker(model, tokenizer, BUDGET), Ranker(model, tokenizer)
+    budget.share_prefix = False
+
+    def sixteens() -> Scores:
+        rows = budget._encode(pairs).rows
+        return np.concatenate([budget._padded(rows[start : start + 16]) for start in range(0, len(rows), 16)])
+
+    tokens = np.array([len(row["input_ids"]) for row in budget._encode(pairs).rows])
+    size, inner = TEACHER["hidden_size"], TEACHER["intermediate_size"]
+    weights = 3 * size**2 + 3 * size * inner
+    flops = float(np.mean(TEACHER["num_hidden_layers"] * tokens * (2 * weights + 2 * tokens * size)))
+    variants: Variants = {
+        "padded batches of 16 float32": sixteens,
+        "token budget float32": lambda: budget.predict(pairs),
+        "ours, shared prefix float32": lambda: shared.predict(pairs),
+    }
+    return variants, flops
+
+
+def show(
+    title: str, found: dict[str, tuple[list[float], Scores]], flops: float, peaks: dict[str, float]
+) -> list[dict[str, Any]]:
+    """Print a table and give its rows; the first row is what the others are compared with."""
+    expected = next(iter(found.values()))[1]
+    groups = np.arange(len(expected)) // 16
+    base = statistics.median(next(iter(found.values()))[0])
+    print(f"\n\n{title}\n{'':40}{'pairs/CPU-s':>12}{'':16}{'times':>7}{'limit':>7}{'max |d|':>9}{'tau':>8}")
+    rows = []
+    for name, (seconds, scores) in found.items():
+        rate, times = len(scores) / statistics.median(seconds), base / statistics.median(seconds)
+        spread = [len(scores) / max(seconds), len(scores) / min(seconds)]
+        share = rate * flops / 1e9 / peaks[name.split()[-1]]
+        drift = float(np.abs(scores - expected).max())
+        tau = float(np.nanmean(metrics.kendall_tau(expected, scores, groups)))
+        rows.append(
+            {"name": name, "rate": rate, "spread": spread, "times": times, "limit": share, "drift": drift, "tau": tau}
+        )
+        brackets = f"[{spread[0]:.1f}, {spread[1]:.1f}]"
+        print(f"{name:40}{rate:12.1f}{brackets:>16}{times:7.2f}{share:7.0%}{drift:9.1e}{tau:8.4f}", flush=True)
+    return rows
+
+
+def budgets(ranker: Ranker, pairs: list[tuple[str, str]]) -> float:
+    """How far a score moves with the batches it is computed in."""
+    scores = []
+    for budget in (256, 1024, 4096, 8192):
+        ranker.token_budget = budget
+        scores.append(ranker.predict(pairs))
+    return float(np.ptp(np.stack(scores), axis=0).max())
+
+
+def tokenisation(pairs: list[tuple[str, str]], ranker: Ranker, rounds: int) -> dict[str, float]:
+    """Pairs per CPU second: batches of 32 as CrossEncoder makes them, and ours."""
+    tokenizer = ranker.collator.tokenizer
+
+    def peer() -> Scores:
+        for start in range(0, len(pairs), 32):
+            tokenizer(
+                pairs[start : start + 32], padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+            )
+        return np.array([])
+
+    def ours() -> Scores:
+        ranker._encode(pairs)
+        return np.array([])
+
+    found = measure({"CrossEncoder's way": peer, "ours": ours}, rounds)
+    return {name: len(pairs) / statistics.median(seconds) for name, (seconds, _) in found.items()}
+
+
+def start_up() -> dict[str, float]:
+    """Seconds of new processes, the median of five."""
+    commands = {
+        "import hf_disranker": [sys.executable, "-c", "import hf_disranker"],
+        "disranker --help": [sys.executable, "-m", "hf_disranker.cli", "--help"],
+        "from transformers import AutoModel": [sys.executable, "-c", "from transformers import AutoModel"],
+        "python": [sys.executable, "-c", ""],
+    }
+
+    def once(command: list[str]) -> float:
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    return {name: statistics.median(once(command) for _ in range(5)) for name, command in commands.items()}
+
+
+def trained(folder: str, judgments: str) -> dict[str, dict[str, float]]:
+    """What bf16 does to the measures of a trained ranker, on the development queries."""
+    rows = read_table(judgments, "judgments", split="dev")
+    found = {}
+    for name in ("float32", "bfloat16"):
+        scores = Ranker.from_pretrained(folder, device="cpu", dtype=name).predict(pair_texts(rows))
+        found[name] = {measure: evaluate(rows, scores)[measure] for measure in ("ndcg@10", "pnr")}
+    return found
+
+
+def main(argv: Iterable[str] | None = None) -> None:
+    """Measure what was asked for, print tables and write json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = ["student", "bert-base", "teacher", "tokens", "start"]
+    parser.add_argument("--rows", nargs="+", default=["student", "tokens", "start"], choices=known)
+    parser.add_argument("--pairs", type=int, default=1024, help="pairs of a student; a quarter for the large models")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--trained", help="folder of a trained student")
+    parser.add_argument("--judgments", help="table of judgments for --trained")
+    parser.add_argument("--data", help="folder for the embedded data set; a temporary one by default")
+    parser.add_argument("--out", help="json file")
+    args = parser.parse_args(argv if argv is None else list(argv))
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    results |= {"torch": torch.__version__, "load": os.getloadavg()[0], "limits": limits()}
+    print("GFLOP/s of one core:", {name: round(value) for name, value in results["limits"].items()})
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = read_pairs(args.pairs, Path(args.data or f"{folder}/data"))
+        small = pairs[: args.pairs // 4]
+        if "student" in args.rows:
+            results["student"] = _student("minilm", Path(folder), pairs, args.rounds, results["limits"])
+        if "bert-base" in args.rows:
+            results["bert-base"] = _student("bert-base", Path(folder), small, args.rounds, results["limits"])
+        if "teacher" in args.rows:
+            for title, instruction in (("no instruction", ""), ("an instruction of 40 tokens", INSTRUCTION)):
+                variants, flops = teacher_rows(small, instruction)
+                found = measure(variants, args.rounds)
+                results[f"teacher, {title}"] = show(
+                    f"Teacher of 69M parameters, {title}", found, flops, results["limits"]
+                )
+        if "tokens" in args.rows:
+            tokenizer = train_wordpiece([text for pair in pairs for text in pair], 30_522, MAX_LENGTH)
+            model = BertDistilledRanker(BertConfig(vocab_size=len(tokenizer), **SHAPES["minilm"]))
+            results["tokenisation"] = tokenisation(pairs, Ranker(model, tokenizer), args.rounds)
+            print("\n\nTokenised pairs/CPU-s:", {name: round(rate) for name, rate in results["tokenisation"].items()})
+        if "start" in args.rows:
+            results["start"] = start_up()
+            print("\nSeconds of a new process:", {name: round(value, 3) for name, value in results["start"].items()})
+        if args.trained:
+            results["trained"] = trained(args.trained, args.judgments)
+            print("\nTrained ranker:", results["trained"])
+    if args.out:
+        Path(args.out).write_text(json.dumps(results, indent=2), encoding="utf-8")
+
+
+def _student(
+    name: str, folder: Path, pairs: list[tuple[str, str]], rounds: int, peaks: dict[str, float]
+) -> dict[str, Any]:
+    variants, flops = student_rows(folder / name, SHAPES[name], pairs)
+    rows = show(f"Student, {name}, {len(pairs)} pairs", measure(variants, rounds), flops, peaks)
+    moves = {}
+    for dtype in ("float32", "bfloat16"):
+        ranker = Ranker.from_pretrained(folder / name / "ours", device="cpu", dtype=dtype)
+        moves[dtype] = budgets(ranker, pairs[:256])
+    print("Largest move of a score between token budgets of 256 to 8,192:", {k: f"{v:.1e}" for k, v in moves.items()})
+    return {"rows": rows, "moves": moves}
+
+
+if __name__ == "__main__":
+    main()
