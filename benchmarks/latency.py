@@ -4,7 +4,7 @@
     python benchmarks/latency.py --student runs/quickstart/student --judgments judgments.parquet
 
 From strings to a sorted list, tokenisation included, one search after the other, as a server with one worker does.
-Students have MiniLM's width and random weights unless one is named. A depth fits the budget when 95 of 100 searches do.
+Students have MiniLM's width and random weights unless one is named. A depth fits the budget when 95 % of searches do.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     python benchmarks/speed.py --rows student --trained runs/quickstart/student --judgments judgments.parquet
 
 Texts are the Python documentation of this machine. Weights are random: speed does not depend on them, agreement does,
-so `--trained` shows what bf16 does to the measures of a real ranker. A figure is the median over the rounds of pairs per
-CPU second in one thread; the brackets hold the slowest and the fastest round. `limit` is the share of the rate at which
-the machine multiplies large matrices of that precision, for the products that the stock model needs without padding.
+so `--trained` shows what bf16 does to the measures of a real ranker. A figure is the median over the rounds of pairs
+per CPU second in one thread; the brackets hold the slowest and the fastest round. `limit` is the share of the rate at
+which the machine multiplies large matrices, for the products that the stock model needs without padding.
 """
 
 from __future__ import annotations

@@ -71,6 +71,16 @@ def test_a_long_document_loses_its_end_and_keeps_the_last_special_token(student,
         assert (encoded.queries_cut, encoded.documents_cut) == (0, 1)
 
 
+def test_a_long_document_has_the_tokens_that_it_would_have_if_read_whole(student, teacher):
+    documents = [f"{DOCUMENT},\t\n{DOCUMENT}  " * repeats for repeats in (2, 3, 4, 5, 7, 8, 9, 400)]
+    documents += ["读取 一个 文件" * 90, "zz " * 90, "json" * 90, " " * 90 + "json " * 90]
+    for collator in (student, teacher):
+        found = collator.encode(["json file"] * len(documents), documents)
+        collator._beginning = lambda document: document
+        whole = collator.encode(["json file"] * len(documents), documents)
+        assert found == whole and found.documents_cut >= 8
+
+
 def test_both_cuts_together_leave_both_parts(student, teacher):
     for collator in (student, teacher):
         encoded = collator.encode([LONG_QUERY * 2], [(DOCUMENT + " ") * 100])

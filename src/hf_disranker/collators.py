@@ -67,6 +67,7 @@ class PairCollator:
         """
         shorter = self._shorten(set(queries))
         rendered = [self.templates.render_query(shorter.get(query, query)) for query in queries]
+        documents = [self._beginning(document) for document in documents]
         if self.templates.text is None:
             batch = self.tokenizer(rendered, documents, truncation="only_second", max_length=self.max_length)
         else:
@@ -89,6 +90,11 @@ class PairCollator:
             )
             for key in rows[0]
         }
+
+    def _beginning(self, document: str) -> str:
+        """As many words as there can be tokens, since the tokenizer reads all before it cuts."""
+        words = document.split(None, self.max_length)
+        return document[: -len(words[-1])] if len(words) > self.max_length else document
 
     def _shorten(self, queries: set[str]) -> dict[str, str]:
         """What is left of the queries beyond the limit."""
