@@ -69,6 +69,18 @@ def test_cpt_and_fit_teacher_leave_stock_checkpoints(tables, language_model, lor
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
+def test_a_teacher_of_four_bits_leaves_a_stock_checkpoint(tables, language_model):
+    # bitsandbytes passes no gradients on a CPU after an evaluation, so there is none.
+    steps = [*SHORT, *LORA, "--load_in_4bit", "true", "--max_steps", 3, "--learning_rate", 0.01, "--logging_steps", 1]
+    inputs = ["--model_name_or_path", language_model, "--judgments", tables / "judgments.parquet"]
+    run("fit_teacher", *inputs, "--output_dir", tables / "teacher", "--eval_strategy", "no", *steps)
+    (state,) = (tables / "teacher").glob("checkpoint-*/trainer_state.json")
+    logged = json.loads(state.read_text())["log_history"]
+    assert logged[-1]["grad_norm"] > 0
+    stock, info = LlamaForSequenceClassification.from_pretrained(tables / "teacher", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and stock.dtype == torch.float32
+
+
 def test_a_tokenizer_that_pads_with_its_end_token_gets_a_pad_of_its_own(tables, tiny_teacher):
     backend = tiny_teacher[1].backend_tokenizer
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")

@@ -8,9 +8,20 @@ import pytest
 import torch
 from hf_disranker.recipes import distill
 from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig
 
-from hf_disranker import DistillationConfig, push_table, runs
-from hf_disranker.runs import fast_precision, fingerprint, resume_point, run_recipe, save_json, save_record
+from hf_disranker import DistillationConfig, LLMForLastTokenRanking, push_table, runs
+from hf_disranker.from_scratch import small_llama
+from hf_disranker.runs import (
+    fast_precision,
+    fingerprint,
+    resume_point,
+    run_recipe,
+    save_json,
+    save_model,
+    save_record,
+)
 
 
 def test_resume_point_is_the_newest_checkpoint(tmp_path, caplog):
@@ -166,3 +177,24 @@ def test_the_fingerprint_of_a_score_store_passes_over_its_quarantine(tmp_path):
     before = fingerprint(str(tmp_path))
     (tmp_path / "quarantine.parquet").mkdir()
     assert fingerprint(str(tmp_path)) == before is not None
+
+
+def test_weights_of_four_bits_are_widened_before_lora_is_merged(tmp_path, tiny_teacher):
+    torch.manual_seed(0)
+    language_model, tokenizer = small_llama(tiny_teacher[1], layers=1, size=64), tiny_teacher[1]
+    language_model.save_pretrained(tmp_path / "base")
+    model = LLMForLastTokenRanking.from_pretrained(
+        tmp_path / "base", quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map="cpu"
+    )
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(model, lora).train()  # eval() makes bitsandbytes round to bf16 on a CPU
+    torch.nn.init.normal_(model.base_model.model.score.modules_to_save["default"].weight)
+    ids = torch.arange(5, 45).view(4, 10)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    save_model(model, tokenizer, str(tmp_path / "merged"))
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    saved = LLMForLastTokenRanking.from_pretrained(tmp_path / "merged").eval()
+    assert expected.std() > 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(saved(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)

@@ -23,6 +23,7 @@ import torch
 from fsspec.core import url_to_fs
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
@@ -64,12 +65,21 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, outpu
         The model that was written.
     """
     if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
+        model = _merged(model)
         for adapter in Path(output_dir).glob("adapter_*"):
             adapter.unlink()  # from a push on the way; loaders would put it on the merged weights once more
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     return model
+
+
+def _merged(model: PeftModel) -> PreTrainedModel:
+    """The model with its LoRA weights merged in; QLoRA's 4-bit weights are widened first, else the sum is rounded."""
+    if getattr(model.base_model.model, "hf_quantizer", None):
+        config, weights = model.peft_config[model.active_adapter], get_peft_model_state_dict(model)
+        model = PeftModel(model.unload().dequantize(), config)
+        set_peft_model_state_dict(model, weights)
+    return model.merge_and_unload()
 
 
 def save_json(content: Any, path: str) -> None:
