@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all check clean
+.PHONY: help install quickstart test test-all bench bench-full check clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,16 @@ test: $(INSTALLED)  ## The default tests
 
 test-all: $(INSTALLED)  ## All tests, the slow ones too
 	$(BIN)/python -m pytest -m '' $(ARGS)
+
+bench: $(INSTALLED)  ## Speed against peers, a quarter of an hour on a quiet machine
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/measures.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py --queries 4 --documents 8 --steps 8 --rounds 2
+
+bench-full: bench  ## The same with BERT-base and a teacher of 69M parameters, about an hour
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py --rows bert-base teacher $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py --layers 12 --size 768 --queries 4 --documents 8 --steps 6
 
 check: $(INSTALLED)  ## Lint and types
 	$(BIN)/ruff check .

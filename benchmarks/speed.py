@@ -1,6 +1,6 @@
 """Scoring speed against peers: the same pairs and weights, in turns, with what the speed does to the scores beside it.
 
-    python benchmarks/speed.py                                  # the shape of MiniLM-L6, tokenisation, start-up
+    python benchmarks/speed.py                                  # MiniLM-L6, tokenisation, start-up
     python benchmarks/speed.py --rows bert-base teacher         # BERT-base, a decoder of 69M parameters; long
     python benchmarks/speed.py --rows student --trained runs/quickstart/student --judgments judgments.parquet
 
@@ -63,12 +63,13 @@ def limits() -> dict[str, float]:
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.randn(2048, 2048).to(dtype)
         found[str(dtype).removeprefix("torch.")] = (
-            max(2 * 2048**3 / _seconds(lambda m=matrix: m @ m) for _ in range(10)) / 1e9
+            max(2 * 2048**3 / cpu_seconds(lambda m=matrix: m @ m) for _ in range(10)) / 1e9
         )
     return found
 
 
-def _seconds(job: Callable[[], Any]) -> float:
+def cpu_seconds(job: Callable[[], Any]) -> float:
+    """What one call takes."""
     start = time.process_time()
     job()
     return time.process_time() - start
