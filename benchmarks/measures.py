@@ -34,7 +34,7 @@ def random_ranking(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def metric_rows(rows: int, rounds: int) -> dict[str, float]:
-    """CPU seconds for NDCG@10 of linear gain: ours with PNR and both intervals, theirs alone and in their own tables."""
+    """CPU seconds for NDCG@10, linear gain: ours with PNR and both intervals, theirs alone, in their own tables."""
     labels, scores, queries = random_ranking(rows)
     names = [f"q{query}" for query in queries], [f"d{row}" for row in range(rows)]
     qrels = pd.DataFrame({"query_id": names[0], "doc_id": names[1], "relevance": labels})
