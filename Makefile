@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all check clean
+.PHONY: help install quickstart test test-all test-lowest check docs clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,10 +31,16 @@ test: $(INSTALLED)  ## The default tests
 test-all: $(INSTALLED)  ## All tests, the slow ones too
 	$(BIN)/python -m pytest -m '' $(ARGS)
 
+test-lowest:  ## All tests on the lowest versions that we claim, in .venv-lowest
+	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
 check: $(INSTALLED)  ## Lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)  ## The documentation as a site in build/site; a warning or a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:  ## Remove the environment, caches and runs
 	rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache .pytest_cache

@@ -85,7 +85,10 @@ def _box(x: int, y: int, width: int, height: int, title: str, *lines: str, kind:
     return [
         f'<rect x="{x + 1}" y="{y}" width="{width - 2}" height="{height}" rx="8" class="{kind}"/>',
         f'<text x="{middle}" y="{first}" class="{style}">{title}</text>',
-        *(f'<text x="{middle}" y="{first + 24 + 20 * i}" class="quiet middle">{line}</text>' for i, line in enumerate(lines)),
+        *(
+            f'<text x="{middle}" y="{first + 24 + 20 * i}" class="quiet middle">{line}</text>'
+            for i, line in enumerate(lines)
+        ),
     ]
 
 

@@ -161,9 +161,11 @@ class Server:
 
     Args:
         path: where it takes them.
-        query, documents: what it calls them.
+        query: what it calls the query.
+        documents: what it calls the documents.
         raw: what else is sent: the wish for raw scores.
-        results, score: where its answer holds them; without `results` the answer is the list itself.
+        results: where its answer holds the list of results; None where the answer is that list.
+        score: what a result calls its score.
     """
 
     path: str
