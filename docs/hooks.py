@@ -35,7 +35,7 @@ def option_tables() -> Iterator[str]:
             recipe = importlib.import_module(f"hf_disranker.recipes.{stage}")
         except ModuleNotFoundError:  # a command without a recipe
             continue
-        yield f"\n## disranker {stage}\n\nStage {what}.\n"
+        yield f"\n## disranker {stage}\n\n{what[0].upper() + what[1:] if what[0].isalpha() else f'Stage {what}'}.\n"
         for kind in recipe.make_parser().dataclass_types:
             yield from _option_table(stage, kind)
 
@@ -46,10 +46,10 @@ def _option_table(stage: str, kind: type) -> Iterator[str]:
     rows = [option for option in dataclasses.fields(kind) if option.name in chosen]
     foreign = [base.__name__ for base in kind.__mro__ if dataclasses.is_dataclass(base) and not _is_ours(base)]
     if rows:
-        yield f"\n### {kind.__name__} of {stage}\n" if kind.__name__ != "ScriptArguments" else ""
+        yield f"\n### {kind.__name__} of {stage}\n" if foreign else ""
         yield "| option | default | meaning | stated by the paper? |\n|---|---|---|---|"
     for option in rows:
-        stated = PAPER.get((stage, option.name), "no" if foreign else "")
+        stated = PAPER.get((stage, option.name), "no" if foreign else "–")  # a path is nobody's finding
         yield f"| `{option.name}` | {_default(option)} | {_cell(option.metadata['help'])} | {stated} |"
     if foreign:
         yield f"\n{'and all' if rows else 'All'} options of `{foreign[0]}`: see `disranker {stage} --help`.\n"
@@ -61,7 +61,7 @@ def _is_ours(kind: type) -> bool:
 
 def _default(option: dataclasses.Field) -> str:
     if option.default is not dataclasses.MISSING:
-        return "none" if option.default is None else f"`{option.default!r}`"
+        return "none" if option.default in (None, "") else f"`{option.default}`"
     if option.default_factory is dataclasses.MISSING:
         return "required"
     if option.name == "dataloader_pin_memory":

@@ -74,7 +74,8 @@ def _numbers(y: int, row: tuple[str, str]) -> list[str]:
     ndcg, speed = row
     return [
         f'<text x="430" y="{y}" class="big">{ndcg}</text><text x="516" y="{y}" class="quiet">NDCG@10</text>',
-        f'<text x="430" y="{y + 34}" class="big">{speed}</text><text x="516" y="{y + 34}" class="quiet">pairs/s</text>',
+        f'<text x="430" y="{y + 34}" class="big">{speed}</text>',
+        f'<text x="516" y="{y + 34}" class="quiet">pairs/s</text>',
     ]
 
 
@@ -127,8 +128,8 @@ def point_and_margin(errors: np.ndarray) -> str:
         '<text x="252" y="309" class="quiet">order: variance of the errors (Margin-MSE: 2.5 times)</text>',
     ]
     label = (
-        f"Five errors with mean {offset:.1f}. Point-MSE {point:.2f} is the squared mean {offset**2:.2f} plus the variance "
-        f"{variance:.2f}. Margin-MSE {margin:.2f} is 2.5 times the variance and holds nothing of the mean."
+        f"Five errors with mean {offset:.1f}. Point-MSE {point:.2f} is the squared mean {offset**2:.2f} plus the "
+        f"variance {variance:.2f}. Margin-MSE {margin:.2f} is 2.5 times the variance and holds nothing of the mean."
     )
     return _FRAME.format(width=640, height=320, label=label, body="\n".join(body))
 

@@ -1,7 +1,7 @@
 """The documentation holds: its snippets run as they stand, its links lead somewhere, its tables are the code's.
 
-A block that cannot run here carries the comment `<!-- not run: reason -->` in the line before it; what `disranker` gets
-there is parsed all the same.
+A block that cannot run here carries the comment `<!-- not run: reason -->` in the line before it; options of stages
+that stand there are parsed all the same.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from hf_disranker.recipes import cpt, distill, fit_teacher
 from transformers import BertConfig, BertModel
 
 from hf_disranker import ScoreStore
@@ -25,7 +26,6 @@ from hf_disranker.candidates import Candidates
 from hf_disranker.cli import main
 from hf_disranker.engines import load_engine
 from hf_disranker.from_scratch import small_llama
-from hf_disranker.recipes import cpt, distill, fit_teacher
 from hf_disranker.scoring import ScoringRun
 
 ROOT = Path(__file__).parents[1]
@@ -190,7 +190,9 @@ def test_the_first_tutorial(page, workshop, tiny_student, judgments, capsys):
 def raw_tables(folder):
     """A click log and judgments, as somebody else would bring them: 40 queries, 30 of them judged."""
     rng = np.random.default_rng(0)
-    words = np.array("read write json file sort plot open list array table text date path close number".split())
+    words = np.array(
+        ["read", "write", "json", "file", "sort", "plot", "open", "list", "table", "date", "path", "number"]
+    )
     rows = []
     for number in range(40):
         query = rng.choice(words, 2, replace=False)
