@@ -64,6 +64,11 @@ def margin_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> LossTerm:
         For one query of two documents the mean equals sentence-transformers' `MarginMSELoss`; a query with one
         document counts for nothing.
 
+    Examples:
+        >>> student, teacher = torch.tensor([[3.0, 1.0, 9.0]]), torch.tensor([[1.0, 2.0, 0.0]])
+        >>> margin_mse(student, teacher, torch.tensor([[True, True, False]])).mean  # (2 - -1)^2
+        tensor(9.)
+
     Source: Hofstätter et al. 2020, arXiv 2010.02666, extended from (positive, negative) to all pairs.
     """
     error = _error(student, teacher, mask)
