@@ -87,7 +87,7 @@ def hinge(scores: Tensor, labels: Tensor, mask: Tensor, margin: float = 1.0) -> 
         scores: shape (queries, docs), any float dtype.
         labels: grades, shape (queries, docs); read only where the mask is True.
         mask: True where a document exists, shape (queries, docs).
-        margin: score difference that is wanted. The DisRanker paper publishes none; 1.0 is ours.
+        margin: score difference that is wanted. The DisRanker paper's is not known; 1.0 is ours.
     """
     return _pair_mean((margin - _differences(scores, mask)).clamp(min=0.0), label_pairs(labels, mask))
 
