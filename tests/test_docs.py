@@ -264,10 +264,18 @@ def test_every_page_with_snippets_is_in_a_test():
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
 def test_links_out_of_the_top_level_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) + re.findall(r'(?:src|srcset|href)="([^"#]+)"', text)
-    local = [target for target in targets if "://" not in target]
+    local = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
     assert local
-    assert [target for target in local if not (ROOT / target).exists()] == []
+    for target in local:
+        path, _, anchor = target.partition("#")
+        assert (ROOT / path).exists(), target
+        assert not anchor or anchor in anchors(ROOT / path), target
+
+
+def anchors(page):
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_no_page_leaves_the_site_by_a_path():
