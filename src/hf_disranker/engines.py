@@ -114,7 +114,7 @@ class CrossEncoderEngine:
             "versions": _versions("torch", "transformers", "sentence-transformers"),
             "templates": STUDENT_TEMPLATES.to_dict(),
             "prompts": getattr(self.model, "prompts", None),
-            "max_length": self.model.max_length,
+            "max_length": self.model.max_seq_length,
         }
 
     def predict(self, pairs: Sequence[Pair]) -> np.ndarray:
