@@ -53,6 +53,7 @@ def method(table: str) -> str:
         *_arrow(150, 228, 262, 128),
         *_arrow(311, 122, 311, 181),
         '<text x="324" y="160" class="quiet">its scores: Point-MSE + Margin-MSE</text>',
+        '<text x="430" y="18" class="quiet">in the quickstart:</text>',
         *_numbers(64, teacher),
         *_numbers(231, student),
     ]
