@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all bench bench-full check clean
+.PHONY: help install quickstart test test-all test-lowest bench bench-full check docs clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: $(INSTALLED)  ## The default tests
 test-all: $(INSTALLED)  ## All tests, the slow ones too
 	$(BIN)/python -m pytest -m '' $(ARGS)
 
+test-lowest:  ## All tests on the lowest versions that we claim, in .venv-lowest
+	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
 bench: $(INSTALLED)  ## Speed against peers, a quarter of an hour on a quiet machine
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py
@@ -45,6 +48,9 @@ check: $(INSTALLED)  ## Lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)  ## The documentation as a site in build/site; a warning or a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:  ## Remove the environment, caches and runs
 	rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,71 +1,103 @@
-"""The snippets of README and docs run as they stand."""
+"""The documentation holds: its snippets run as they stand, its links lead somewhere, its tables are the code's.
 
+A block that cannot run here carries the comment `<!-- not run: reason -->` in the line before it; options of stages
+that stand there are parsed all the same.
+"""
+
+import importlib.util
+import os
 import re
 import shlex
 import shutil
 import sys
+import xml.etree.ElementTree
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+import yaml
+from hf_disranker.recipes import cpt, distill, fit_teacher
 from transformers import BertConfig, BertModel
 
 from hf_disranker import ScoreStore
 from hf_disranker.candidates import Candidates
 from hf_disranker.cli import main
 from hf_disranker.engines import load_engine
+from hf_disranker.from_scratch import small_llama
 from hf_disranker.scoring import ScoringRun
 
 ROOT = Path(__file__).parents[1]
+PAGES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")])
+TRAINING = ("cpt", "fit_teacher", "distill")
+# What stands in pages and is no `disranker`: the quickstart has tests of its own, `make install` makes what runs them.
+ELSEWHERE = ("make quickstart", "make test", "make install", "source .venv/bin/activate")
+
+
+def blocks(page):
+    """(kind, text, reason not to run it or None) of each python and bash block, in order."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"(?:<!-- not run: (.+?) -->\n)?```(python|bash)\n(.*?)```", text, flags=re.S)
+    return [(kind, block, reason or None) for reason, kind, block in found]
+
+
+def commands(block):
+    lines = (line.split(" # ")[0].strip() for line in block.replace("\\\n", " ").splitlines())
+    return [line for line in lines if line and not line.startswith(ELSEWHERE)]
+
+
+def run(page, *added):
+    """Run the snippets of a page; training commands get some options more. Gives the number of blocks."""
+    names = {"__name__": page}
+    for kind, block, reason in blocks(page):
+        if kind == "python" and not reason:
+            exec(compile(block, page, "exec"), names)
+        for command in commands(block) if kind == "bash" and not reason else ():
+            program, *arguments = shlex.split(command)
+            assert program == "disranker", f"{page}: {command}"
+            main([*arguments, *(added if arguments[0] in TRAINING else ())])
+    return len(blocks(page))
 
 
 @pytest.fixture
 def workshop(student_dir, teacher_dir, judgments, tmp_path, monkeypatch):
     """The folders and tables that the stages leave behind."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["disranker"])
     for name in ("runs/quickstart/student", "runs/student"):
         shutil.copytree(student_dir, name)
     shutil.copytree(teacher_dir, "runs/teacher")
-    shutil.copytree(ROOT / "metrics", "metrics")
+    for name in ("metrics", "recipes"):
+        shutil.copytree(ROOT / name, name)
     judgments.to_parquet("judgments.parquet")
     pairs = judgments.drop(columns=["label", "split"])
     ScoringRun(load_engine("runs/teacher"), Candidates(pairs), ScoreStore("runs/scores")).run()
 
 
-def run_snippets(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    names = {"__name__": page}
-    snippets = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    for snippet in snippets:
-        exec(compile(snippet, page, "exec"), names)
-    return len(snippets)
-
-
-def run_all(page):
-    """The snippets of a page and its commands `disranker ...`, in their order."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    names = {"__name__": page}
-    blocks = re.findall(r"```(python|bash)\n(.*?)```", text, flags=re.S)
-    for kind, block in blocks:
-        if kind == "python":
-            exec(compile(block, page, "exec"), names)
-        for command in block.replace("\\\n", " ").splitlines() if kind == "bash" else ():
-            program, *arguments = shlex.split(command)
-            assert program == "disranker"
-            main(arguments)
-    return len(blocks)
-
-
 @pytest.fixture
-def tables(workshop, candidates, corpus, monkeypatch):
+def tables(workshop, candidates, corpus):
     """What the pages about scoring read."""
-    monkeypatch.setattr(sys, "argv", ["disranker"])
     candidates.to_parquet("candidates.parquet")
     corpus.to_parquet("corpus.parquet")
     return candidates
 
 
+@pytest.fixture(scope="session")
+def small_models(tiny_student, tiny_teacher):
+    """Small models under the names of the real ones, on the Hub of the tests."""
+    size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    layers = {"sentence-transformers/all-MiniLM-L6-v2": 1, "google-bert/bert-base-uncased": 12}
+    torch.manual_seed(0)
+    for name, count in layers.items():
+        BertModel(BertConfig(vocab_size=len(tiny_student[1]), num_hidden_layers=count, **size)).push_to_hub(name)
+        tiny_student[1].push_to_hub(name)
+    small_llama(tiny_teacher[1], layers=2, size=32).push_to_hub("Qwen/Qwen3-0.6B-Base")
+    tiny_teacher[1].push_to_hub("Qwen/Qwen3-0.6B-Base")
+
+
 def test_the_page_about_a_billion_pairs(tables, capsys):
-    assert run_all("docs/how_to/score_a_billion_pairs.md") == 2
+    assert run("docs/how_to/score_a_billion_pairs.md") == 2
     assert "runs/billion: 57 of 57 pairs, 100.0%" in capsys.readouterr().out
     assert ScoreStore("runs/cluster").missing() == 0
 
@@ -74,14 +106,14 @@ def test_the_page_about_resuming(tables, corpus, capsys):
     shutil.rmtree("runs/scores")
     tables[:50].to_parquet("next_week.parquet")
     corpus.assign(summary=corpus["summary"].where(corpus.index != 9, "changed")).to_parquet("next_corpus.parquet")
-    assert run_all("docs/how_to/resume.md") == 3
+    assert run("docs/how_to/resume.md") == 3
     printed = capsys.readouterr().out
     assert "runs/scores: 57 of 57 pairs, 100.0%" in printed and "Largest difference: " in printed
     assert "reused     49" in printed and "quantile      there       here      moved" in printed
 
 
 def test_the_page_about_own_scores(tables, capsys):
-    assert run_all("docs/how_to/use_your_own_scores.md") == 2
+    assert run("docs/how_to/use_your_own_scores.md") == 2
     assert "runs/overlap: 57 of 57 pairs, 100.0%" in capsys.readouterr().out
 
 
@@ -91,20 +123,204 @@ def test_the_page_about_several_teachers(tables, student_dir, corpus, capsys):
     for name, part in (("may", tables[:26]), ("june", tables[26:])):
         engine = load_engine("runs/teacher")
         ScoringRun(engine, Candidates(part, corpus), ScoreStore(f"runs/scores_{name}")).run()
-    assert run_all("docs/how_to/use_several_teachers.md") == 3
+    assert run("docs/how_to/use_several_teachers.md") == 3
     assert "teacher    runs/teacher + runs/reranker, mean of several teachers" in capsys.readouterr().out
     assert ScoreStore("runs/scores_all").manifest()["pairs"] == 57
 
 
 def test_the_page_about_the_hub(workshop, capsys):
-    assert run_snippets("docs/how_to/hub.md") >= 18
+    assert run("docs/how_to/hub.md") >= 18
 
 
-def test_the_readme(workshop, tiny_student, capsys):
-    tokenizer = tiny_student[1]
-    minilm = "sentence-transformers/all-MiniLM-L6-v2"
-    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    plain = BertModel(BertConfig(vocab_size=len(tokenizer), **size))
-    plain.push_to_hub(minilm)  # under that name, on the Hub of the tests
-    tokenizer.push_to_hub(minilm)
-    assert run_snippets("README.md") >= 2
+def test_the_page_about_clicks(workshop, small_models, clicks):
+    clicks.assign(users=9).to_parquet("clicks.parquet")
+    clicks[:3].to_parquet("held_out.parquet")
+    log = clicks[["query", "title", "summary"]].loc[clicks.index.repeat(3)].reset_index(drop=True)
+    log.assign(user=[f"u{i % 3}" for i in log.index], position=1 + log.index % 2, seconds=30).to_parquet("log.parquet")
+    pd.DataFrame({"position": [1, 2] * 4, "clicked": [1, 0, 1, 1, 1, 0, 1, 0]}).to_parquet("swaps.parquet")
+    assert run("docs/how_to/clicks.md", "--use_cpu", "true") == 2
+    weights = pd.read_parquet("clicks.parquet")["weight"]
+    assert set(weights.round(6)) <= {1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 9.0, 12.0}  # 1 at the top, 4 in place 2
+
+
+def test_the_page_about_training_names_options_that_there_are():
+    assert [reason for _, _, reason in blocks("docs/how_to/training.md")] == ["200,000 steps", "several GPUs"]
+    assert (ROOT / "recipes/configs/accelerate/several_gpus.yaml").exists()
+
+
+def test_the_page_about_own_tables(tables, capsys):
+    assert run("docs/how_to/own_data.md") == 3
+    assert "column 'label'" in capsys.readouterr().out
+    assert not pd.read_parquet("my_candidates.parquet").duplicated(["query_id", "doc_id"]).any()
+
+
+def test_the_page_about_weights_and_depth(workshop, small_models, capsys):
+    assert run("docs/how_to/choose_weights_and_depth.md", "--use_cpu", "true", "--max_steps", "2") == 2
+    printed = capsys.readouterr().out
+    assert re.search(r"^six_layers 0\.\d+ [\d,]+ pairs/s\nthree_layers 0\.\d+ [\d,]+ pairs/s$", printed, flags=re.M)
+
+
+@pytest.mark.parametrize(
+    ("page", "printed"),
+    [
+        ("last_token", "tensor([3., 5.])"),
+        ("point_and_margin", "Point-MSE 2.71, Margin-MSE 1.14\nPoint-MSE 0.46, Margin-MSE 1.14"),
+        ("pnr", "4 1 1 4.0"),
+        ("score_scale", ""),
+        ("sampling", ""),
+        ("cascade", "5,439 queries"),
+    ],
+)
+def test_the_concepts_compute_what_they_say(page, printed, tables, capsys):
+    assert run(f"docs/concepts/{page}.md") == 1
+    assert capsys.readouterr().out.strip().endswith(printed)
+
+
+@pytest.mark.parametrize("page", ["first_ranker.md", "first_ranker.zh.md"])
+def test_the_first_tutorial(page, workshop, tiny_student, judgments, capsys):
+    shutil.copytree("runs/student", "runs/quickstart/base/bert")
+    shutil.copytree("runs/scores", "runs/quickstart/scores")
+    os.makedirs("runs/quickstart/data")
+    judgments.to_parquet("runs/quickstart/data/judgments.parquet")
+    assert run(f"docs/tutorials/{page}") == 5
+    printed = capsys.readouterr().out
+    assert "numpy.histogram: bins of a data set" in printed and "57 of 57 pairs" in printed and "ndcg@10" in printed
+
+
+def raw_tables(folder):
+    """A click log and judgments, as somebody else would bring them: 40 queries, 30 of them judged."""
+    rng = np.random.default_rng(0)
+    words = np.array(
+        ["read", "write", "json", "file", "sort", "plot", "open", "list", "table", "date", "path", "number"]
+    )
+    rows = []
+    for number in range(40):
+        query = rng.choice(words, 2, replace=False)
+        for place in range(5):
+            text = [*query[: [2, 1, 0, 0, 0][place]], *rng.choice(words, 4)]
+            url = f"https://example.org/{number}/{place}"
+            texts = {"url": url, "title": " ".join(text[:2]), "summary": " ".join(text[2:])}
+            rows.append({"query": f"{query[0]} {query[1]} {number}", **texts, "grade": [2, 1, 0, 0, 0][place]})
+    pairs = pd.DataFrame(rows)
+    pairs[:150].to_csv(folder / "judgments.csv", index=False)
+    clicked = pairs[pairs["grade"] == 2].drop(columns="grade")
+    log = pd.concat([clicked.assign(user=f"u{number}") for number in range(3)])
+    log.to_csv(folder / "click_log.csv", index=False)
+
+
+def test_the_tutorial_from_a_click_log_to_a_student(workshop, small_models, tmp_path, capsys):
+    shutil.rmtree("runs")
+    raw_tables(tmp_path)
+    ran = run("docs/tutorials/own_data.md", "--use_cpu", "true")
+    assert ran == 9
+    printed = capsys.readouterr().out
+    assert re.search(r"^\d+ clicks, 150 judged pairs, \d+ queries to measure on$", printed, flags=re.M)
+    judged = pd.read_csv("judgments_table.csv")
+    dev = judged.loc[judged["split"] == "dev", "query"].unique()
+    assert 2 <= len(dev) <= 12
+    for table in ("clicks.csv", "candidates.csv"):
+        assert not pd.read_csv(table)["query"].isin(dev).any(), f"{table} holds queries of the development side"
+    assert "numpy.histogram Bins of a data set" in printed
+    assert Path("runs/labels_alone/eval.json").exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
+def test_the_readme(page, tables, small_models, judgments, clicks, corpus):
+    for name, table in {"judgments": judgments, "clicks": clicks, "candidates": tables, "corpus": corpus}.items():
+        table.to_csv(f"{name}.csv", index=False)
+    assert run(page, "--use_cpu", "true") >= 4
+    assert Path("runs/bert/eval.json").exists()
+
+
+def test_both_readmes_show_the_same_results():
+    tables = [re.findall(r"```\n( +parameters.*?)```", (ROOT / page).read_text(), flags=re.S) for page in PAGES[:2]]
+    assert PAGES[:2] == ["README.md", "README_zh.md"] and len(tables[0]) == 1 and tables[0] == tables[1]
+
+
+def test_commands_that_are_not_run_have_options_that_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("distill.yaml").write_text("student: s\nscores: t\noutput_dir: o\n")
+    recipes = {"cpt": cpt, "distill": distill, "fit_teacher": fit_teacher}
+    parsed = 0
+    for page in PAGES:
+        for command in (
+            line for kind, block, reason in blocks(page) if reason and kind == "bash" for line in commands(block)
+        ):
+            stage = re.search(r"(?:disranker |hf_disranker\.recipes\.)(\w+) (.*)", command)
+            if stage and stage[1] in recipes:
+                recipes[stage[1]].make_parser().parse_args_and_config(shlex.split(stage[2]))
+                parsed += 1
+    assert parsed >= 2
+
+
+def test_every_page_with_snippets_is_in_a_test():
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    for page in PAGES:
+        if any(reason is None for *_, reason in blocks(page)):
+            assert Path(page).name in tests or Path(page).stem in tests, f"No test runs {page}."
+
+
+# Links within docs/ are mkdocs' business: `make docs` stops at a broken one.
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
+def test_links_out_of_the_top_level_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    local = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    assert local
+    for target in local:
+        path, _, anchor = target.partition("#")
+        assert (ROOT / path).exists(), target
+        assert not anchor or anchor in anchors(ROOT / path), target
+
+
+def anchors(page):
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_no_page_leaves_the_site_by_a_path():
+    for page in PAGES:
+        if page.startswith("docs/"):
+            assert not re.search(r"\]\((?:\.\./){2}(?:src|recipes|tests|benchmarks)/", (ROOT / page).read_text()), page
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_pictures_are_drawn_from_todays_numbers():
+    pictures = load("pictures")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    drawn = {"method": pictures.method(readme), "point_and_margin": pictures.point_and_margin(pictures.ERRORS)}
+    for name, svg in drawn.items():
+        xml.etree.ElementTree.fromstring(svg)
+        stored = (ROOT / f"docs/images/{name}.svg").read_text(encoding="utf-8")
+        assert stored == svg, f"{name}.svg is out of date: run `python docs/pictures.py`"
+
+
+def test_the_site_lists_every_option_with_its_default():
+    hooks = load("hooks")
+    tables = hooks.on_page_markdown(f"before\n{hooks.MARK}\nafter")
+    assert tables.startswith("before\n") and tables.endswith("\nafter")
+    for stage in hooks.STAGES:
+        assert f"## disranker {stage}\n" in tables
+    assert "| `point_weight` | `0.5` | Weight of Point-MSE, which learns absolute scores. | the loss: yes;" in tables
+    assert "| `hinge_margin` | `1.0` |" in tables and "| `scores` | required |" in tables
+    for (stage, option), stated in hooks.PAPER.items():
+        part = tables.split(f"## disranker {stage}\n")[1].split("\n## disranker")[0]
+        assert re.search(rf"^\| `{option}` \|.*\| {re.escape(stated)} \|$", part, flags=re.M), (stage, option)
+
+
+def test_the_site_offers_every_page_and_nothing_from_the_network():
+    class Loader(yaml.SafeLoader):
+        """Reads mkdocs.yml, whose tags name Python objects."""
+
+    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
+    config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)
+    listed = re.findall(r"[\w/.]+\.md", str(config["nav"]))
+    assert sorted(f"docs/{page}" for page in listed) == [page for page in PAGES if page.startswith("docs/")]
+    assert config["strict"] and config["theme"]["font"] is False

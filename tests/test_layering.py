@@ -1,6 +1,7 @@
 """Imports go one way: a module imports only what stands above it in this list."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,12 @@ def source_of(module):
 
 def test_the_list_knows_every_module():
     assert set(MODULES) <= set(ORDER)
+
+
+def test_the_map_in_contributing_names_every_module():
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\w+", page.split("## The map of the house")[1].split("## Add")[0]))
+    assert set(MODULES) - {"version"} <= named
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,26 +1,112 @@
-"""The wheel holds what is no Python."""
+"""What is shipped: the wheel, how fast it starts, what its docstrings claim, and no calls that are about to go."""
 
+import doctest
+import importlib
+import os
 import shutil
 import subprocess
 import sys
+import time
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import hf_disranker
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "hf_disranker"
+WITH_EXAMPLES = sorted(path.stem for path in PACKAGE.glob("*.py") if "\n        >>> " in path.read_text())
 
 
-def test_the_wheel_brings_templates_and_configs(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
     pytest.importorskip("setuptools")
+    folder = tmp_path_factory.mktemp("wheel")
     for name in ("src", "recipes"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
+        shutil.copy(ROOT / name, folder)
     code = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
-    names = set(zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))).namelist())
-    expected = {f"hf_disranker/templates/{path.name}" for path in (ROOT / "src/hf_disranker/templates").iterdir()}
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+    return next((folder / "dist").glob("*.whl"))
+
+
+def test_the_wheel_brings_templates_and_configs(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {f"hf_disranker/templates/{path.name}" for path in (PACKAGE / "templates").iterdir()}
     configs = ROOT / "recipes" / "configs"
     expected |= {f"hf_disranker/recipes/configs/{path.relative_to(configs)}" for path in configs.glob("*/*.yaml")}
     assert len(expected) > 10 and expected <= names
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_an_environment_of_its_own(wheel, tmp_path, judgments):
+    """Installs the wheel with all it needs, as `pip install` would, and uses it far from the repository."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    bin, constraints = tmp_path / "venv" / "bin", ROOT / "constraints-cpu.txt"
+    install = [bin / "python", "-m", "pip", "install", "--quiet", "--constraint", constraints, wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    judgments.to_csv(tmp_path / "judgments.csv", index=False)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [bin / "disranker", "evaluate", "--bm25", "--judgments", "judgments.csv"]
+    ended = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "ndcg@10" in ended.stdout
+    code = "import hf_disranker as h; [getattr(h, name) for name in h.__all__]; print(h.__file__)"
+    ended = subprocess.run([bin / "python", "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert str(tmp_path) in ended.stdout
+
+
+def fastest(command, tries=5):
+    """Seconds that a process takes at best: other work on the machine can only add to them."""
+    times = []
+    for _ in range(tries):
+        begin = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def test_the_import_is_light():
+    code = "import sys, time; t = time.perf_counter(); import hf_disranker; print(time.perf_counter() - t); "
+    code += "print(*sys.modules)"
+    printed = [
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
+        for _ in range(5)
+    ]
+    assert min(float(seconds) for seconds, _ in printed) < 0.2
+    assert not {"torch", "transformers", "datasets", "pandas", "numpy"} & set(printed[0][1].split())
+
+
+def test_the_help_of_the_command_is_quick():
+    assert fastest([Path(sys.executable).parent / "disranker", "--help"]) < 1.0
+
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
+def test_examples_in_docstrings(module):
+    results = doctest.testmod(importlib.import_module(f"hf_disranker.{module}"))
+    assert results.failed == 0
+
+
+def test_some_docstrings_have_examples():
+    assert {"losses", "pooling", "texts"} <= set(WITH_EXAMPLES)
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_a_deprecated_call_of_ours_fails_the_tests(category):
+    with pytest.raises(category):
+        warnings.warn_explicit("about to go", category, "data.py", 1, module="hf_disranker.data")
+    warnings.warn_explicit("about to go", category, "theirs.py", 1, module="transformers.trainer")
+
+
+def test_the_citation_names_this_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == hf_disranker.__version__
+
+
+@pytest.mark.parametrize("file", [".pre-commit-config.yaml", *ROOT.glob(".github/**/*.yml")], ids=str)
+def test_forms_are_yaml(file):
+    assert yaml.safe_load((ROOT / file).read_text())

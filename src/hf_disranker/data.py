@@ -39,7 +39,7 @@ def _read_csv(file: IO[bytes]) -> pd.DataFrame:
 _FORMATS: dict[str, Callable[[IO[bytes]], pd.DataFrame]] = {
     ".parquet": pd.read_parquet,
     # Types are the schema's business: "007" and "NA" are ids and texts like any other.
-    ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False, convert_dates=False),
+    ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False),
     ".csv": _read_csv,
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -19,7 +19,7 @@ class DistillationConfig(RankingConfig):
     """Options of the distillation.
 
     Defaults that differ from `RankingConfig`: learning_rate 5e-5, hinge_weight 0 (the losses on labels are there for
-    rows that have some). The weights of the losses are ours: the paper publishes none.
+    rows that have some). The weights of the losses are ours: none of the paper's is known.
     """
 
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})

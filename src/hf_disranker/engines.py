@@ -114,7 +114,7 @@ class CrossEncoderEngine:
             "versions": _versions("torch", "transformers", "sentence-transformers"),
             "templates": STUDENT_TEMPLATES.to_dict(),
             "prompts": getattr(self.model, "prompts", None),
-            "max_length": self.model.max_length,
+            "max_length": self.model.max_seq_length,
         }
 
     def predict(self, pairs: Sequence[Pair]) -> np.ndarray:
@@ -161,9 +161,11 @@ class Server:
 
     Args:
         path: where it takes them.
-        query, documents: what it calls them.
+        query: what it calls the query.
+        documents: what it calls the documents.
         raw: what else is sent: the wish for raw scores.
-        results, score: where its answer holds them; without `results` the answer is the list itself.
+        results: where its answer holds the list of results; None where the answer is that list.
+        score: what a result calls its score.
     """
 
     path: str

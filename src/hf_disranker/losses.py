@@ -64,6 +64,11 @@ def margin_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> LossTerm:
         For one query of two documents the mean equals sentence-transformers' `MarginMSELoss`; a query with one
         document counts for nothing.
 
+    Examples:
+        >>> student, teacher = torch.tensor([[3.0, 1.0, 9.0]]), torch.tensor([[1.0, 2.0, 0.0]])
+        >>> margin_mse(student, teacher, torch.tensor([[True, True, False]])).mean  # (2 - -1)^2
+        tensor(9.)
+
     Source: Hofstätter et al. 2020, arXiv 2010.02666, extended from (positive, negative) to all pairs.
     """
     error = _error(student, teacher, mask)
@@ -82,7 +87,7 @@ def hinge(scores: Tensor, labels: Tensor, mask: Tensor, margin: float = 1.0) -> 
         scores: shape (queries, docs), any float dtype.
         labels: grades, shape (queries, docs); read only where the mask is True.
         mask: True where a document exists, shape (queries, docs).
-        margin: score difference that is wanted. The DisRanker paper publishes none; 1.0 is ours.
+        margin: score difference that is wanted. The DisRanker paper's is not known; 1.0 is ours.
     """
     return _pair_mean((margin - _differences(scores, mask)).clamp(min=0.0), label_pairs(labels, mask))
 

@@ -18,6 +18,12 @@ def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
 
     Returns:
         Shape (rows, size).
+
+    Examples:
+        >>> hidden = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
+        >>> last_token(hidden, torch.tensor([[1, 1, 0], [0, 1, 1]]))  # padded on the right, padded on the left
+        tensor([[2.],
+                [6.]])
     """
     if attention_mask is None:
         return hidden[:, -1]

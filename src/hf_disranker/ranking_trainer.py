@@ -74,7 +74,7 @@ class RankingConfig(TokenFreeArguments, TrainingArguments):
     )
     hinge_weight: float = field(default=1.0, metadata={"help": "Weight of the pairwise hinge on labels."})
     hinge_margin: float = field(
-        default=1.0, metadata={"help": "Score difference wanted between grades. Ours: the paper publishes none."}
+        default=1.0, metadata={"help": "Score difference wanted between grades. Ours: the paper's is not known."}
     )
     ranknet_weight: float = field(default=0.0, metadata={"help": "Weight of the pairwise logistic loss on labels."})
     softmax_weight: float = field(default=0.0, metadata={"help": "Weight of the listwise softmax loss on labels."})

@@ -2,7 +2,7 @@
 
 | table      | columns                                                                              |
 |------------|--------------------------------------------------------------------------------------|
-| clicks     | query, title, summary [, weight >= 0] [, users >= 0]                                 |
+| clicks     | query, title, summary; optional: weight >= 0, users >= 0                             |
 | judgments  | query_id, query, doc_id, title, summary, label (int >= 0, 0 = irrelevant) [, split]  |
 | corpus     | doc_id, title, summary                                                               |
 | candidates | query_id, query, doc_id [, title, summary: else joined from a corpus]                |

@@ -19,6 +19,11 @@ class Templates:
 
     Raises:
         ValueError: a template names a field it does not know, or `text` does not hold the query before the document.
+
+    Examples:
+        >>> templates = Templates(text="query: {query} document: {document}")
+        >>> templates.render_text("sort a list", templates.render_document("list.sort", "in place"))
+        'query: sort a list document: list.sort in place'
     """
 
     query: str = "{query}"

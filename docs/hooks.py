@@ -1,0 +1,73 @@
+"""What the site shows of the code itself: a table of the options of every stage, made anew at each build."""
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from hf_disranker.cli import STAGES
+
+MARK = "<!-- options of every stage -->"
+
+# What is known of the paper is its abstract and first page; what summaries of it add is marked as such.
+PAPER = {
+    ("cpt", "text_template"): "query, title and summary: yes; wording: no",
+    ("cpt", "completion_only_loss"): "query in, title and summary out: yes",
+    ("fit_teacher", "head"): "last token: yes",
+    ("fit_teacher", "label_words"): "no",
+    ("fit_teacher", "hinge_weight"): "a rank loss: yes; hinge: by a summary",
+    ("distill", "student"): "a BERT: yes; 6 layers: by a summary",
+    ("distill", "point_weight"): "the loss: yes; its weight: not known",
+    ("distill", "margin_weight"): "the loss: yes; its weight: not known",
+}
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by mkdocs for every page: put the tables where the mark stands."""
+    return markdown.replace(MARK, "\n".join(option_tables())) if MARK in markdown else markdown
+
+
+def option_tables() -> Iterator[str]:
+    """Lines of markdown: a section for each stage, a table for each of its groups of options."""
+    for stage, what in STAGES.items():
+        try:
+            recipe = importlib.import_module(f"hf_disranker.recipes.{stage}")
+        except ModuleNotFoundError:  # a command without a recipe
+            continue
+        yield f"\n## disranker {stage}\n\n{what[0].upper() + what[1:] if what[0].isalpha() else f'Stage {what}'}.\n"
+        for kind in recipe.make_parser().dataclass_types:
+            yield from _option_table(stage, kind)
+
+
+def _option_table(stage: str, kind: type) -> Iterator[str]:
+    """The options of one dataclass that are ours, or whose default is."""
+    chosen = {name for base in kind.__mro__ if _is_ours(base) for name in inspect.get_annotations(base)}
+    rows = [option for option in dataclasses.fields(kind) if option.name in chosen]
+    foreign = [base.__name__ for base in kind.__mro__ if dataclasses.is_dataclass(base) and not _is_ours(base)]
+    if rows:
+        yield f"\n### {kind.__name__} of {stage}\n" if foreign else ""
+        yield "| option | default | meaning | stated by the paper? |\n|---|---|---|---|"
+    for option in rows:
+        stated = PAPER.get((stage, option.name), "no" if foreign else "–")  # a path is nobody's finding
+        yield f"| `{option.name}` | {_default(option)} | {_cell(option.metadata['help'])} | {stated} |"
+    if foreign:
+        yield f"\n{'and all' if rows else 'All'} options of `{foreign[0]}`: see `disranker {stage} --help`.\n"
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.startswith(("hf_disranker", "recipes")) and dataclasses.is_dataclass(kind)
+
+
+def _default(option: dataclasses.Field) -> str:
+    if option.default is not dataclasses.MISSING:
+        return "none" if option.default in (None, "") else f"`{option.default}`"
+    if option.default_factory is dataclasses.MISSING:
+        return "required"
+    if option.name == "dataloader_pin_memory":
+        return "with a GPU"
+    return f"`{option.default_factory()!r}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
