@@ -104,10 +104,14 @@ def student_rows(folder: Path, shape: dict[str, int], pairs: list[tuple[str, str
     lengths = np.array([len(row) for row in tokenizer([q for q, _ in pairs], [d for _, d in pairs])["input_ids"]])
     for name in ("float32", "bfloat16"):
         dtype = getattr(torch, name)
-        peer = CrossEncoder(str(folder / "stock"), device="cpu", max_length=MAX_LENGTH, model_kwargs={"dtype": dtype})
+        options = {"device": "cpu", "max_length": MAX_LENGTH, "model_kwargs": {"dtype": dtype}}
+        peer, with_us = (CrossEncoder(str(folder / kind), **options) for kind in ("stock", "ours"))
         ranker = Ranker.from_pretrained(folder / "ours", device="cpu", dtype=dtype)
         variants[f"CrossEncoder.predict {name}"] = lambda p=peer: p.predict(pairs, show_progress_bar=False)
         variants[f"transformers, token budget {name}"] = _control(folder / "stock", dtype, pairs)
+        variants[f"CrossEncoder with hf_disranker {name}"] = lambda p=with_us: p.predict(
+            pairs, show_progress_bar=False
+        )
         variants[f"ours {name}"] = lambda r=ranker: r.predict(pairs)
     tokens, size = np.minimum(lengths, MAX_LENGTH), shape["hidden_size"]
     weights = 4 * size**2 + 2 * size * shape["intermediate_size"]
