@@ -1,33 +1,65 @@
 """Stage 4: measure a ranking of judged documents.
 
-    disranker evaluate --model runs/student --judgments judgments.parquet --out eval.json
-    disranker evaluate --scores runs/scores --judgments judgments.parquet
-    disranker evaluate --bm25 --judgments judgments.parquet
+    disranker evaluate --model runs/student --judgments judgments.parquet --out runs/eval/student.json
+    disranker evaluate --run bm25.run --judgments collection.qrels
+    disranker evaluate --bm25 --judgments beir/scifact --split test --candidates first_stage.run
 
-Prints PNR, NDCG, MRR and MAP, with 95% bootstrap intervals by query for the first two.
+Prints PNR, pair accuracy, NDCG, MRR and MAP with 95% bootstrap intervals by query, and what compares raw scores across
+queries. `disranker compare` and `disranker report` read what --out wrote.
 """
 
+import math
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import pandas as pd
+import yaml
 from trl import TrlParser
 
-from hf_disranker.data import bm25_scores, read_table
-from hf_disranker.evaluation import Scored, evaluate, score_with, scores_of
-from hf_disranker.ranker import Ranker
-from hf_disranker.runs import recipe_parser, save_json
+from hf_disranker.data import bm25_scores
+from hf_disranker.engines import load_engine
+from hf_disranker.evaluation import Evaluation, best_passages, describe, join_run, score_with
+from hf_disranker.readers import read_candidates, read_corpus, read_judgments, read_run
+from hf_disranker.runs import recipe_parser
+from hf_disranker.schema import TableError
 
 
 @dataclass
 class EvaluateArguments:
     """What the stage reads and writes."""
 
-    judgments: str = field(metadata={"help": "Table of judgments: file, URL or Hub data set id."})
+    judgments: str = field(metadata={"help": "Table of judgments, TREC qrels, or a BEIR folder."})
     split: str = field(default="dev", metadata={"help": "Split to evaluate on; '' for all rows."})
-    model: str | None = field(default=None, metadata={"help": "A ranker: folder or Hub id."})
+    model: str | None = field(
+        default=None, metadata={"help": "A student, a teacher or any CrossEncoder: folder or Hub id."}
+    )
+    run: str | None = field(default=None, metadata={"help": "A ranking in TREC's format."})
     scores: str | None = field(default=None, metadata={"help": "A score store or a table of scores."})
-    bm25: bool = field(default=False, metadata={"help": "Rank by BM25 over the judged documents or the corpus."})
-    corpus: str | None = field(default=None, metadata={"help": "Documents over which BM25 counts words."})
-    out: str | None = field(default=None, metadata={"help": "Where to write all measures as json."})
+    bm25: bool = field(default=False, metadata={"help": "Rank by BM25 over the corpus, or the judged documents."})
+    corpus: str | None = field(default=None, metadata={"help": "Documents, for BM25 and for judgments without texts."})
+    queries: str | None = field(default=None, metadata={"help": "For TREC qrels: table with query_id and query."})
+    candidates: str | None = field(
+        default=None,
+        metadata={"help": "A first stage's run or candidates table to rank instead of the judged documents."},
+    )
+    measures: list[str] = field(
+        default_factory=list, metadata={"help": "Further measures by their ir_measures names, such as P@5 ERR@10."}
+    )
+    by: str | None = field(
+        default=None, metadata={"help": "Also measure by a column: market, language ... or query_words."}
+    )
+    max_over: str | None = field(
+        default=None, metadata={"help": "Rows are passages: a document, named in this column, counts as its best one."}
+    )
+    name: str | None = field(default=None, metadata={"help": "Name of the ranker in tables and reports."})
+    out: str | None = field(
+        default=None, metadata={"help": "Json to write; beside it a TREC run and the values by query (parquet)."}
+    )
+    expect: str | None = field(
+        default=None, metadata={"help": "Yaml with measures to find again: tolerance, and a number for each measure."}
+    )
 
 
 def make_parser() -> TrlParser:
@@ -35,29 +67,91 @@ def make_parser() -> TrlParser:
     return recipe_parser("evaluate", __doc__, EvaluateArguments)
 
 
-def main(args: EvaluateArguments) -> dict:
+def main(args: EvaluateArguments) -> Evaluation:
     """Score the judged pairs in the way that was asked for and measure the ranking."""
-    if sum(map(bool, (args.model, args.scores, args.bm25))) != 1:
-        raise SystemExit("Name one of --model, --scores and --bm25.")
-    judgments = read_table(args.judgments, "judgments", split=args.split)
-    if args.model:
-        ranker = Ranker.from_pretrained(args.model)
-        scored = score_with(ranker, judgments)
-        print(f"{ranker.documents_cut} of {len(judgments)} documents and {ranker.queries_cut} queries were cut.")
-    elif args.scores:
-        scored = scores_of(judgments, read_table(args.scores, "scores", corpus=args.corpus))
-    else:
-        corpus = read_table(args.corpus, "corpus") if args.corpus else None
-        scored = Scored(bm25_scores(judgments, corpus))
-    measures = evaluate(judgments, scored.scores) | {"pairs_per_s": scored.pairs_per_s}
-    for name, value in measures.items():
-        if isinstance(value, float | int):
-            low, high = measures["intervals"].get(name, (None, None))
-            interval = f"  [{low:.4f}, {high:.4f}]" if low is not None and high is not None else ""
-            print(f"{name:>26} {value:12.4f}{interval}" if isinstance(value, float) else f"{name:>26} {value:12d}")
+    if sum(map(bool, (args.model, args.run, args.scores, args.bm25))) != 1:
+        raise SystemExit("Name one of --model, --run, --scores and --bm25.")
+    judgments = read_judgments(args.judgments, args.split, args.corpus, args.queries)
+    rows, about = rank(args, judgments)
+    if args.max_over:
+        rows = best_passages(rows, args.max_over)
+    source = args.model or args.run or args.scores or "bm25"
+    about |= {name: getattr(args, name) for name in ("judgments", "split", "corpus", "queries", "max_over")}
+    name = args.name or source.rstrip("/").rsplit("/", 1)[-1]
+    evaluation = Evaluation.of(name, rows, args.measures, args.by, **about)
+    print(table(evaluation.measures))
+    if args.by:
+        print(slices(args.by, evaluation.measures["slices"]))
     if args.out:
-        save_json(measures, args.out)
-    return measures
+        evaluation.save(args.out)
+    if args.expect and (lines := differences(evaluation.measures, args.expect)):
+        sys.exit("\n".join([f"{args.expect}: {len(lines)} measure(s) differ.", *lines]))
+    return evaluation
+
+
+def rank(args: EvaluateArguments, judgments: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The rows with their scores, and what is known of the ranker."""
+    if source := args.run or args.scores:
+        return join_run(judgments, read_run(source)), {"role": "run", "source": source}
+    rows, corpus = judgments, read_corpus(args.corpus) if args.corpus else None
+    if args.candidates:
+        corpus = read_corpus(args.judgments) if corpus is None else corpus
+        rows = read_candidates(args.candidates, judgments, corpus)
+    if "title" not in rows.columns:
+        raise TableError(f"{args.judgments} holds no texts to rank: name --corpus and --queries.")
+    if args.model:
+        engine = load_engine(args.model)
+        ranker = getattr(engine, "ranker", engine)
+        scores, speed = score_with(ranker, rows)
+        about = describe(ranker) | {"source": args.model, "pairs_per_s": speed}
+    else:
+        scores, about = bm25_scores(rows, corpus), {"role": "bm25"}
+    if args.candidates:
+        return join_run(judgments, rows.assign(teacher_score=scores)), about
+    return rows.assign(score=scores), about
+
+
+def table(measures: Mapping[str, Any]) -> str:
+    """The numbers with their intervals, a line each."""
+    numbers = {name: value for name, value in measures.items() if isinstance(value, float | int)}
+    return "\n".join(
+        f"{name:>26} {value:12.4f}{interval(measures, name)}"
+        if isinstance(value, float)
+        else f"{name:>26} {value:12d}"
+        for name, value in numbers.items()
+    )
+
+
+def interval(measures: Mapping[str, Any], name: str) -> str:
+    """The 95% interval of a measure, if it has one."""
+    low, high = measures["intervals"].get(name, (None, None))
+    return "" if low is None or high is None else f"  [{low:.4f}, {high:.4f}]"
+
+
+def slices(column: str, found: Mapping[str, Any]) -> str:
+    """NDCG@10 by the values of a column, a line each."""
+    lines = [f"\n{column:>26}  queries  ndcg@10"]
+    for value, measures in found.items():
+        shown = f"{measures['ndcg@10']:.4f}" if measures["ndcg@10"] is not None else "-"
+        few = "  (few queries)" if measures["few"] else ""
+        lines.append(f"{value:>26} {measures['queries']:8d}   {shown}{interval(measures, 'ndcg@10')}{few}")
+    return "\n".join(lines)
+
+
+def differences(measures: Mapping[str, Any], path: str) -> list[str]:
+    """What differs from a file of expected measures by more than its `tolerance` (a share; by default 0.01)."""
+    with open(path, encoding="utf-8") as file:
+        expected = yaml.safe_load(file)
+    if not isinstance(expected, dict):
+        raise TableError(f"{path}: holds no measures.")
+    tolerance = expected.pop("tolerance", 0.01)
+    lines = []
+    for name, wanted in expected.items():
+        found: Any = measures.get(name)
+        same = found is wanted if None in (found, wanted) else math.isclose(found, wanted, rel_tol=tolerance)
+        if not same:
+            lines.append(f"  {name}: expected {wanted}, found {found} (tolerance {tolerance:.1%})")
+    return lines
 
 
 if __name__ == "__main__":
