@@ -8,19 +8,17 @@ Prints PNR, pair accuracy, NDCG, MRR and MAP with 95% bootstrap intervals by que
 queries. `disranker compare` and `disranker report` read what --out wrote.
 """
 
-import math
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
-import yaml
 from trl import TrlParser
 
 from hf_disranker.data import bm25_scores
 from hf_disranker.engines import load_engine
-from hf_disranker.evaluation import Evaluation, best_passages, describe, join_run, score_with
+from hf_disranker.evaluation import best_passages, describe, join_run, score_with
+from hf_disranker.rankings import Evaluation, differences, slices_text, table_text
 from hf_disranker.readers import read_candidates, read_corpus, read_judgments, read_run
 from hf_disranker.runs import recipe_parser
 from hf_disranker.schema import TableError
@@ -79,9 +77,9 @@ def main(args: EvaluateArguments) -> Evaluation:
     about |= {name: getattr(args, name) for name in ("judgments", "split", "corpus", "queries", "max_over")}
     name = args.name or source.rstrip("/").rsplit("/", 1)[-1]
     evaluation = Evaluation.of(name, rows, args.measures, args.by, **about)
-    print(table(evaluation.measures))
+    print(table_text(evaluation.measures))
     if args.by:
-        print(slices(args.by, evaluation.measures["slices"]))
+        print(slices_text(args.by, evaluation.measures["slices"]))
     if args.out:
         evaluation.save(args.out)
     if args.expect and (lines := differences(evaluation.measures, args.expect)):
@@ -109,49 +107,6 @@ def rank(args: EvaluateArguments, judgments: pd.DataFrame) -> tuple[pd.DataFrame
     if args.candidates:
         return join_run(judgments, rows.assign(teacher_score=scores)), about
     return rows.assign(score=scores), about
-
-
-def table(measures: Mapping[str, Any]) -> str:
-    """The numbers with their intervals, a line each."""
-    numbers = {name: value for name, value in measures.items() if isinstance(value, float | int)}
-    return "\n".join(
-        f"{name:>26} {value:12.4f}{interval(measures, name)}"
-        if isinstance(value, float)
-        else f"{name:>26} {value:12d}"
-        for name, value in numbers.items()
-    )
-
-
-def interval(measures: Mapping[str, Any], name: str) -> str:
-    """The 95% interval of a measure, if it has one."""
-    low, high = measures["intervals"].get(name, (None, None))
-    return "" if low is None or high is None else f"  [{low:.4f}, {high:.4f}]"
-
-
-def slices(column: str, found: Mapping[str, Any]) -> str:
-    """NDCG@10 by the values of a column, a line each."""
-    lines = [f"\n{column:>26}  queries  ndcg@10"]
-    for value, measures in found.items():
-        shown = f"{measures['ndcg@10']:.4f}" if measures["ndcg@10"] is not None else "-"
-        few = "  (few queries)" if measures["few"] else ""
-        lines.append(f"{value:>26} {measures['queries']:8d}   {shown}{interval(measures, 'ndcg@10')}{few}")
-    return "\n".join(lines)
-
-
-def differences(measures: Mapping[str, Any], path: str) -> list[str]:
-    """What differs from a file of expected measures by more than its `tolerance` (a share; by default 0.01)."""
-    with open(path, encoding="utf-8") as file:
-        expected = yaml.safe_load(file)
-    if not isinstance(expected, dict):
-        raise TableError(f"{path}: holds no measures.")
-    tolerance = expected.pop("tolerance", 0.01)
-    lines = []
-    for name, wanted in expected.items():
-        found: Any = measures.get(name)
-        same = found is wanted if None in (found, wanted) else math.isclose(found, wanted, rel_tol=tolerance)
-        if not same:
-            lines.append(f"  {name}: expected {wanted}, found {found} (tolerance {tolerance:.1%})")
-    return lines
 
 
 if __name__ == "__main__":

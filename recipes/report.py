@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trl import TrlParser
 
-from hf_disranker.evaluation import load_evaluations
+from hf_disranker.rankings import load_evaluations
 from hf_disranker.report import write_report
 from hf_disranker.runs import recipe_parser
 

@@ -22,7 +22,7 @@ GROUPS = {
         "sampling",
     ],
     "models": ["checkpoint", "card", "hub", "student", "teacher", "from_scratch", "auto", "ranker"],
-    "judging": ["significance", "evaluation", "hub_data"],
+    "judging": ["significance", "evaluation", "rankings", "hub_data"],
     "stages": [
         "runs",
         "cpt",

@@ -19,7 +19,8 @@ STYLE = """\
   --c2: #1a7f37; --c3: #8250df; --c4: #bf3989; --c5: #59636e; }
 @media (prefers-color-scheme: dark) { :root { --ink: #f0f6fc; --quiet: #a2abb5; --rule: #3d444d; --paper: #0d1117;
   --c0: #58a6ff; --c1: #f0883e; --c2: #3fb950; --c3: #bc8cff; --c4: #f778ba; --c5: #a2abb5; } }
-svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }
+svg text { font: 12px system-ui, sans-serif; fill: var(--ink);
+  paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
 svg .quiet { fill: var(--quiet); font-size: 11px; }
 svg .end { text-anchor: end; } svg .middle { text-anchor: middle; } svg .strong { font-weight: 600; }
 svg .grid { stroke: var(--rule); stroke-width: 1; } svg .base { stroke: var(--quiet); stroke-width: 1; }
@@ -85,8 +86,11 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def intervals(bars: Sequence[Bar], title: str) -> str:
-    """A dot and a line for each bar, one below the other."""
-    ends = [end for bar in bars for end in (bar.low, bar.high, bar.value) if math.isfinite(end)]
+    """A dot and a line for each bar, one below the other; empty when none has a value."""
+    bars = [bar for bar in bars if math.isfinite(bar.value + bar.low + bar.high)]
+    ends = [end for bar in bars for end in (bar.low, bar.high)]
+    if not ends:
+        return ""
     low, high = min(ends), max(ends)
     low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
     bottom = 30 + _ROW * len(bars)
@@ -151,7 +155,7 @@ def _legend(names: Sequence[str], kinds: Sequence[int] = range(6)) -> list[str]:
     for name, kind in zip(names, kinds, strict=False):
         parts.append(f'<line class="line s{kind}" x1="{x}" x2="{x + 16}" y1="{HEIGHT - 12}" y2="{HEIGHT - 12}"/>')
         parts.append(f'<text class="quiet" x="{x + 20}" y="{HEIGHT - 8}">{escape(name)}</text>')
-        x += 34 + 5.5 * len(name)
+        x += 36 + 6.2 * len(name)
     return parts
 
 

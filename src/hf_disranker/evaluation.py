@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,9 +16,9 @@ from tqdm.auto import tqdm
 from hf_disranker import metrics
 from hf_disranker.checkpoint import MARKER
 from hf_disranker.data import pair_texts
-from hf_disranker.readers import KEY, read_judgments, read_run, write_run
+from hf_disranker.readers import KEY
 from hf_disranker.schema import TableError
-from hf_disranker.significance import Comparison, bootstrap, changed_tops, compare
+from hf_disranker.significance import bootstrap
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +26,6 @@ logger = logging.getLogger(__name__)
 UNJUDGED = -1
 # Slices with fewer queries say little.
 FEW_QUERIES = 50
-_PACKAGES = ("hf-disranker", "torch", "transformers", "numpy")
 _CHUNK = 16_384
 _COUNTS = ("concordant", "discordant", "tied")
 
@@ -187,7 +181,7 @@ def evaluate(
         and "few" where a slice has under 50 queries.
     """
     return summarise(rows, scores, per_query(rows, scores, measures)) | (
-        {"slices": _slices(rows, scores, measures, by)} if by else {}
+        {"slices": measure_slices(rows, scores, measures, by)} if by else {}
     )
 
 
@@ -206,7 +200,8 @@ def summarise(rows: pd.DataFrame, scores: np.ndarray, queries: pd.DataFrame) -> 
     return jsonable(found) | {"intervals": {name: [*jsonable(ends).values()] for name, ends in intervals.items()}}
 
 
-def _slices(rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[str], by: str) -> dict[str, Any]:
+def measure_slices(rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[str], by: str) -> dict[str, Any]:
+    """What `evaluate` gives for each value of a column; `query_words` needs none."""
     if by == "query_words" and by not in rows.columns:
         rows = rows.assign(query_words=[min(len(query.split()), 10) for query in rows["query"]])
     if by not in rows.columns:
@@ -225,107 +220,6 @@ def jsonable(values: Mapping[str, Any] | Iterable[float]) -> dict[Any, Any]:
     """The numbers with None for inf and nan, which JSON lacks; those of a sequence by their place."""
     pairs = values.items() if isinstance(values, Mapping) else enumerate(values)
     return {name: value if math.isfinite(value) else None for name, value in pairs}
-
-
-@dataclass
-class Evaluation:
-    """A ranking of judged documents and what it is worth; one json file, with two more beside it.
-
-    Args:
-        name: what tables and pictures call the ranker.
-        rows: a judgments table with label -1 for documents that are not judged, and the column `score`.
-        queries: as from `per_query`.
-        measures: as from `evaluate`.
-        about: what is known of the ranker and the data: model, role, parameters, pairs_per_s, judgments, split ...
-    """
-
-    name: str
-    rows: pd.DataFrame
-    queries: pd.DataFrame
-    measures: dict[str, Any]
-    about: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls, name: str, rows: pd.DataFrame, measures: Sequence[str] = (), by: str | None = None, **about: Any
-    ) -> Evaluation:
-        """Measure rows with the column `score`."""
-        scores = rows["score"].to_numpy()
-        queries = per_query(rows, scores, measures)
-        found = summarise(rows, scores, queries)
-        if by:
-            found["slices"] = _slices(rows.reset_index(drop=True), scores, measures, by)
-        about |= {"packages": {package: version(package) for package in _PACKAGES}}
-        return cls(name, rows, queries, found, about)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write NAME.json with the measures, NAME.parquet with the values by query, NAME.run with the ranking (TREC).
-
-        The json holds the measures, `name` and `about`.
-        """
-        where = Path(path)
-        where.parent.mkdir(parents=True, exist_ok=True)
-        self.queries.to_parquet(where.with_suffix(".parquet"), index=False)
-        write_run(self.rows, where.with_suffix(".run"), self.name)
-        text = json.dumps(self.measures | {"name": self.name, "about": self.about}, indent=2, ensure_ascii=False)
-        where.write_text(text + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], judgments: pd.DataFrame) -> Evaluation:
-        """Read what `save` wrote, with the judgments that it was made with."""
-        where = Path(path)
-        measures = json.loads(where.read_text(encoding="utf-8"))
-        if not {"name", "about"} <= measures.keys():
-            raise ValueError(f"{where} was not written by `disranker evaluate --out`.")
-        name, about = measures.pop("name"), measures.pop("about")
-        if column := about.get("max_over"):
-            judgments = best_passages(judgments.assign(score=0.0), column)
-        rows = join_run(judgments.drop(columns="score", errors="ignore"), read_run(where.with_suffix(".run")))
-        return cls(name, rows, pd.read_parquet(where.with_suffix(".parquet")), measures, about)
-
-
-def load_evaluations(paths: Iterable[str | os.PathLike[str]]) -> list[Evaluation]:
-    """Read what `disranker evaluate --out` wrote: json files, or folders of them.
-
-    Raises:
-        ValueError: there is none, two have one name, or they are not of the same judgments.
-    """
-    files = [file for path in map(Path, paths) for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
-    if not files:
-        raise ValueError("There is no json of `disranker evaluate --out` at these places.")
-    about = [json.loads(file.read_text(encoding="utf-8")).get("about", {}) for file in files]
-    sources = [(one.get("judgments"), one.get("split")) for one in about]
-    for file, source in zip(files, sources, strict=True):
-        if source[0] is None or source != sources[0]:
-            raise ValueError(f"{file} is not of the same judgments as {files[0]}: {source} and {sources[0]}.")
-    # BM25's corpus and a run's lack of one differ; what holds texts serves all.
-    texts = [next(filter(None, (one.get(name) for one in about)), None) for name in ("corpus", "queries")]
-    judgments = read_judgments(*sources[0], *texts)
-    found = [Evaluation.load(file, judgments) for file in files]
-    names = [evaluation.name for evaluation in found]
-    if len(set(names)) < len(names):
-        raise ValueError(f"Rankers need names of their own (`disranker evaluate --name`): {', '.join(names)}.")
-    return found
-
-
-def compare_evaluations(
-    evaluations: Sequence[Evaluation], measure: str = "ndcg@10", pairs: Iterable[tuple[str, str]] | None = None
-) -> list[Comparison]:
-    """Compare rankings of the same judgments; see `significance.compare`. Also tells whose first documents changed.
-
-    Raises:
-        ValueError: an evaluation does not have the measure by query.
-    """
-    for one in evaluations:
-        if measure not in one.queries.columns:
-            raise ValueError(f"{one.name} has no {measure} by query; it has: {', '.join(one.queries.columns[2:])}.")
-    values = pd.concat({one.name: one.queries.set_index("query_id")[measure] for one in evaluations}, axis=1)
-    scores = pd.concat({one.name: one.rows.set_index(KEY)["score"] for one in evaluations}, axis=1)
-    scores, queries = scores.fillna(-np.inf), scores.index.get_level_values("query_id")
-    return [
-        replace(one, changed={k: changed_tops(scores[one.first], scores[one.second], queries, k) for k in (1, 5, 10)})
-        for one in compare({one.name: values[one.name] for one in evaluations}, pairs)
-    ]
 
 
 class RankingEvaluator(BaseEvaluator):

@@ -17,8 +17,9 @@ from scipy.stats import gaussian_kde
 from hf_disranker import charts, metrics
 from hf_disranker.card import TEMPLATES
 from hf_disranker.data import mine_candidates, pair_texts
-from hf_disranker.evaluation import UNJUDGED, Evaluation, compare_evaluations
+from hf_disranker.evaluation import UNJUDGED
 from hf_disranker.ranker import Ranker
+from hf_disranker.rankings import Evaluation, compare_evaluations
 from hf_disranker.significance import Comparison, marks, refusal
 from hf_disranker.summary import duration
 
@@ -163,8 +164,10 @@ def _scatters(evaluations: Sequence[Evaluation], titles: Mapping[str, str]) -> l
         facts = {
             "scale": f"{scale:.2f}",
             "offset": f"{offset:+.2f}",
-            "RMSE": f"{error.rmse:.2f} (offset by query {error.offset:.2f}, order {error.order:.2f})",
-            "Kendall tau in a query, mean": f"{tau:.3f}",
+            "RMSE": f"{error.rmse:.2f}",
+            "offset by query": f"{error.offset:.2f}",
+            "order in a query": f"{error.order:.2f}",
+            "Kendall tau": f"{tau:.3f}",
         }
         drawn = np.random.default_rng(0).permutation(len(x))[:_POINTS]
         axes = titles[teacher.name], titles[one.name]
