@@ -8,6 +8,7 @@ Prints PNR, pair accuracy, NDCG, MRR and MAP with 95% bootstrap intervals by que
 queries. `disranker compare` and `disranker report` read what --out wrote.
 """
 
+import logging
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ from hf_disranker.rankings import Evaluation, differences, slices_text, table_te
 from hf_disranker.readers import read_candidates, read_corpus, read_judgments, read_run
 from hf_disranker.runs import recipe_parser
 from hf_disranker.schema import TableError
+
+logger = logging.getLogger("hf_disranker")
 
 
 @dataclass
@@ -92,6 +95,8 @@ def rank(args: EvaluateArguments, judgments: pd.DataFrame) -> tuple[pd.DataFrame
     if source := args.run or args.scores:
         return join_run(judgments, read_run(source)), {"role": "run", "source": source}
     rows, corpus = judgments, read_corpus(args.corpus) if args.corpus else None
+    if not args.candidates and rows.groupby("query_id")["label"].min().median() > 0:
+        logger.warning("Most queries have no document of grade 0, so any order is right: name --candidates.")
     if args.candidates:
         corpus = read_corpus(args.judgments) if corpus is None else corpus
         rows = read_candidates(args.candidates, judgments, corpus)

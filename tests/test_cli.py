@@ -163,3 +163,25 @@ def test_expected_measures_are_checked(run, tmp_path, evaluated):
     head, ndcg, unknown = end.value.code.splitlines()
     assert head == f"{expected}: 2 measure(s) differ."
     assert ndcg.startswith("  ndcg@10: expected ") and "found None" in unknown
+
+
+def test_passages_are_measured_and_reported_as_documents(run, tmp_path, judgments):
+    # Two passages of every document, the second one always worse.
+    rows = judgments[judgments["split"] == "dev"].assign(page=judgments["doc_id"])
+    second = rows.assign(doc_id=rows["doc_id"] + "-2", label=0)
+    pd.concat([rows, second]).to_parquet(tmp_path / "passages.parquet")
+    scores = pd.concat([rows.assign(teacher_score=rows["label"] * 1.0), second.assign(teacher_score=-1.0)])
+    scores.drop(columns="label").to_parquet(tmp_path / "scores.parquet")
+    inputs = ["--judgments", tmp_path / "passages.parquet", "--scores", tmp_path / "scores.parquet"]
+    run("evaluate", *inputs, "--max_over", "page", "--by", "query_words", "--out", tmp_path / "eval" / "pages.json")
+    measures = json.loads((tmp_path / "eval" / "pages.json").read_text())
+    assert (measures["documents"], measures["pnr"], measures["ndcg@10"]) == (len(rows), None, 1.0)
+    assert measures["slices"]["2"]["queries"] == 4
+    run("report", tmp_path / "eval", "--out", tmp_path / "report.html")
+    assert "Slices in grey" in (tmp_path / "report.html").read_text()
+
+
+def test_judgments_of_relevant_documents_alone_ask_for_candidates(run, tmp_path, judgments, caplog):
+    judgments[judgments["label"] > 0].to_parquet(tmp_path / "positives.parquet")
+    run("evaluate", "--bm25", "--judgments", tmp_path / "positives.parquet")
+    assert "name --candidates" in caplog.text

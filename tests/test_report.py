@@ -124,7 +124,7 @@ def test_the_report_can_be_used_by_keyboard_and_read_aloud(evaluations, tmp_path
 def test_gains_and_losses_stand_in_order(evaluations, tmp_path):
     write_report(evaluations, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    changes = [float(b) - float(a) for a, b in re.findall(r">([0-9.]+)</span> → ([0-9.]+)<", text)]
+    changes = [float(b) - float(a) for a, b in re.findall(r"</span> ([0-9.]+) → ([0-9.]+)<", text)]
     gains, losses = ([c for c in changes if c * sign > 0] for sign in (1, -1))
     assert gains == sorted(gains, reverse=True) and losses == sorted(losses) and len(gains) > 2
     values = evaluations[2].queries["ndcg@10"] - evaluations[0].queries["ndcg@10"]
