@@ -121,6 +121,14 @@ def test_compare_agrees_with_scipy(shift):
     assert_allclose(one.interval, expected.confidence_interval(), atol=0.006)
 
 
+def test_compare_agrees_with_ranx():
+    tests = pytest.importorskip("ranx.statistical_tests")  # brings numba, so it is not among the dev dependencies
+    values = two_rankers(0.02)
+    (one,) = compare(values)
+    theirs, _ = tests.fisher_randomization_test(values["worse"], values["better"], n_permutations=20_000)
+    assert one.p == pytest.approx(theirs, abs=0.015) and 0.02 < one.p < 0.5
+
+
 def test_queries_that_one_ranker_does_not_define_are_left_out():
     values = two_rankers(0.1)
     values["worse"][:10] = np.nan
