@@ -241,9 +241,9 @@ def test_a_million_rows_with_intervals_take_seconds():
     frame = pd.DataFrame(
         {"query_id": np.arange(rows) // 20, "doc_id": np.arange(rows), "label": rng.integers(4, size=rows)}
     )
-    start = time.perf_counter()
+    start = time.process_time()
     measures = evaluate(frame, rng.normal(size=rows))
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30
     low, high = measures["intervals"]["pair_accuracy"]
     assert low < 0.5 < high and high - low < 0.002
     assert_array_equal(measures["queries"], rows // 20)

@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 Gain: TypeAlias = Literal["exp2", "linear"]
@@ -305,14 +306,15 @@ def _columns(groups: ArrayLike, **numbers: ArrayLike) -> tuple[NDArray[Any], ...
         if column.dtype.kind not in "biuf":
             raise ValueError(f"{name} must be numbers, got {column.dtype}")
         _refuse(name, ~np.isfinite(column), "not finite")
-    return *(column.astype(np.float64) for column in columns.values()), _places(ids.tolist())
+    return *(column.astype(np.float64) for column in columns.values()), _places(ids)
 
 
-def _places(ids: list[Any]) -> Ints:
-    """The place of each id among the sorted ids, from 0. A dict is several times faster than np.unique on strings."""
-    _refuse("groups", np.fromiter((i is None or i != i for i in ids), bool, len(ids)), "missing (None or nan)")
-    place = {i: n for n, i in enumerate(sorted(set(ids)))}
-    return np.fromiter(map(place.__getitem__, ids), np.int64, len(ids))
+def _places(ids: NDArray[Any]) -> Ints:
+    """The place of each id among the sorted ids, from 0."""
+    found, distinct = pd.factorize(ids)  # by hashing: several times faster than np.unique on strings
+    _refuse("groups", found < 0, "missing (None or nan)")
+    place = {i: n for n, i in enumerate(sorted(distinct.tolist()))}
+    return np.array([place[i] for i in distinct.tolist()])[found]
 
 
 def _refuse(name: str, bad: NDArray[np.bool_], what: str) -> None:
