@@ -11,7 +11,7 @@ configs/quickstart; finished stages are skipped.
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +23,11 @@ from trl import TrlParser
 
 from hf_disranker import from_scratch, metrics, python_docs
 from hf_disranker.data import bm25_scores, click_judgments, read_table, with_random_documents, write_table
-from hf_disranker.evaluation import Scored, evaluate, score_with
+from hf_disranker.evaluation import describe, score_with
 from hf_disranker.ranker import Ranker
-from hf_disranker.report import TITLES, results_picture, results_table, search_examples
+from hf_disranker.rankings import Evaluation, compare_evaluations
+from hf_disranker.report import TITLES, results_picture, results_table, search_examples, write_report
 from hf_disranker.runs import fast_precision, recipe_parser, run_recipe, save_json
-from hf_disranker.significance import randomisation_test
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -194,27 +194,36 @@ def stages(out: Path, configs: Path, decoder: str, bert: str) -> Iterator[tuple[
 def show_results(out: Path) -> None:
     """Measure every ranker on the development queries and show what there is to see."""
     print("\n== report: every ranker on the same development queries", flush=True)
-    dev = read_table(f"{out}/data/judgments.parquet", "judgments", split="dev")
+    source = f"{out}/data/judgments.parquet"
+    dev = read_table(source, "judgments", split="dev")
     corpus = read_table(f"{out}/data/corpus.parquet", "corpus")
-    scored = {"bm25": Scored(bm25_scores(dev, corpus[corpus["split"] == "dev"]))}
     rankers = {name: Ranker.from_pretrained(out / name) for name in RANKERS}
-    scored |= {name: score_with(ranker, dev, progress=False) for name, ranker in rankers.items()}
-    results: dict[str, dict[str, Any]] = {}
-    for name, (values, speed) in scored.items():
-        measures = evaluate(dev, values)
-        parameters = rankers[name].model.num_parameters() if name in rankers else None
-        row: dict[str, Any] = {"name": name, "parameters": parameters, "pairs_per_s": speed}
-        results[name] = row | {kind: measures[kind] for kind in ("ndcg@5", "ndcg@10", "pnr", "intervals")}
-    save_json([*results.values()], f"{out}/report/results.json")
-    (out / "report" / "results.svg").write_text(results_picture([*results.values()]), encoding="utf-8")
-    print("\n" + results_table([*results.values()]))
-    kept, faster = (results["student"][name] / results["teacher"][name] for name in ("ndcg@10", "pairs_per_s"))
+    facts: dict[str, Any] = {"judgments": source, "split": "dev"}
+    scores = bm25_scores(dev, corpus[corpus["split"] == "dev"])
+    evaluations = {"bm25": Evaluation.of("bm25", dev.assign(score=scores), role="bm25", **facts)}
+    for name, ranker in rankers.items():
+        scores, speed = score_with(ranker, dev, progress=False)
+        about = facts | describe(ranker) | {"source": str(out / name), "pairs_per_s": speed}
+        evaluations[name] = Evaluation.of(name, dev.assign(score=scores), **about)
+    report = out / "report"
+    for name, evaluation in evaluations.items():
+        evaluation.save(report / "eval" / f"{name}.json")
+    shown = [*evaluations.values()]
+    save_json([summary(evaluation) for evaluation in shown], f"{report}/results.json")
+    (report / "results.svg").write_text(results_picture(shown), encoding="utf-8")
+    write_report(shown, report / "report.html", pairs=COMPARED, titles=TITLES)
+    print("\n" + results_table([summary(evaluation) for evaluation in shown]))
+    student, teacher = (summary(evaluations[name]) for name in ("student", "teacher"))
+    kept, faster = (student[name] / teacher[name] for name in ("ndcg@10", "pairs_per_s"))
     print(f"\nThe distilled BERT has {kept:.0%} of its teacher's NDCG@10 at {faster:.1f} times its pairs/s.")
-    show_method(out, dev, {name: values for name, (values, _) in scored.items()})
+    show_method(out, evaluations)
     searches = search_examples(TYPED_QUERIES, corpus, rankers["student"])
-    (out / "report" / "searches.txt").write_text("\n\n".join(searches) + "\n", encoding="utf-8")
-    print(f"\n{searches[0]}\n\nMore in {out}/report: nine such searches (searches.txt), a picture (results.svg).")
+    (report / "searches.txt").write_text("\n\n".join(searches) + "\n", encoding="utf-8")
     print(f"""
+{searches[0]}
+
+Open {report}/report.html: scores, curves, gains and losses. More searches are in {report}/searches.txt.
+
 The student is a plain BERT classifier; sentence-transformers loads it as it is:
 
     from sentence_transformers import CrossEncoder
@@ -224,29 +233,34 @@ The student is a plain BERT classifier; sentence-transformers loads it as it is:
 Next, your own data: the same stages one by one, `disranker cpt --help` and so on; the README names the tables.""")
 
 
-def show_method(out: Path, dev: pd.DataFrame, scores: dict[str, np.ndarray]) -> None:
+def summary(evaluation: Evaluation) -> dict[str, Any]:
+    """What the table of results shows of a ranker."""
+    measures, about = evaluation.measures, evaluation.about
+    row = {"name": evaluation.name, "parameters": about.get("parameters"), "pairs_per_s": about.get("pairs_per_s")}
+    return row | {kind: measures[kind] for kind in ("ndcg@5", "ndcg@10", "pnr", "intervals")}
+
+
+def show_method(out: Path, evaluations: dict[str, Evaluation]) -> None:
     """What the stages did: the loss of the pre-training, who agrees with the teacher, who is better than whom."""
     losses = json.loads((out / "cpt" / "cpt.json").read_text())
     before, after = losses["loss_before"], losses["loss_after"]
     guess = np.log(AutoConfig.from_pretrained(out / "cpt").vocab_size)
     print(f"\nHeld-out loss on title + summary: {before:.2f} -> {after:.2f} nats per token (guessing: {guess:.2f}).")
-    queries = dev["query_id"].to_numpy()
-    students = ("label_student", "click_student", "student")
+    teacher = evaluations["teacher"].rows
+    queries, scores = teacher["query_id"], teacher["score"]
     taus = {
-        name: metrics.query_mean(metrics.kendall_tau(scores[name], scores["teacher"], queries)) for name in students
+        name: metrics.query_mean(metrics.kendall_tau(evaluations[name].rows["score"], scores, queries))
+        for name in ("label_student", "click_student", "student")
     }
     shown = ", ".join(f"{name} {tau:.3f}" for name, tau in taus.items())
     print(f"Kendall tau with the teacher, mean over queries: {shown}.")
-    ndcg = {name: metrics.ndcg(dev["label"].to_numpy(), values, queries, k=10) for name, values in scores.items()}
-    print("NDCG@10, one less the other on the same queries (95% interval; p of a paired randomisation test):")
-    compared = []
-    for better, worse in COMPARED:
-        difference = ndcg[better] - ndcg[worse]
-        mean, (low, high) = metrics.query_mean(difference), metrics.bootstrap(difference)
-        p = randomisation_test(difference)
-        compared.append({"rankers": [better, worse], "difference": mean, "interval": [low, high], "p": p})
-        print(f"  {TITLES[better]:22} - {TITLES[worse]:22} {mean:+.3f}  [{low:+.3f}, {high:+.3f}]  p = {p:.4f}")
-    save_json({"kendall_tau_with_teacher": taus, "ndcg@10": compared}, f"{out}/report/comparison.json")
+    print("NDCG@10, one less the other on the same queries (95% interval; p of a paired randomisation test, Holm):")
+    compared = compare_evaluations([*evaluations.values()], pairs=COMPARED)
+    for one in compared:
+        names, (low, high) = f"{TITLES[one.first]:22} - {TITLES[one.second]:22}", one.interval
+        print(f"  {names} {one.difference:+.3f}  [{low:+.3f}, {high:+.3f}]  p = {one.p:.4f}, {one.p_holm:.4f}")
+    comparisons = [asdict(one) | {"rankers": [one.first, one.second]} for one in compared]
+    save_json({"kendall_tau_with_teacher": taus, "ndcg@10": comparisons}, f"{out}/report/comparison.json")
 
 
 if __name__ == "__main__":

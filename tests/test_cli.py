@@ -1,9 +1,12 @@
 """The command line, as a user meets it."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from hf_disranker import cli
@@ -86,5 +89,99 @@ def test_scores_of_any_origin_can_be_evaluated(run, tmp_path, judgments):
 def test_one_ranking_is_evaluated_at_a_time(run, tmp_path, judgments):
     judgments.to_parquet(tmp_path / "judgments.parquet")
     for chosen in ([], ["--bm25", "--scores", "scores"]):
-        with pytest.raises(SystemExit, match="Name one of --model, --scores and --bm25"):
+        with pytest.raises(SystemExit, match="Name one of --model, --run, --scores and --bm25"):
             run("evaluate", "--judgments", tmp_path / "judgments.parquet", *chosen)
+
+
+@pytest.fixture
+def evaluated(run, tmp_path, judgments, student_dir):
+    """BM25 and a student, evaluated on the dev queries."""
+    judgments.to_parquet(tmp_path / "judgments.parquet")
+    where = ["--judgments", tmp_path / "judgments.parquet"]
+    run("evaluate", "--bm25", *where, "--out", tmp_path / "eval" / "bm25.json")
+    printed = run(
+        "evaluate", "--model", student_dir, *where, "--name", "ours", "--out", tmp_path / "eval" / "ours.json"
+    )
+    assert "pair_accuracy" in printed
+    return tmp_path / "eval"
+
+
+def test_any_cross_encoder_is_evaluated_as_it_is(run, tmp_path, evaluated, student_dir):
+    config = json.loads((Path(student_dir) / "config.json").read_text())
+    shutil.copytree(student_dir, tmp_path / "foreign")
+    foreign = {name: value for name, value in config.items() if name != "disranker"} | {"model_type": "bert"}
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps(foreign))
+    out = tmp_path / "foreign.json"
+    run("evaluate", "--model", tmp_path / "foreign", "--judgments", tmp_path / "judgments.parquet", "--out", out)
+    ours = json.loads((evaluated / "ours.json").read_text())
+    found = json.loads(out.read_text())
+    assert found["name"] == "foreign" and found["ndcg@10"] == pytest.approx(ours["ndcg@10"])
+    assert ours["about"]["parameters"] > 1000 and ours["about"]["pairs_per_s"] > 0
+
+
+def test_evaluated_rankers_are_compared_and_reported(run, tmp_path, evaluated):
+    printed = run("compare", evaluated / "bm25.json", evaluated / "ours.json", "--out", tmp_path / "comparison.json")
+    assert "b - a" in printed and "No difference is called significant: 4 queries are fewer than 200" in printed
+    (one,) = json.loads((tmp_path / "comparison.json").read_text())
+    assert (one["first"], one["second"], one["queries"], set(one["changed"])) == ("ours", "bm25", 4, {"1", "5", "10"})
+    assert "report.html" in run("report", evaluated, "--out", tmp_path / "report.html")
+    assert run("report", evaluated, "--out", tmp_path / "ids.html", "--no_texts")
+    query = pd.read_parquet(tmp_path / "judgments.parquet").query("split == 'dev'")["query"].iloc[0]
+    assert query in (tmp_path / "report.html").read_text() and query not in (tmp_path / "ids.html").read_text()
+
+
+def test_a_trec_run_of_a_model_gives_the_measures_of_the_model(run, tmp_path, evaluated):
+    where = ["--judgments", tmp_path / "judgments.parquet", "--out", tmp_path / "run.json"]
+    run("evaluate", "--run", evaluated / "ours.run", *where)
+    ours, again = (json.loads(path.read_text()) for path in (evaluated / "ours.json", tmp_path / "run.json"))
+    numbers = {name for name, value in ours.items() if isinstance(value, float | int)}
+    assert {name: again[name] for name in numbers} == {name: ours[name] for name in numbers}
+
+
+def test_a_model_ranks_the_candidates_of_a_first_stage(run, tmp_path, evaluated, judgments, corpus, student_dir):
+    # The first stage found two documents of q8, one of them judged.
+    corpus.to_parquet(tmp_path / "corpus.parquet")
+    query = judgments.query("split == 'dev'")["query_id"].iloc[0]
+    judged = judgments.query("query_id == @query")["doc_id"].iloc[0]
+    (tmp_path / "first.run").write_text(f"{query} Q0 {judged} 1 2.0 x\n{query} Q0 d0-0 2 1.0 x\n")
+    options = ["--candidates", tmp_path / "first.run", "--corpus", tmp_path / "corpus.parquet"]
+    where = ["--judgments", tmp_path / "judgments.parquet", "--out", tmp_path / "again.json"]
+    run("evaluate", "--model", student_dir, *where, *options)
+    assert json.loads((tmp_path / "again.json").read_text())["unjudged"] == 1
+    assert len((tmp_path / "again.run").read_text().splitlines()) == 2
+
+
+def test_expected_measures_are_checked(run, tmp_path, evaluated):
+    ours = json.loads((evaluated / "ours.json").read_text())
+    where = ["evaluate", "--run", evaluated / "ours.run", "--judgments", tmp_path / "judgments.parquet"]
+    expected = tmp_path / "expected.yaml"
+    expected.write_text(f"tolerance: 0.02\nndcg@10: {ours['ndcg@10'] * 1.015}\n")
+    run(*where, "--expect", expected)
+    expected.write_text(f"ndcg@10: {ours['ndcg@10'] * 1.015}\nmrr: {ours['mrr']}\nndgc@5: 0.5\n")
+    with pytest.raises(SystemExit) as end:
+        run(*where, "--expect", expected)
+    head, ndcg, unknown = end.value.code.splitlines()
+    assert head == f"{expected}: 2 measure(s) differ."
+    assert ndcg.startswith("  ndcg@10: expected ") and "found None" in unknown
+
+
+def test_passages_are_measured_and_reported_as_documents(run, tmp_path, judgments):
+    # Two passages of every document, the second one always worse.
+    rows = judgments[judgments["split"] == "dev"].assign(page=judgments["doc_id"])
+    second = rows.assign(doc_id=rows["doc_id"] + "-2", label=0)
+    pd.concat([rows, second]).to_parquet(tmp_path / "passages.parquet")
+    scores = pd.concat([rows.assign(teacher_score=rows["label"] * 1.0), second.assign(teacher_score=-1.0)])
+    scores.drop(columns="label").to_parquet(tmp_path / "scores.parquet")
+    inputs = ["--judgments", tmp_path / "passages.parquet", "--scores", tmp_path / "scores.parquet"]
+    run("evaluate", *inputs, "--max_over", "page", "--by", "query_words", "--out", tmp_path / "eval" / "pages.json")
+    measures = json.loads((tmp_path / "eval" / "pages.json").read_text())
+    assert (measures["documents"], measures["pnr"], measures["ndcg@10"]) == (len(rows), None, 1.0)
+    assert measures["slices"]["2"]["queries"] == 4
+    run("report", tmp_path / "eval", "--out", tmp_path / "report.html")
+    assert "Slices in grey" in (tmp_path / "report.html").read_text()
+
+
+def test_judgments_of_relevant_documents_alone_ask_for_candidates(run, tmp_path, judgments, caplog):
+    judgments[judgments["label"] > 0].to_parquet(tmp_path / "positives.parquet")
+    run("evaluate", "--bm25", "--judgments", tmp_path / "positives.parquet")
+    assert "name --candidates" in caplog.text

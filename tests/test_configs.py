@@ -1,5 +1,6 @@
 """The configs that the recipes come with are read by their recipes, field by field."""
 
+import dataclasses
 import importlib
 import math
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from sentence_transformers.cross_encoder import losses
 
-from hf_disranker import recipes
+from hf_disranker import DistillationConfig, recipes
 
 CONFIGS = Path(recipes.__path__[0], "configs")
 REQUIRED = {
@@ -44,3 +46,15 @@ def test_accelerate_reads_its_configs_and_each_says_when_to_use_it(path: Path) -
     config = load_config_from_file(str(path))
     assert config.distributed_type == values["distributed_type"] and config.num_processes == values["num_processes"]
     assert text.startswith("# ") and "ot yet run" in text
+
+
+def test_the_experiments_name_known_systems_and_options() -> None:
+    path = Path(__file__).parents[1] / "benchmarks" / "configs" / "quality.yaml"
+    config = yaml.safe_load(path.read_text())
+    known = {field.name for field in dataclasses.fields(DistillationConfig)}
+    assert config["reference"] in config["cells"]
+    for name, cell in config["cells"].items():
+        assert cell["system"] in ("distill", "fit", "sentence-transformers", "transformers"), name
+        assert set(cell.get("options", {})) <= known, name
+        assert cell["system"] != "sentence-transformers" or hasattr(losses, cell["loss"]), name
+        assert set(cell["question"]) <= set("acde"), name

@@ -128,6 +128,14 @@ def test_the_page_about_several_teachers(tables, student_dir, corpus, capsys):
     assert ScoreStore("runs/scores_all").manifest()["pairs"] == 57
 
 
+def test_the_page_about_evaluation(tables, judgments, capsys):
+    Path("expected.yaml").write_text("tolerance: 1.0\nndcg@10: 0.5\n")
+    assert run_all("docs/how_to/evaluate.md") == 4
+    printed = capsys.readouterr().out
+    assert "b - a" in printed and "P@5" in printed and "query_words  queries" in printed
+    assert Path("runs/report.html").stat().st_size > 10_000
+
+
 def test_the_page_about_the_hub(workshop, capsys):
     assert run("docs/how_to/hub.md") >= 18
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
 
@@ -17,13 +16,9 @@ from hf_disranker.metrics import (
     PairCounts,
     auc,
     average_precision,
-    bootstrap,
     cross_query_pair_counts,
     evaluate,
-    jsonable,
     kendall_tau,
-    mean_average_precision,
-    mrr,
     ndcg,
     pair_counts,
     query_mean,
@@ -201,8 +196,8 @@ def test_queries_without_a_relevant_document_are_left_out():
     rows = [0, 1, 0, 1], [2.0, 1.0, 1.0, 2.0], ["a", "a", "b", "c"]
     assert_array_equal(reciprocal_rank(*rows), [1 / 2, math.nan, 1])
     assert_array_equal(average_precision(*rows), [1 / 2, math.nan, 1])
-    assert mrr(*rows) == mean_average_precision(*rows) == 3 / 4
-    assert math.isnan(mrr(*rows, min_label=2))
+    assert query_mean(reciprocal_rank(*rows)) == query_mean(average_precision(*rows)) == 3 / 4
+    assert math.isnan(query_mean(reciprocal_rank(*rows, min_label=2)))
 
 
 def test_measures_equal_ir_measures_without_ties():
@@ -324,15 +319,6 @@ def test_labels_may_be_whole_floats():
     assert evaluate(np.array(LABELS, float), SCORES, GROUPS) == evaluate(LABELS, SCORES, GROUPS)
 
 
-def test_metrics_without_a_value_are_null_in_json():
-    metrics = evaluate([1, 0], [2.0, 1.0], ["a", "a"], ks=[1])
-    assert metrics["pnr"] == math.inf
-    assert math.isnan(metrics["cross_query_pair_accuracy"])
-    written = json.loads(json.dumps(jsonable(metrics), allow_nan=False))
-    assert {name for name, value in written.items() if value is None} == {"pnr", "cross_query_pair_accuracy"}
-    assert (written["ndcg@1"], written["documents"]) == (1, 2)
-
-
 @pytest.mark.parametrize(
     ("labels", "scores", "groups", "message"),
     [
@@ -361,52 +347,8 @@ def test_two_million_rows_evaluate_in_seconds():
     random = np.random.default_rng(0)
     rows = 2_000_000
     labels, scores, groups = random.integers(5, size=rows), random.normal(size=rows), random.integers(10**5, size=rows)
-    start = time.perf_counter()
+    start = time.process_time()
     metrics = evaluate(labels, scores, groups)
-    assert time.perf_counter() - start < 30  # about 2.5 s on two cores
+    assert time.process_time() - start < 30  # about 2 s
     assert metrics["documents"] == rows
     assert metrics["auc"] == pytest.approx(0.5, abs=0.005)  # the scores are noise
-
-
-# Intervals
-
-
-def test_bootstrap_matches_hand_example():
-    # Two queries, drawn twice: the mean of 1 and 3 comes out as 1, 2 and 3 with probabilities 1/4, 1/2 and 1/4.
-    assert bootstrap([1, 3]) == (1, 3)
-    assert bootstrap([1, 3], confidence=0.4) == (2, 2)
-
-
-def test_bootstrap_of_a_ratio_resamples_numerator_and_denominator_together():
-    # Ratios 3/1, (3 + 1) / (1 + 1) and 1/1: never 3/2 / 1.
-    assert bootstrap([3, 1], [1, 1]) == (1, 3)
-    assert bootstrap([4, 40, 400], [2, 20, 200]) == (2, 2)
-
-
-def test_bootstrap_of_a_mean_agrees_with_the_normal_interval():
-    values = np.random.default_rng(0).normal(5, 2, size=1000)
-    half = 1.96 * values.std() / math.sqrt(1000)
-    assert_allclose(bootstrap(values, rounds=4000), [values.mean() - half, values.mean() + half], atol=0.1 * half)
-
-
-def test_bootstrap_leaves_out_queries_without_a_value():
-    values = np.random.default_rng(0).normal(size=50)
-    assert bootstrap(np.r_[values[:20], math.nan, values[20:]]) == bootstrap(values)
-    assert all(map(math.isnan, bootstrap([math.nan])))
-
-
-def test_bootstrap_of_pnr_reaches_inf_and_is_nan_without_pairs():
-    # Discordant pairs 0 and 1: the first query drawn twice gives inf, the second twice 1.
-    assert bootstrap([1, 1], [0, 1]) == (1, math.inf)
-    assert all(map(math.isnan, bootstrap([0, 0], [0, 0])))
-
-
-def test_bootstrap_is_reproducible_by_seed():
-    values = np.random.default_rng(0).normal(size=50)
-    assert bootstrap(values, seed=1) == bootstrap(values, seed=1) != bootstrap(values, seed=2)
-
-
-@pytest.mark.parametrize("options", [{"rounds": 0}, {"confidence": 1.0}, {"confidence": 95}])
-def test_bootstrap_refuses_senseless_options(options):
-    with pytest.raises(ValueError, match="rounds must be >= 1 and confidence between 0 and 1"):
-        bootstrap([1, 2], **options)

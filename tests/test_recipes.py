@@ -135,10 +135,10 @@ def test_distill_resumes_and_keeps_the_chosen_layers(tables, student_dir, teache
     assert config["disranker"]["teacher"] == {"id": teacher_dir, "revision": None}
 
     out = tables / "eval.json"
-    measures = run(
+    measured = run(
         "evaluate", "--model", tables / "student", "--judgments", tables / "judgments.parquet", "--out", out
     )
-    assert json.loads(out.read_text())["ndcg@10"] == measures["ndcg@10"]
+    assert json.loads(out.read_text())["ndcg@10"] == measured.measures["ndcg@10"]
     dev = judgments[judgments["split"] == "dev"]
     assert np.isfinite(Ranker.from_pretrained(tables / "student").predict(pair_texts(dev))).all()
 

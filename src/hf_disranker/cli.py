@@ -17,8 +17,12 @@ STAGES = {
     "fit_teacher": "2   fit a ranker to graded judgments",
     "score": "3a  a teacher's scores for unlabelled pairs",
     "distill": "3b  distil the scores into a BERT",
-    "evaluate": "4   PNR, NDCG, MRR and MAP of a model, of scores or of BM25",
+    "evaluate": "4   PNR, NDCG, MRR and MAP of a model, of scores, of a run or of BM25",
+    "compare": "    whether evaluated rankers differ by more than chance",
+    "report": "    one HTML page of evaluated rankers",
 }
+# Stages whose first option may stand without its name.
+FIRST = {"compare": "--runs", "report": "--runs"}
 
 USAGE = """disranker {version}: distil a large language model's ranking skill into a BERT.
 
@@ -46,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_disranker").setLevel(logging.INFO)
     logging.getLogger("bm25s").setLevel(logging.WARNING)
+    if stage in FIRST and rest and not rest[0].startswith("-"):
+        rest = [FIRST[stage], *rest]
     sys.argv = [f"disranker {stage}", *rest]
     recipe = importlib.import_module(f"hf_disranker.recipes.{stage}")
     try:

@@ -42,6 +42,7 @@ TABLES = {
         ("query_id", "query", "doc_id", "title", "summary", "label"), ("split",), ("query_id", "doc_id")
     ),
     "corpus": Table(("doc_id", "title", "summary"), ("split",), ("doc_id",)),
+    "queries": Table(("query_id", "query"), (), ("query_id",)),
     "candidates": Table(_PAIR, ("title", "summary", "label", "split"), ("query_id", "doc_id")),
     "scores": Table((*_PAIR, "teacher_score"), ("title", "summary", "label", "split"), ("query_id", "doc_id")),
 }

@@ -1,0 +1,73 @@
+"""Whether rankers differ by more than chance, from what `disranker evaluate --out` wrote.
+
+    disranker compare runs/eval/student.json runs/eval/teacher.json runs/eval/bm25.json
+    disranker compare runs/eval --measure mrr --out comparison.json
+
+For each two rankers: the difference on the same queries with its 95% paired bootstrap interval, the p-value of a
+paired randomisation test and the same corrected for all tests (Holm), the effect size, how many queries such a
+difference needs, and the share of queries whose first 1, 5 and 10 documents changed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from trl import TrlParser
+
+from hf_disranker.rankings import compare_evaluations, load_evaluations
+from hf_disranker.runs import recipe_parser, save_json
+from hf_disranker.significance import Comparison, bootstrap, marks, refusal
+
+
+@dataclass
+class CompareArguments:
+    """What is compared."""
+
+    runs: list[str] = field(metadata={"help": "Json files of `disranker evaluate --out`, or folders of them."})
+    measure: str = field(default="ndcg@10", metadata={"help": "A measure by query; pair_accuracy stands for PNR."})
+    out: str | None = field(default=None, metadata={"help": "Where to write the comparisons as json."})
+
+
+def make_parser() -> TrlParser:
+    """The command line of this stage."""
+    return recipe_parser("compare", __doc__, CompareArguments)
+
+
+HEAD = f"{'':5}{'difference':>11}{'95% interval':>20}{'p':>9}{'Holm':>9}{'effect':>8}{'needs':>9}  top 1/5/10 changed"
+
+
+def main(args: CompareArguments) -> list[Comparison]:
+    """Compare each with each and print two tables."""
+    evaluations = load_evaluations(args.runs)
+    comparisons = compare_evaluations(evaluations, args.measure)
+    letters = {one.name: chr(ord("a") + place) for place, one in enumerate(evaluations)}
+    queries = min((one.queries for one in comparisons), default=0)
+    bm25 = next((one.measures[args.measure] for one in evaluations if one.about.get("role") == "bm25"), None)
+    why_not = refusal(queries, bm25)
+    beaten = dict.fromkeys(letters, "") if why_not else marks(comparisons, letters)
+    width = max(map(len, letters))
+    for one in evaluations:
+        low, high = bootstrap(one.queries[args.measure])
+        name, value = one.name, one.queries[args.measure].mean()
+        print(f"{letters[name]}  {name:{width}}  {value:.4f}  [{low:.4f}, {high:.4f}]  {beaten[name]}")
+    print(f"\n{HEAD}")
+    for found in comparisons:
+        print(line(found, letters))
+    print(f"\n{args.measure} on {queries:,} queries. ", end="")
+    print(f"No difference is called significant: {why_not}." if why_not else "Letters: beaten, p < 0.05 after Holm.")
+    if args.out:
+        save_json([asdict(one) for one in comparisons], args.out)
+    return comparisons
+
+
+def line(one: Comparison, letters: Mapping[str, str]) -> str:
+    """A comparison as a line under `HEAD`."""
+    (low, high), needed = one.interval, f"{one.queries_needed:,}" if one.queries_needed else "-"
+    changed = " / ".join(f"{share:.0%}" for share in one.changed.values())
+    return (
+        f"{letters[one.first]} - {letters[one.second]}{one.difference:+11.4f}{f'[{low:+.4f}, {high:+.4f}]':>20}"
+        f"{one.p:9.4f}{one.p_holm:9.4f}{one.effect:+8.2f}{needed:>9}  {changed}"
+    )
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
