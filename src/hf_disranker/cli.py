@@ -18,7 +18,11 @@ STAGES = {
     "score": "3a  a teacher's scores for unlabelled pairs",
     "distill": "3b  distil the scores into a BERT",
     "evaluate": "4   PNR, NDCG, MRR and MAP of a model, of scores or of BM25",
+    "export": "    ONNX, int8, OpenVINO or vLLM's form of a ranker, checked against it",
+    "demo": "    a search page: BM25, student and teacher side by side",
 }
+# The other stages are recipes.
+_TOOLS = ("export", "demo")
 
 USAGE = """disranker {version}: distil a large language model's ranking skill into a BERT.
 
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("hf_disranker").setLevel(logging.INFO)
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     sys.argv = [f"disranker {stage}", *rest]
-    recipe = importlib.import_module(f"hf_disranker.recipes.{stage}")
+    recipe = importlib.import_module(f"hf_disranker.{stage}" if stage in _TOOLS else f"hf_disranker.recipes.{stage}")
     try:
         options = recipe.make_parser().parse_args_and_config()
     except (ValueError, OSError) as error:
