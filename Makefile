@@ -25,7 +25,8 @@ install: $(INSTALLED)  ## Build the environment in .venv
 quickstart: $(INSTALLED)  ## All stages on the Python documentation of this machine, about a quarter of an hour
 	$(BIN)/disranker quickstart $(ARGS)
 
-demo: quickstart  ## A search page on what the quickstart made
+demo: $(INSTALLED)  ## A search page on what the quickstart made
+	test -e runs/quickstart/report/results.json || $(BIN)/disranker quickstart
 	$(BIN)/disranker demo --corpus runs/quickstart/data/corpus.parquet --student runs/quickstart/student \
 		--teacher runs/quickstart/teacher --queries recipes/configs/quickstart/queries.txt $(ARGS)
 

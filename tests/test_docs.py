@@ -107,6 +107,7 @@ def test_the_page_about_the_hub(workshop, capsys):
     assert run_snippets("docs/how_to/hub.md") >= 18
 
 
+@pytest.mark.slow
 def test_the_page_about_export(workshop, capsys):
     assert run_all("docs/how_to/export.md", foreign=["pip"]) == 3
     assert "'corpus_id'" in capsys.readouterr().out
