@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all test-lowest bench bench-full check docs clean
+.PHONY: help install quickstart demo test test-all test-lowest bench bench-full check docs clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,11 @@ install: $(INSTALLED)  ## Build the environment in .venv
 
 quickstart: $(INSTALLED)  ## All stages on the Python documentation of this machine, about a quarter of an hour
 	$(BIN)/disranker quickstart $(ARGS)
+
+demo: $(INSTALLED)  ## A search page on what the quickstart made
+	test -e runs/quickstart/report/results.json || $(BIN)/disranker quickstart
+	$(BIN)/disranker demo --corpus runs/quickstart/data/corpus.parquet --student runs/quickstart/student \
+		--teacher runs/quickstart/teacher --queries recipes/configs/quickstart/queries.txt $(ARGS)
 
 test: $(INSTALLED)  ## The default tests
 	$(BIN)/python -m pytest $(ARGS)

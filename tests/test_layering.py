@@ -37,7 +37,7 @@ GROUPS = {
         "cluster",
     ]
     + ["distillation", "cross_encoder"],
-    "shipping": ["charts", "report", "export", "runtime", "demo", "cli"],
+    "shipping": ["charts", "report", "runtime", "export", "demo", "cli"],
 }
 ORDER = [module for group in GROUPS.values() for module in group]
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
@@ -89,8 +89,8 @@ def test_the_package_itself_imports_no_recipe():
     assert "recipes" not in set(own_modules(source_of("__init__")))
 
 
-@pytest.mark.parametrize("module", ["version", "schema", "texts", "metrics"])
-def test_the_first_leaves_need_neither_torch_nor_transformers(module):
+@pytest.mark.parametrize("module", ["version", "schema", "texts", "metrics", "runtime"])
+def test_the_first_leaves_and_the_runtime_need_neither_torch_nor_transformers(module):
     roots = {imported.split(".")[0] for imported, _ in imports(source_of(module))}
     assert not roots & {"torch", "transformers", "datasets", "trl"}
 

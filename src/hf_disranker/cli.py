@@ -20,9 +20,13 @@ STAGES = {
     "evaluate": "4   PNR, NDCG, MRR and MAP of a model, of scores, of a run or of BM25",
     "compare": "    whether evaluated rankers differ by more than chance",
     "report": "    one HTML page of evaluated rankers",
+    "export": "    ONNX, int8, OpenVINO or vLLM's form of a ranker, checked against it",
+    "demo": "    a search page: BM25, student and teacher side by side",
 }
 # Stages whose first option may stand without its name.
 FIRST = {"compare": "--runs", "report": "--runs"}
+# The other stages are recipes.
+_TOOLS = ("export", "demo")
 
 USAGE = """disranker {version}: distil a large language model's ranking skill into a BERT.
 
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if stage in FIRST and rest and not rest[0].startswith("-"):
         rest = [FIRST[stage], *rest]
     sys.argv = [f"disranker {stage}", *rest]
-    recipe = importlib.import_module(f"hf_disranker.recipes.{stage}")
+    recipe = importlib.import_module(f"hf_disranker.{stage}" if stage in _TOOLS else f"hf_disranker.recipes.{stage}")
     try:
         options = recipe.make_parser().parse_args_and_config()
     except (ValueError, OSError) as error:

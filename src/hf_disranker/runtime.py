@@ -1,0 +1,119 @@
+"""A `Ranker` without torch and transformers: an exported student on onnxruntime or OpenVINO.
+
+pip install --no-deps hf-disranker
+pip install onnxruntime tokenizers huggingface_hub numpy
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from hf_disranker.texts import Templates
+
+Document = str | Mapping[str, str]
+
+FILES = ("onnx/model.onnx", "onnx/model_quantized.onnx", "openvino/openvino_model.xml")
+_INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+_TOKEN_BUDGET = 2048
+
+
+class Ranker:
+    """Scores documents for a query, as `hf_disranker.Ranker` does: with the checkpoint's templates and limits.
+
+    Args:
+        folder: what `disranker export` wrote.
+        file: the model in it; None takes the first of `FILES` that is there.
+        threads: of a forward pass; None lets the engine choose.
+
+    Raises:
+        FileNotFoundError: the folder holds no exported model.
+    """
+
+    def __init__(self, folder: str | os.PathLike, file: str | None = None, threads: int | None = None) -> None:
+        found = [name for name in ([file] if file else FILES) if Path(folder, name).exists()]
+        if not found:
+            raise FileNotFoundError(f"{folder} holds no {file or 'exported model'}; `disranker export` writes one.")
+        marker = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))["disranker"]
+        self.templates = Templates(**marker["templates"])
+        self._queries = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+        self._queries.no_padding()
+        self._pairs = Tokenizer.from_str(self._queries.to_str())
+        self._queries.enable_truncation(marker["max_query_length"])
+        self._pairs.enable_truncation(marker["max_length"], strategy="only_second")
+        self._run = _engine(Path(folder, found[0]), threads)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, file: str | None = None, **options: Any) -> Ranker:
+        """As the class, or from the Hub, where no `file` is the first. Options: threads, revision, token ..."""
+        threads = options.pop("threads", None)
+        if not os.path.isdir(name_or_path):
+            from huggingface_hub import snapshot_download
+
+            file = file or FILES[0]
+            wanted = ["config.json", "tokenizer.json", str(Path(file).with_suffix(".*"))]
+            name_or_path = snapshot_download(os.fspath(name_or_path), allow_patterns=wanted, **options)
+        return cls(name_or_path, file, threads)
+
+    def predict(self, pairs: Sequence[tuple[str, Document]]) -> np.ndarray:
+        """Raw logits of (query, document) pairs in their order, shape (len(pairs),), float32."""
+        scores = np.zeros(len(pairs), dtype=np.float32)
+        shorter = {query: self._shorten(query) for query in {query for query, _ in pairs}}
+        rows = self._pairs.encode_batch_fast([(shorter[query], self._text(document)) for query, document in pairs])
+        lengths = np.array([len(row.ids) for row in rows])
+        order = np.argsort(-lengths, kind="stable")  # neighbours of like length: little padding
+        start = 0
+        while start < len(order):
+            chosen = order[start : start + max(1, _TOKEN_BUDGET // lengths[order[start]])]
+            scores[chosen] = self._forward([rows[row] for row in chosen])
+            start += len(chosen)
+        return scores
+
+    def probabilities(self, pairs: Sequence[tuple[str, Document]]) -> np.ndarray:
+        """The logistic function of `predict`, shape (len(pairs),), float32 between 0 and 1."""
+        return (1.0 / (1.0 + np.exp(-self.predict(pairs).astype(np.float64)))).astype(np.float32)
+
+    def rank(self, query: str, documents: Sequence[Document], top_k: int | None = None) -> list[dict[str, Any]]:
+        """Sort documents for a query, best first: {"corpus_id": place in `documents`, "score", "text"} of each."""
+        scores = self.predict([(query, document) for document in documents])
+        order = np.argsort(-scores, kind="stable")[:top_k]
+        return [{"corpus_id": int(i), "score": float(scores[i]), "text": self._text(documents[i])} for i in order]
+
+    def _text(self, document: Document) -> str:
+        if isinstance(document, str):
+            return document
+        return self.templates.render_document(document["title"], document["summary"])
+
+    def _shorten(self, query: str) -> str:
+        encoded = self._queries.encode(query, add_special_tokens=False)
+        return self.templates.render_query(query[: encoded.offsets[-1][1]] if encoded.overflowing else query)
+
+    def _forward(self, rows: list[Any]) -> np.ndarray:
+        batch = {name: np.zeros((len(rows), len(rows[0].ids)), dtype=np.int64) for name in _INPUTS}
+        for name, field in _INPUTS.items():
+            for place, row in enumerate(rows):  # the longest first; what lies behind a shorter one is masked
+                batch[name][place, : len(row.ids)] = getattr(row, field)
+        return self._run(batch)[:, 0]
+
+
+def _engine(path: Path, threads: int | None) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    """What gives the logits, shape (rows, 1), of a batch of arrays by name, shape (rows, tokens)."""
+    if path.suffix == ".xml":
+        import openvino
+
+        # By itself it computes in bfloat16 where the processor can, which swaps documents of close scores.
+        config = {"INFERENCE_PRECISION_HINT": "f32"} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+        compiled = openvino.Core().compile_model(path, "CPU", config)
+        return lambda batch: compiled(batch)[0]
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda batch: session.run(None, batch)[0]
