@@ -5,15 +5,11 @@ that stand there are parsed all the same.
 """
 
 import importlib.util
-import json
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-import sysconfig
-import venv
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -28,10 +24,8 @@ from transformers import BertConfig, BertModel
 from hf_disranker import ScoreStore
 from hf_disranker.candidates import Candidates
 from hf_disranker.cli import main
-from hf_disranker.data import pair_texts
 from hf_disranker.engines import load_engine
 from hf_disranker.from_scratch import small_llama
-from hf_disranker.ranker import Ranker
 from hf_disranker.scoring import ScoringRun
 
 ROOT = Path(__file__).parents[1]
@@ -144,42 +138,6 @@ def test_the_page_about_evaluation(tables, judgments, capsys):
 
 def test_the_page_about_the_hub(workshop, capsys):
     assert run("docs/how_to/hub.md") >= 18
-
-
-@pytest.mark.slow
-def test_the_page_about_export(workshop, student_ranker, judgments, capsys):
-    scores = pd.Series(student_ranker.predict(pair_texts(judgments))).groupby(judgments["query_id"])
-    apart = sorted([*scores.idxmax(), *scores.idxmin()])  # random weights score the others too alike for int8
-    judgments.loc[apart].to_parquet("judgments.parquet")
-    assert run("docs/how_to/export.md") == 3
-    assert "'corpus_id'" in capsys.readouterr().out
-    assert len(list(Path("runs/exported").rglob("*model*"))) == 5  # ONNX twice, OpenVINO's two, the weights
-
-
-@pytest.mark.slow
-def test_the_page_about_search_stacks(workshop, tmp_path, monkeypatch):
-    """Its Python snippets give the ranker's scores in an environment that sees ours and adds the stacks."""
-    text = (ROOT / "docs/how_to/search_stacks.md").read_text(encoding="utf-8")
-    for command in re.search(r"```bash\n(disranker.*?)```", text, flags=re.S)[1].splitlines():
-        main(shlex.split(command)[1:])
-    stacks = Path(os.environ.get("STACKS_ENV", "stacks"))  # one that is there already saves minutes
-    if not stacks.exists():
-        venv.create(stacks, with_pip=True)
-        (site,) = stacks.glob("lib/python*/site-packages")
-        (site / "ours.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-        wanted = sorted({name for line in re.findall(r"`pip install ([^`]*)`", text) for name in line.split()})
-        subprocess.run([stacks / "bin/python", "-m", "pip", "install", "-q", *wanted], check=True)
-    setting, *snippets = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    pages = [f"{setting}\n{snippet}\nprint([float(score) for score in scores])\n" for snippet in snippets]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    names: dict = {}
-    exec(setting, names)
-    expected = Ranker.from_pretrained("runs/student").predict([(names["query"], text) for text in names["documents"]])
-    assert len(pages) == 5
-    for page in pages:
-        ended = subprocess.run([stacks / "bin/python", "-c", page], capture_output=True, text=True, env=environment)
-        assert ended.returncode == 0, ended.stderr
-        assert json.loads(ended.stdout.splitlines()[-1]) == pytest.approx(expected.tolist(), abs=1e-4), page
 
 
 def test_the_page_about_speed(workshop, capsys):
