@@ -333,7 +333,7 @@ def test_the_card_tells_what_is_known_and_passes_validation(tiny_student):
             'CrossEncoder("org/student")',
             "vllm serve org/student",
             "--model-id org/student",
-            "optimum-cli export onnx",
+            "disranker export",
         ),
         *("`{title} {summary}`", "raw_scores", "Identity", "Not measured: before training.", "2411.04539"),
     ):
