@@ -45,7 +45,7 @@ SHAPES = {
 }
 TEACHER = {"num_hidden_layers": 10, "hidden_size": 640, "num_attention_heads": 10, "intermediate_size": 1920}
 INSTRUCTION = "Judge whether the document answers the query of someone who programs in Python. " * 3
-MAX_LENGTH, BUDGET = 256, 4096
+MAX_LENGTH, BUDGET = 128, 4096
 
 
 def read_pairs(count: int, folder: Path) -> list[tuple[str, str]]:
