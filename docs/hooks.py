@@ -1,12 +1,11 @@
 """What the site shows of the code itself: a table of the options of every stage, made anew at each build."""
 
 import dataclasses
-import importlib
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from hf_disranker.cli import STAGES
+from hf_disranker.cli import STAGES, load_stage
 
 MARK = "<!-- options of every stage -->"
 
@@ -31,10 +30,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def option_tables() -> Iterator[str]:
     """Lines of markdown: a section for each stage, a table for each of its groups of options."""
     for stage, what in STAGES.items():
-        try:
-            recipe = importlib.import_module(f"hf_disranker.recipes.{stage}")
-        except ModuleNotFoundError:  # a command without a recipe
-            continue
+        recipe = load_stage(stage)
         yield f"\n## disranker {stage}\n\n{what[0].upper() + what[1:] if what[0].isalpha() else f'Stage {what}'}.\n"
         for kind in recipe.make_parser().dataclass_types:
             yield from _option_table(stage, kind)

@@ -70,6 +70,7 @@ def test_cpt_and_fit_teacher_leave_stock_checkpoints(tables, language_model, lor
 
 
 def test_a_teacher_of_four_bits_leaves_a_stock_checkpoint(tables, language_model):
+    pytest.importorskip("bitsandbytes")
     # bitsandbytes passes no gradients on a CPU after an evaluation, so there is none.
     steps = [*SHORT, *LORA, "--load_in_4bit", "true", "--max_steps", 3, "--learning_rate", 0.01, "--logging_steps", 1]
     inputs = ["--model_name_or_path", language_model, "--judgments", tables / "judgments.parquet"]

@@ -180,6 +180,7 @@ def test_the_fingerprint_of_a_score_store_passes_over_its_quarantine(tmp_path):
 
 
 def test_weights_of_four_bits_are_widened_before_lora_is_merged(tmp_path, tiny_teacher):
+    pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     language_model, tokenizer = small_llama(tiny_teacher[1], layers=1, size=64), tiny_teacher[1]
     language_model.save_pretrained(tmp_path / "base")

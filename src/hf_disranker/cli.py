@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from hf_disranker.version import __version__
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if stage in FIRST and rest and not rest[0].startswith("-"):
         rest = [FIRST[stage], *rest]
     sys.argv = [f"disranker {stage}", *rest]
-    recipe = importlib.import_module(f"hf_disranker.{stage}" if stage in _TOOLS else f"hf_disranker.recipes.{stage}")
+    recipe = load_stage(stage)
     try:
         options = recipe.make_parser().parse_args_and_config()
     except (ValueError, OSError) as error:
@@ -68,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(error, OSError) or _raised_here(error):
             sys.exit(f"disranker {stage}: {error}")
         raise
+
+
+def load_stage(stage: str) -> Any:
+    """The module of a stage, with `make_parser` and `main`."""
+    return importlib.import_module(f"hf_disranker.{stage}" if stage in _TOOLS else f"hf_disranker.recipes.{stage}")
 
 
 def _raised_here(error: ValueError) -> bool:

@@ -139,7 +139,7 @@ def _read_beir(folder: Path, split: str) -> pd.DataFrame:
 def _read_jsonl(path: Path, names: Mapping[str, str]) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
-    rows = pd.read_json(path, lines=True, dtype=False, convert_dates=False).rename(columns=names)
+    rows = pd.read_json(path, lines=True, dtype=False).rename(columns=names)
     if missing := set(names.values()) - set(rows.columns):
         raise TableError(f"{path}: the rows lack {', '.join(sorted(missing))}.")
     return rows.assign(title=rows.get("title", ""))
