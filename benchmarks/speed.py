@@ -45,16 +45,25 @@ SHAPES = {
 }
 TEACHER = {"num_hidden_layers": 10, "hidden_size": 640, "num_attention_heads": 10, "intermediate_size": 1920}
 INSTRUCTION = "Judge whether the document answers the query of someone who programs in Python. " * 3
-MAX_LENGTH, BUDGET = 128, 4096
+MAX_LENGTH, BUDGET = 256, 4096
 
 
-def read_pairs(count: int, folder: Path) -> list[tuple[str, str]]:
-    """Queries with 16 documents each, as a first stage would hand them over."""
+def read_pairs(count: int, folder: Path, whole: bool = False) -> list[tuple[str, str]]:
+    """Queries with 16 documents each, as a first stage would hand them over.
+
+    Documents are cut to a log-normal number of words, the lengths of titles and summaries in a search; or left whole,
+    and then most are longer than a model reads.
+    """
     python_docs.build(folder)
     corpus = read_table(f"{folder}/corpus.parquet", "corpus")
     rows = read_table(f"{folder}/candidates.parquet", "candidates", corpus=corpus)
-    rows = rows[rows.groupby("query_id")["query_id"].transform("size") >= 16].groupby("query_id").head(16)
-    return [(query, f"{text['title']} {text['summary']}") for query, text in pair_texts(rows.head(count))]
+    rows = rows[rows.groupby("query_id")["query_id"].transform("size") >= 16].groupby("query_id").head(16).head(count)
+    words = np.random.default_rng(0).lognormal(np.log(40), 0.55, len(rows)).astype(int).clip(8)
+    texts = [(query, f"{text['title']} {text['summary']}") for query, text in pair_texts(rows)]
+    return [
+        (query, text if whole else " ".join(text.split()[:size]))
+        for (query, text), size in zip(texts, words, strict=True)
+    ]
 
 
 def limits() -> dict[str, float]:
@@ -87,8 +96,8 @@ def measure(variants: Variants, rounds: int) -> dict[str, tuple[list[float], Sco
     return found
 
 
-def student_rows(folder: Path, shape: dict[str, int], pairs: list[tuple[str, str]]) -> tuple[Variants, float]:
-    """Ways to score pairs with one BERT, and the floating-point operations of an average pair."""
+def student_rows(folder: Path, shape: dict[str, int], pairs: list[tuple[str, str]]) -> tuple[Variants, float, float]:
+    """Ways to score pairs with one BERT; the floating-point operations and the tokens of an average pair."""
     texts = [text for pair in pairs for text in pair]
     tokenizer = train_wordpiece(texts, vocab_size=30_522, max_length=MAX_LENGTH)
     torch.manual_seed(0)
@@ -115,7 +124,8 @@ def student_rows(folder: Path, shape: dict[str, int], pairs: list[tuple[str, str
         variants[f"ours {name}"] = lambda r=ranker: r.predict(pairs)
     tokens, size = np.minimum(lengths, MAX_LENGTH), shape["hidden_size"]
     weights = 4 * size**2 + 2 * size * shape["intermediate_size"]
-    return variants, float(np.mean(shape["num_hidden_layers"] * tokens * (2 * weights + 4 * tokens * size)))
+    flops = np.mean(shape["num_hidden_layers"] * tokens * (2 * weights + 4 * tokens * size))
+    return variants, float(flops), float(tokens.mean())
 
 
 def _control(folder: Path, dtype: torch.dtype, pairs: list[tuple[str, str]]) -> Callable[[], Scores]:
@@ -252,6 +262,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", default=["student", "tokens", "start"], choices=known)
     parser.add_argument("--pairs", type=int, default=1024, help="pairs of a student; a quarter for the large models")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--whole", action="store_true", help="do not cut documents to the lengths of a search")
     parser.add_argument("--trained", help="folder of a trained student")
     parser.add_argument("--judgments", help="table of judgments for --trained")
     parser.add_argument("--data", help="folder for the embedded data set; a temporary one by default")
@@ -262,7 +273,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     results |= {"torch": torch.__version__, "load": os.getloadavg()[0], "limits": limits()}
     print("GFLOP/s of one core:", {name: round(value) for name, value in results["limits"].items()})
     with tempfile.TemporaryDirectory() as folder:
-        pairs = read_pairs(args.pairs, Path(args.data or f"{folder}/data"))
+        pairs = read_pairs(args.pairs, Path(args.data or f"{folder}/data"), args.whole)
         small = pairs[: args.pairs // 4]
         if "student" in args.rows:
             results["student"] = _student("minilm", Path(folder), pairs, args.rounds, results["limits"])
@@ -293,8 +304,8 @@ def main(argv: Iterable[str] | None = None) -> None:
 def _student(
     name: str, folder: Path, pairs: list[tuple[str, str]], rounds: int, peaks: dict[str, float]
 ) -> dict[str, Any]:
-    variants, flops = student_rows(folder / name, SHAPES[name], pairs)
-    rows = show(f"Student, {name}, {len(pairs)} pairs", measure(variants, rounds), flops, peaks)
+    variants, flops, tokens = student_rows(folder / name, SHAPES[name], pairs)
+    rows = show(f"Student, {name}, {len(pairs)} pairs of {tokens:.0f} tokens", measure(variants, rounds), flops, peaks)
     moves = {}
     for dtype in ("float32", "bfloat16"):
         ranker = Ranker.from_pretrained(folder / name / "ours", device="cpu", dtype=dtype)

@@ -27,7 +27,8 @@ class Comparison:
     """One ranker's measure less another's, on the same queries.
 
     Args:
-        first, second: names of the rankers.
+        first: name of a ranker.
+        second: name of the other.
         difference: mean over the queries that both define.
         interval: its 95% paired bootstrap interval.
         p: of the paired randomisation test.
