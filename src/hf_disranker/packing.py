@@ -38,7 +38,7 @@ class Unpadded:
         Args:
             attention_mask: 1 for a token, 0 for padding on any side, shape (rows, longest); no row is empty.
         """
-        lengths = attention_mask.sum(dim=1)
+        lengths = attention_mask.bool().sum(dim=1)
         order = torch.argsort(lengths, descending=True, stable=True)
         row, position = attention_mask[order].nonzero(as_tuple=True)
         length, count = torch.unique_consecutive(lengths[order], return_counts=True)

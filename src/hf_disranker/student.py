@@ -62,6 +62,7 @@ class BertDistilledRanker(RankerHubMixin, BertForSequenceClassification):
         are the same to 1e-6 in fp32; labels, hidden states, attentions or a graph to export take the usual way.
         """
         plain = labels is None and inputs_embeds is None and position_ids is None
+        plain = plain and (attention_mask is None or attention_mask.dim() == 2)
         if plain and input_ids is not None and kwargs in ({}, {"return_dict": True}) and self._can_unpad():
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
