@@ -188,6 +188,8 @@ def write_checkpoint(ranker: Ranker, folder: Path, weights: bool) -> None:
     for limit in ("max_length", "max_query_length"):  # the light runtime has no defaults of its own
         model.config.disranker[limit] = getattr(collator, limit)
     collator.tokenizer.model_max_length = collator.max_length
+    collator.tokenizer.backend_tokenizer.no_truncation()  # else what the last call set is saved
+    collator.tokenizer.backend_tokenizer.no_padding()
     (model if weights else model.config).save_pretrained(folder)
     collator.tokenizer.save_pretrained(folder)
     if model.config.model_type == "bert":
