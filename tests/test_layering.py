@@ -10,7 +10,7 @@ import hf_disranker
 
 PACKAGE = Path(hf_disranker.__file__).parent
 GROUPS = {
-    "leaves": ["version", "schema", "texts", "metrics", "losses"],
+    "leaves": ["version", "schema", "texts", "pair_ranker", "metrics", "losses"],
     "data": [
         "data",
         "readers",

@@ -236,7 +236,7 @@ def mine_candidates(queries: pd.DataFrame, corpus: pd.DataFrame, top_k: int = 20
     Returns:
         A candidates table: query_id, query, doc_id, rank (int, from 1) and bm25 (float32).
     """
-    index = _bm25_index(corpus)
+    index = bm25_index(corpus)
     doc_ids = corpus["doc_id"].to_numpy()
     tokens = [bm25_tokens(query) for query in queries["query"]]
     found, scores = index.retrieve(tokens, k=min(top_k, len(corpus)), show_progress=False)
@@ -312,7 +312,7 @@ def bm25_scores(pairs: pd.DataFrame, corpus: pd.DataFrame | None = None) -> np.n
     """
     if corpus is None:
         corpus = pairs.drop_duplicates("doc_id")
-    index = _bm25_index(corpus)
+    index = bm25_index(corpus)
     places = pd.Index(corpus["doc_id"]).get_indexer(pairs["doc_id"])
     if (places < 0).any():
         raise TableError(f"{int((places < 0).sum())} documents are not in the corpus.")
@@ -340,7 +340,8 @@ def bm25_tokens(text: str) -> list[str]:
     return tokens
 
 
-def _bm25_index(corpus: pd.DataFrame) -> Any:
+def bm25_index(corpus: pd.DataFrame) -> Any:
+    """A bm25s index over title and summary; TableError where there is no word to index."""
     index = bm25s.BM25(**_BM25)
     texts = tqdm(corpus["title"] + " " + corpus["summary"], desc="BM25 index", leave=False)
     tokens = [bm25_tokens(text) for text in texts]

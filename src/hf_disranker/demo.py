@@ -19,19 +19,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import bm25s
 import numpy as np
 import pandas as pd
 from huggingface_hub import HfApi
 from trl import TrlParser
 
-from hf_disranker.data import bm25_tokens, read_table
+from hf_disranker.card import TEMPLATES
+from hf_disranker.data import bm25_index, bm25_tokens, read_table
 from hf_disranker.hub import pushing
 from hf_disranker.ranker import Ranker
 from hf_disranker.runs import recipe_parser
 from hf_disranker.version import __version__
 
-TEMPLATES = Path(__file__).parent / "templates"
 _SHOWN = 10
 _PREFERRED = "() => navigator.language.startsWith('zh') ? '中文' : 'English'"
 TEXTS: dict[str, dict[str, str]] = json.loads((TEMPLATES / "demo.json").read_text(encoding="utf-8"))  # by language
@@ -77,9 +76,7 @@ class Searcher:
 
     def __init__(self, corpus: pd.DataFrame, rankers: dict[str, Ranker], depth: int = 20) -> None:
         self.corpus, self.rankers, self.depth = corpus, rankers, depth
-        self._index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
-        texts = corpus["title"] + " " + corpus["summary"]
-        self._index.index([bm25_tokens(text) for text in texts], show_progress=False)
+        self._index = bm25_index(corpus)
 
     def search(self, query: str) -> list[Column]:
         """BM25's column and one for each ranker; none when BM25 finds nothing."""

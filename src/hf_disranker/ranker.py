@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from hf_disranker.batching import budget_batches, made_ahead, runs_within
 from hf_disranker.collators import Encoded, PairCollator
 from hf_disranker.packing import PACKED, pack
+from hf_disranker.pair_ranker import Document, PairRanker
 from hf_disranker.student import BertDistilledRanker
 from hf_disranker.teacher import LLMForLastTokenRanking, prepare_tokenizer
 
 logger = logging.getLogger(__name__)
-
-Document = str | Mapping[str, str]
 
 DEFAULT_MAX_LENGTH = 512
 DEFAULT_MAX_QUERY_LENGTH = 64
@@ -29,7 +28,7 @@ DEFAULT_MAX_QUERY_LENGTH = 64
 _CHUNK = 4096
 
 
-class Ranker:
+class Ranker(PairRanker):
     """Scores documents for a query with a student or a teacher.
 
     Args:
@@ -52,6 +51,7 @@ class Ranker:
         self.model = model.eval()
         self.token_budget = token_budget or (2048 if model.device.type == "cpu" else 32_768)
         self.collator = pair_collator(model, tokenizer)
+        self.templates = self.collator.templates
         self.share_prefix = model.device.type == "cpu" and self._has_full_attention()
         self.queries_cut = 0
         self.documents_cut = 0
@@ -112,34 +112,6 @@ class Ranker:
                     bar.update(len(rows))
                 start += len(lengths)
         return scores
-
-    def probabilities(self, pairs: Sequence[tuple[str, Document]]) -> np.ndarray:
-        """The logistic function of `predict`, shape (len(pairs),), float32 between 0 and 1.
-
-        In the order of the raw scores; calibrated only if the labels of the training were probabilities.
-        """
-        return (1.0 / (1.0 + np.exp(-self.predict(pairs).astype(np.float64)))).astype(np.float32)
-
-    def rank(self, query: str, documents: Sequence[Document], top_k: int | None = None) -> list[dict[str, Any]]:
-        """Sort documents for a query, best first.
-
-        Args:
-            query: what the user typed.
-            documents: strings or mappings with title and summary.
-            top_k: how many to give back; None gives all.
-
-        Returns:
-            For each document {"corpus_id": its place in `documents`, "score": float, "text": str}, as
-            `CrossEncoder.rank` does.
-        """
-        scores = self.predict([(query, document) for document in documents])
-        order = np.argsort(-scores, kind="stable")[:top_k]
-        return [{"corpus_id": int(i), "score": float(scores[i]), "text": self._text(documents[i])} for i in order]
-
-    def _text(self, document: Document) -> str:
-        if isinstance(document, str):
-            return document
-        return self.collator.templates.render_document(document["title"], document["summary"])
 
     def _encode(self, pairs: Sequence[tuple[str, Document]]) -> Encoded:
         return self.collator.encode([query for query, _ in pairs], [self._text(document) for _, document in pairs])

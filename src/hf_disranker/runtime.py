@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from hf_disranker.pair_ranker import Document, PairRanker
 from hf_disranker.texts import Templates
-
-Document = str | Mapping[str, str]
 
 FILES = ("onnx/model.onnx", "onnx/model_quantized.onnx", "openvino/openvino_model.xml")
 _INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 _TOKEN_BUDGET = 2048
 
 
-class Ranker:
+class Ranker(PairRanker):
     """Scores documents for a query, as `hf_disranker.Ranker` does: with the checkpoint's templates and limits.
 
     Args:
@@ -74,21 +73,6 @@ class Ranker:
             scores[chosen] = self._forward([rows[row] for row in chosen])
             start += len(chosen)
         return scores
-
-    def probabilities(self, pairs: Sequence[tuple[str, Document]]) -> np.ndarray:
-        """The logistic function of `predict`, shape (len(pairs),), float32 between 0 and 1."""
-        return (1.0 / (1.0 + np.exp(-self.predict(pairs).astype(np.float64)))).astype(np.float32)
-
-    def rank(self, query: str, documents: Sequence[Document], top_k: int | None = None) -> list[dict[str, Any]]:
-        """Sort documents for a query, best first: {"corpus_id": place in `documents`, "score", "text"} of each."""
-        scores = self.predict([(query, document) for document in documents])
-        order = np.argsort(-scores, kind="stable")[:top_k]
-        return [{"corpus_id": int(i), "score": float(scores[i]), "text": self._text(documents[i])} for i in order]
-
-    def _text(self, document: Document) -> str:
-        if isinstance(document, str):
-            return document
-        return self.templates.render_document(document["title"], document["summary"])
 
     def _shorten(self, query: str) -> str:
         encoded = self._queries.encode(query, add_special_tokens=False)
