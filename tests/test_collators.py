@@ -31,6 +31,17 @@ def read_back(collator, row):
     return collator.tokenizer.decode(row["input_ids"]).replace(" :", ":")
 
 
+def test_pairs_are_encoded_as_the_tokenizer_does(student, judgments):
+    queries = [*judgments["query"], "json", "json", "", "读 file", "[SEP] json"]
+    documents = [*judgments["summary"], "", DOCUMENT * 30, DOCUMENT, "写 a file", "[CLS] open"]
+    queries = [query[:20] for query in queries]  # within the limit of a query
+    expected = student.tokenizer(queries, documents, truncation="only_second", max_length=student.max_length)
+    found = student.encode(queries, documents)
+    for key in ("input_ids", "attention_mask", "token_type_ids"):
+        assert [row[key] for row in found.rows] == expected[key]
+    assert found.documents_cut == sum(bool(encoding.overflowing) for encoding in expected.encodings) > 0
+
+
 def test_a_student_reads_a_pair(student):
     encoded = student.encode(["json file"], [DOCUMENT])
     (row,) = encoded.rows

@@ -14,11 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from hf_disranker.data import Source, parquet_files, read_table, refuse_unknown_documents
+from hf_disranker.data import Source, arrow_column, parquet_files, read_table, refuse_unknown_documents, source_name
 from hf_disranker.schema import TABLES, TableError, validate
 
 TEXT_COLUMNS = ("query", "title", "summary")
-_KINDS = {"label": pa.int64(), "teacher_score": pa.float32()}
 # Rows that are checked at a time.
 _CHUNK = 100_000
 
@@ -37,7 +36,7 @@ class Candidates:
 
     def __init__(self, source: Source | list[str], corpus: Source | None = None, table: str = "candidates") -> None:
         sources = source if isinstance(source, list) else [source]
-        self.name = ", ".join(_name(one) for one in sources)
+        self.name = ", ".join(source_name(one) for one in sources)
         self._contract = table
         self._parts = [part for one in sources for part in _parts(one, table)]
         self._starts = np.cumsum([0, *(rows for rows, _ in self._parts)])
@@ -127,10 +126,6 @@ class Candidates:
         return rows
 
 
-def _name(source: Source) -> str:
-    return os.fspath(source) if isinstance(source, str | os.PathLike) else f"<{type(source).__name__}>"
-
-
 def _parts(source: Source, table: str) -> Iterator[tuple[int, Callable[[], pa.Table]]]:
     """For each row group its length and how to read it; a source that is not parquet is one part."""
     files = parquet_files(source)
@@ -157,9 +152,7 @@ def _read(fs: Any, path: str, what: Callable[[pq.ParquetFile], Any]) -> Any:
 
 
 def _arrow(frame: pd.DataFrame) -> pa.Table:
-    # large_string: one column of a big table holds more than 2 GiB of text.
-    columns = {name: pa.array(frame[name], _KINDS.get(name, pa.large_string())) for name in frame.columns}
-    return pa.table(columns)
+    return pa.table({name: arrow_column(frame[name]) for name in frame.columns})
 
 
 def _update(digests: dict[str, Any], rows: pa.Table) -> None:

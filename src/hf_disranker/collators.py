@@ -68,15 +68,33 @@ class PairCollator:
         shorter = self._shorten(set(queries))
         rendered = [self.templates.render_query(shorter.get(query, query)) for query in queries]
         documents = [self._beginning(document) for document in documents]
-        if self.templates.text is None:
-            batch = self.tokenizer(rendered, documents, truncation="only_second", max_length=self.max_length)
-        else:
-            texts = [self.templates.render_text(*pair) for pair in zip(rendered, documents, strict=True)]
-            batch = self.tokenizer(texts, truncation=True, max_length=self.max_length)
+        encode = self._encode_pairs if self.templates.text is None else self._encode_texts
+        rows, cut = encode(rendered, documents)
+        return Encoded(rows, sum(query in shorter for query in queries), cut)
+
+    def _encode_pairs(self, queries: list[str], documents: list[str]) -> tuple[list[dict[str, list[int]]], int]:
+        """What `tokenizer(queries, documents, truncation="only_second")` gives, each text being read once."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        texts = list(dict.fromkeys([*queries, *documents]))
+        parts = dict(zip(texts, backend.encode_batch_fast(texts, add_special_tokens=False), strict=True))
+        backend.enable_truncation(self.max_length, strategy="only_second")
+        room = self.max_length - backend.num_special_tokens_to_add(is_pair=True)
+        rows, cut = [], 0
+        for query, document in zip(queries, documents, strict=True):
+            one, two = parts[query], parts[document]
+            cut += len(one) + len(two) > room
+            pair = backend.post_process(one, two)
+            rows.append(dict(zip(_ROW_KEYS, (pair.ids, pair.attention_mask, pair.type_ids), strict=True)))
+        return rows, cut
+
+    def _encode_texts(self, queries: list[str], documents: list[str]) -> tuple[list[dict[str, list[int]]], int]:
+        texts = [self.templates.render_text(*pair) for pair in zip(queries, documents, strict=True)]
+        batch = self.tokenizer(texts, truncation=True, max_length=self.max_length)
         keys = [key for key in _ROW_KEYS if key in batch]
         rows = [dict(zip(keys, values, strict=True)) for values in zip(*(batch[key] for key in keys), strict=True)]
-        cut = sum(1 for encoding in batch.encodings or [] if encoding.overflowing)
-        return Encoded(rows, sum(query in shorter for query in queries), cut)
+        return rows, sum(1 for encoding in batch.encodings or [] if encoding.overflowing)
 
     def pad(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         """Stack rows of `encode` to tensors of shape (rows, longest)."""

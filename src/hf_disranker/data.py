@@ -67,7 +67,7 @@ def read_table(
         FileNotFoundError: there is no such file, folder or data set.
         TableError: the table breaks its contract, or a document is not in the corpus.
     """
-    return _checked(_read(source), _name(source), table, split, corpus, texts)
+    return _checked(_read(source), source_name(source), table, split, corpus, texts)
 
 
 def _checked(
@@ -79,7 +79,9 @@ def _checked(
     if split:
         frame = _only_split(frame, split, name)
     if texts and table in ("candidates", "scores") and not {"title", "summary"} <= set(frame.columns):
-        frame = _join_texts(frame, corpus, name)
+        if corpus is None:
+            raise TableError(f"{name}: the rows have no title and summary; name the corpus that holds them.")
+        frame = join_texts(frame, read_table(corpus, "corpus"), name)
     if {"title", "summary"} <= set(frame.columns):
         empty = int(((frame["title"].str.strip() == "") & (frame["summary"].str.strip() == "")).sum())
         if empty:
@@ -117,8 +119,8 @@ def load_groups(
     if isinstance(source, list | tuple):
         return group_rows(_mean_scores(source, split, corpus))
     frame = _read(source)
-    groups = group_rows(_checked(frame, _name(source), _graded(frame), split, corpus))
-    groups.info.dataset_name = _name(source)
+    groups = group_rows(_checked(frame, source_name(source), _graded(frame), split, corpus))
+    groups.info.dataset_name = source_name(source)
     return groups
 
 
@@ -130,7 +132,9 @@ def _mean_scores(sources: Sequence[Source], split: str | None, corpus: Source | 
     for source, other in zip(sources[1:], others, strict=True):
         scores = other.set_index(key)["teacher_score"].reindex(total.index)
         if scores.isna().any() or len(other) != len(first):
-            raise TableError(f"{_name(source)} scores other pairs than {_name(sources[0])}: averaging needs the same.")
+            raise TableError(
+                f"{source_name(source)} scores other pairs than {source_name(sources[0])}: averaging needs the same."
+            )
         total = total + scores
     return first.assign(teacher_score=(total / len(sources)).to_numpy(np.float32))
 
@@ -199,16 +203,20 @@ def group_rows(frame: pd.DataFrame) -> Dataset:
     frame = frame.iloc[np.argsort(codes, kind="stable")]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(codes))])
     first = frame.iloc[offsets[:-1]]
-    # large_string: one column of a big table holds more than 2 GiB of text.
-    columns = {name: pa.array(first[name], pa.large_string()) for name in ("query_id", "query")}
+    columns = {name: arrow_column(first[name]) for name in ("query_id", "query")}
     lists = {"doc_ids": "doc_id", "titles": "title", "summaries": "summary"}
     lists |= {"labels": "label", "teacher_scores": "teacher_score"}
     for name, column in lists.items():
         if column in frame.columns:
-            kind = {"label": pa.int64(), "teacher_score": pa.float32()}.get(column, pa.large_string())
-            values = pa.array(frame[column], kind)
-            columns[name] = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+            columns[name] = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), arrow_column(frame[column]))
     return Dataset(pa.table(columns))
+
+
+def arrow_column(values: pd.Series) -> pa.Array:
+    """A checked column of any of the tables in its arrow type, which goes by its name."""
+    # large_string: one column of a big table holds more than 2 GiB of text.
+    kinds = {"label": pa.int64(), "teacher_score": pa.float32()}
+    return pa.array(values, kinds.get(str(values.name), pa.large_string()))
 
 
 def pair_texts(rows: pd.DataFrame) -> list[tuple[str, dict[str, str]]]:
@@ -363,7 +371,8 @@ def _is_hub_id(source: str) -> bool:
     return bool(_HUB_ID.fullmatch(source)) and not os.path.exists(source) and not source.endswith(tuple(_FORMATS))
 
 
-def _name(source: Source) -> str:
+def source_name(source: Source) -> str:
+    """What errors call a source: its path or id, or what kind of table in memory it is."""
     return os.fspath(source) if isinstance(source, str | os.PathLike) else f"<{type(source).__name__}>"
 
 
@@ -450,10 +459,9 @@ def _only_split(frame: pd.DataFrame, split: str, name: str) -> pd.DataFrame:
     return chosen
 
 
-def _join_texts(frame: pd.DataFrame, corpus: Source | None, name: str) -> pd.DataFrame:
-    if corpus is None:
-        raise TableError(f"{name}: the rows have no title and summary; name the corpus that holds them.")
-    texts = read_table(corpus, "corpus").set_index("doc_id")[["title", "summary"]]
+def join_texts(frame: pd.DataFrame, corpus: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows with the title and summary that their doc_id has in a corpus table; TableError where it has none."""
+    texts = corpus.set_index("doc_id")[["title", "summary"]]
     refuse_unknown_documents(frame["doc_id"], texts.index, name)
     return frame.drop(columns=["title", "summary"], errors="ignore").join(texts, on="doc_id")
 

@@ -19,6 +19,7 @@ from hf_disranker.data import pair_texts
 from hf_disranker.readers import KEY
 from hf_disranker.schema import TableError
 from hf_disranker.significance import bootstrap
+from hf_disranker.texts import STUDENT_TEMPLATES
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +250,7 @@ class RankingEvaluator(BaseEvaluator):
         pairs: list[Any] = pair_texts(self.judgments)
         options: dict[str, Any] = {}
         if isinstance(model, CrossEncoder):
-            pairs = [(query, f"{document['title']} {document['summary']}".strip()) for query, document in pairs]
+            pairs = [(query, STUDENT_TEMPLATES.render_document(**document)) for query, document in pairs]
             options = {"activation_fn": Identity(), "show_progress_bar": False}
         labels, queries = self.judgments["label"].to_numpy(), self.judgments["query_id"].to_numpy()
         found = metrics.evaluate(labels, model.predict(pairs, **options), queries)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from hf_disranker.data import Source, read_table, refuse_unknown_documents
+from hf_disranker.data import Source, join_texts, read_table, refuse_unknown_documents
 from hf_disranker.schema import TableError, validate
 
 logger = logging.getLogger(__name__)
@@ -43,10 +43,9 @@ def read_judgments(
         FileNotFoundError: there is no such file.
         TableError: the file breaks its format, or a judged document or query has no text.
     """
-    path = Path(os.fspath(source)) if isinstance(source, str | os.PathLike) else Path()
-    if (path / "qrels").is_dir() and path != Path():
-        return _read_beir(path, split or "test")
-    if not path.is_file() or path.suffix in _TABLES:
+    if isinstance(source, str | os.PathLike) and Path(source, "qrels").is_dir():
+        return _read_beir(Path(source), split or "test")
+    if (path := _trec_file(source)) is None:
         return read_table(source, "judgments", split=split)
     rows = _read_columns(path, _QRELS).drop(columns="iteration")
     return _with_texts(rows, str(path), None if corpus is None else read_table(corpus, "corpus"), _queries(queries))
@@ -65,8 +64,7 @@ def read_run(source: Source) -> pd.DataFrame:
     Raises:
         TableError: a row does not have the six columns of a run, a score is not finite, a document occurs twice.
     """
-    path = Path(os.fspath(source)) if isinstance(source, str | os.PathLike) else Path()
-    if not path.is_file() or path.suffix in _TABLES:
+    if (path := _trec_file(source)) is None:
         return read_table(source, "scores", texts=False)
     rows = _read_columns(path, _RUN)[[*KEY, "teacher_score"]]
     # Kept in full: scores of a run can be closer than float32 tells apart.
@@ -86,9 +84,7 @@ def read_candidates(source: Source, judgments: pd.DataFrame, corpus: pd.DataFram
     Raises:
         TableError: no document is of a judged query, or one is not in the corpus.
     """
-    path = Path(os.fspath(source)) if isinstance(source, str | os.PathLike) else Path()
-    is_run = path.is_file() and path.suffix not in _TABLES
-    rows = (read_run(source) if is_run else read_table(source, "candidates", texts=False))[KEY]
+    rows = (read_run(source) if _trec_file(source) else read_table(source, "candidates", texts=False))[KEY]
     documents = {"doc_id", "title", "summary", "label"}
     by_query = judgments.drop_duplicates("query_id")[[name for name in judgments if name not in documents]]
     rows = rows.merge(by_query, on="query_id")
@@ -121,6 +117,12 @@ def write_run(rows: pd.DataFrame, path: str | os.PathLike[str], tag: str) -> Non
     columns = {"query_id": rows["query_id"], "q0": "Q0", "doc_id": rows["doc_id"], "rank": rank}
     run = pd.DataFrame(columns | {"score": rows["score"], "tag": "_".join(tag.split()) or "run"})
     run.to_csv(path, sep=" ", header=False, index=False)
+
+
+def _trec_file(source: Source) -> Path | None:
+    """The path of a source that is a file of TREC's: one that has not the ending of a table."""
+    path = Path(source) if isinstance(source, str | os.PathLike) else Path()
+    return path if path.is_file() and path.suffix not in _TABLES else None
 
 
 def _read_beir(folder: Path, split: str) -> pd.DataFrame:
@@ -172,8 +174,4 @@ def _with_texts(
         rows["query"] = rows["query_id"].map(queries.astype(str).set_index("query_id")["query"])
         if (unknown := rows["query"].isna()).any():
             raise TableError(f"{name}: query '{rows['query_id'][unknown].iloc[0]}' has no text.")
-    if corpus is None:
-        return rows.drop(columns=["title", "summary"])
-    texts = corpus.set_index("doc_id")[["title", "summary"]]
-    refuse_unknown_documents(rows["doc_id"], texts.index, name)
-    return rows.drop(columns=["title", "summary"]).join(texts, on="doc_id")
+    return rows.drop(columns=["title", "summary"]) if corpus is None else join_texts(rows, corpus, name)
