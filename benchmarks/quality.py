@@ -29,8 +29,9 @@ from transformers import AutoTokenizer, BertForSequenceClassification, Trainer, 
 
 from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer, Ranker, from_scratch, metrics
 from hf_disranker.cross_encoder import to_n_tuples
-from hf_disranker.data import bm25_scores, load_groups, pair_texts, read_table, write_table
+from hf_disranker.data import load_groups, pair_texts, read_table, write_table
 from hf_disranker.evaluation import describe, score_with
+from hf_disranker.mining import bm25_scores
 from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
 from hf_disranker.rankings import Evaluation
 from hf_disranker.significance import bootstrap, compare, refusal

@@ -22,8 +22,9 @@ from transformers import AutoConfig
 from trl import TrlParser
 
 from hf_disranker import from_scratch, metrics, python_docs
-from hf_disranker.data import bm25_scores, click_judgments, read_table, with_random_documents, write_table
+from hf_disranker.data import read_table, write_table
 from hf_disranker.evaluation import describe, score_with
+from hf_disranker.mining import bm25_scores, click_judgments, with_random_documents
 from hf_disranker.ranker import Ranker
 from hf_disranker.rankings import Evaluation, compare_evaluations
 from hf_disranker.report import TITLES, results_picture, results_table, search_examples, write_report

@@ -13,6 +13,7 @@ GROUPS = {
     "leaves": ["version", "schema", "texts", "pair_ranker", "metrics", "losses"],
     "data": [
         "data",
+        "mining",
         "readers",
         "candidates",
         "python_docs",

@@ -18,8 +18,9 @@ import torch
 
 from hf_disranker.candidates import Candidates
 from hf_disranker.cli import main
-from hf_disranker.data import load_groups, mine_candidates, pair_texts
+from hf_disranker.data import load_groups, pair_texts
 from hf_disranker.engines import RankerEngine, load_engine, weights_digest
+from hf_disranker.mining import mine_candidates
 from hf_disranker.ranker import Ranker
 from hf_disranker.schema import TableError
 from hf_disranker.scoring import MAX_CHARACTERS, OldScores, Progress, ScoringRun, verify

@@ -14,9 +14,10 @@ from hf_disranker.version import __version__
 
 if TYPE_CHECKING:
     from hf_disranker.cpt import ClickTrainer, CptConfig, click_dataset
-    from hf_disranker.data import load_groups, mine_candidates, read_table
+    from hf_disranker.data import load_groups, read_table
     from hf_disranker.distillation import DistillationConfig, DistillationTrainer, RankDistillationTrainer
     from hf_disranker.hub_data import push_table
+    from hf_disranker.mining import mine_candidates
     from hf_disranker.ranker import Ranker
     from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
     from hf_disranker.store import ScoreStore
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "cpt": ("ClickTrainer", "CptConfig", "click_dataset"),
-    "data": ("load_groups", "mine_candidates", "read_table"),
+    "data": ("load_groups", "read_table"),
     "distillation": ("DistillationConfig", "DistillationTrainer", "RankDistillationTrainer"),
     "hub_data": ("push_table",),
+    "mining": ("mine_candidates",),
     "ranker": ("Ranker",),
     "ranking_trainer": ("RankingConfig", "RankingTrainer"),
     "store": ("ScoreStore",),

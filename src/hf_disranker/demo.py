@@ -25,8 +25,9 @@ from huggingface_hub import HfApi
 from trl import TrlParser
 
 from hf_disranker.card import TEMPLATES
-from hf_disranker.data import bm25_index, bm25_tokens, read_table
+from hf_disranker.data import read_table
 from hf_disranker.hub import pushing
+from hf_disranker.mining import bm25_index, bm25_tokens
 from hf_disranker.ranker import Ranker
 from hf_disranker.runs import recipe_parser
 from hf_disranker.version import __version__

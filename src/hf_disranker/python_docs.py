@@ -34,7 +34,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from hf_disranker.data import mine_candidates
+from hf_disranker.mining import mine_candidates
 
 logger = logging.getLogger(__name__)
 

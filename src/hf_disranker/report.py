@@ -16,8 +16,9 @@ from scipy.stats import gaussian_kde
 
 from hf_disranker import charts, metrics
 from hf_disranker.card import TEMPLATES
-from hf_disranker.data import mine_candidates, pair_texts
+from hf_disranker.data import pair_texts
 from hf_disranker.evaluation import UNJUDGED
+from hf_disranker.mining import mine_candidates
 from hf_disranker.ranker import Ranker
 from hf_disranker.rankings import Evaluation, compare_evaluations
 from hf_disranker.significance import Comparison, marks, refusal

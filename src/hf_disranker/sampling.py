@@ -18,7 +18,7 @@ def sample_documents(
     """Keep some documents of each query, chosen by their teacher scores.
 
     Every query's draw depends on the seed and its id alone, so it is the same in every epoch, process and resumed
-    run. Random negatives come in before the teacher scores, by `data.with_random_documents`; here they are the low
+    run. Random negatives come in before the teacher scores, by `mining.with_random_documents`; here they are the low
     end of the scores.
 
     Args:
