@@ -18,7 +18,7 @@ import ir_measures
 import numpy as np
 import pandas as pd
 import torch
-from speed import MAX_LENGTH, SHAPES, Scores, Variants, cpu_seconds, measure, read_pairs
+from speed import MAX_LENGTH, SHAPES, Scores, Variants, measure, read_pairs, time_of
 from transformers import BertConfig
 
 from hf_disranker import BertDistilledRanker, Ranker, metrics
@@ -74,16 +74,14 @@ def growth(ranker: Ranker, pairs: list[tuple[str, str]]) -> dict[str, dict[int, 
     }
     for count in (32, 100, 320, 1000):
         some = (pairs * 2)[:count]
-        jobs["scored pairs"][count] = (
-            1e6 * min(cpu_seconds(lambda s=some: ranker.predict(s)) for _ in range(3)) / count
-        )
+        jobs["scored pairs"][count] = 1e6 * min(time_of(lambda s=some: ranker.predict(s)) for _ in range(3)) / count
     for count in (8, 24, 80, 240):
         scores, mask = torch.randn(2, 1000, count), torch.ones(1000, count, dtype=torch.bool)
-        seconds = min(cpu_seconds(lambda s=scores, m=mask: margin_mse(*s, m)) for _ in range(3))
+        seconds = min(time_of(lambda s=scores, m=mask: margin_mse(*s, m)) for _ in range(3))
         jobs["documents of a query in the loss"][count] = 1e6 * seconds / (1000 * count)
     for count in (30_000, 100_000, 300_000, 1_000_000):
         columns = random_ranking(count)
-        seconds = min(cpu_seconds(lambda c=columns: metrics.evaluate(*c)) for _ in range(3))
+        seconds = min(time_of(lambda c=columns: metrics.evaluate(*c)) for _ in range(3))
         jobs["rows measured"][count] = 1e6 * seconds / count
     return jobs
 

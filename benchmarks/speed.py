@@ -3,17 +3,19 @@
     python benchmarks/speed.py                                  # MiniLM-L6, tokenisation, start-up
     python benchmarks/speed.py --rows bert-base teacher         # BERT-base, a decoder of 69M parameters; long
     python benchmarks/speed.py --rows student --trained runs/quickstart/student --judgments judgments.parquet
+    python benchmarks/speed.py --device cuda --rows student bert-base teacher teacher-7b    # pip install flash-attn
 
 Texts are the Python documentation of this machine. Weights are random: speed does not depend on them, agreement does,
 so `--trained` shows what bf16 does to the measures of a real ranker. A figure is the median over the rounds of pairs
-per CPU second in one thread; the brackets hold the slowest and the fastest round. `limit` is the share of the rate at
-which the machine multiplies large matrices, for the products that the stock model needs without padding. There are
-rows in bf16 where the machine multiplies faster in it.
+per CPU second in one thread, on a GPU per second of the clock; the brackets hold the slowest and the fastest round.
+`limit` is the share of the rate at which the machine multiplies large matrices, for the products that the stock model
+needs without padding. There are rows in bf16 where the machine multiplies faster in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -44,7 +46,11 @@ SHAPES = {
     "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
     "bert-base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
 }
-TEACHER = {"num_hidden_layers": 10, "hidden_size": 640, "num_attention_heads": 10, "intermediate_size": 1920}
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+TEACHERS = {
+    "teacher": dict(zip(_SIZES, (10, 640, 10, 1920), strict=True)),
+    "teacher-7b": dict(zip(_SIZES, (28, 3584, 28, 18_944), strict=True)),  # as Qwen2-7B, but for the vocabulary
+}
 INSTRUCTION = "Judge whether the document answers the query of someone who programs in Python. " * 3
 MAX_LENGTH, BUDGET = 256, 4096
 
@@ -67,43 +73,52 @@ def read_pairs(count: int, folder: Path, whole: bool = False) -> list[tuple[str,
     ]
 
 
-def limits() -> dict[str, float]:
+def limits(device: str = "cpu") -> dict[str, float]:
     """GFLOP/s of a product of large matrices, the best of five, by precision."""
-    found = {}
+    found, size = {}, 1024 if device == "cpu" else 8192
     for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.randn(1024, 1024).to(dtype)
-        found[str(dtype).removeprefix("torch.")] = (
-            max(2 * 1024**3 / cpu_seconds(lambda m=matrix: m @ m) for _ in range(5)) / 1e9
-        )
+        matrix = torch.randn(size, size, device=device, dtype=dtype)
+        best = min(time_of(lambda m=matrix: m @ m, device) for _ in range(5))
+        found[str(dtype).removeprefix("torch.")] = 2 * size**3 / best / 1e9
     return found
 
 
-def cpu_seconds(job: Callable[[], Any]) -> float:
-    """What one call takes."""
-    start = time.process_time()
+def time_of(job: Callable[[], Any], device: str = "cpu") -> float:
+    """What one call takes: of the processor, or on a GPU of the clock."""
+    start = _now(device)
     job()
-    return time.process_time() - start
+    return _now(device) - start
 
 
-def measure(variants: Variants, rounds: int) -> dict[str, tuple[list[float], Scores]]:
-    """CPU seconds of each round, the variants taking turns, and the scores."""
+def _now(device: str) -> float:
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(variants: Variants, rounds: int, device: str = "cpu") -> dict[str, tuple[list[float], Scores]]:
+    """Seconds of each round, the variants taking turns, and the scores."""
     found: dict[str, tuple[list[float], Scores]] = {name: ([], np.array([])) for name in variants}
+    if device != "cpu":
+        for variant in variants.values():  # kernels are chosen in the first call
+            variant()
     for _ in range(rounds):
         for name, variant in variants.items():
-            start = time.process_time()
+            start = _now(device)
             scores = variant()
-            found[name] = ([*found[name][0], time.process_time() - start], scores)
+            found[name] = ([*found[name][0], _now(device) - start], scores)
             print(".", end="", flush=True, file=sys.stderr)
     return found
 
 
 def precisions(peaks: dict[str, float]) -> list[str]:
-    """In which a CPU should compute."""
+    """In which a machine should compute."""
     return [name for name, peak in peaks.items() if peak >= peaks["float32"]]
 
 
 def student_rows(
-    folder: Path, shape: dict[str, int], pairs: list[tuple[str, str]], dtypes: list[str]
+    folder: Path, shape: dict[str, int], pairs: list[tuple[str, str]], dtypes: list[str], device: str
 ) -> tuple[Variants, float, float]:
     """Ways to score pairs with one BERT; the floating-point operations and the tokens of an average pair."""
     texts = [text for pair in pairs for text in pair]
@@ -121,66 +136,84 @@ def student_rows(
     lengths = np.array([len(row) for row in tokenizer([q for q, _ in pairs], [d for _, d in pairs])["input_ids"]])
     for name in dtypes:
         dtype = getattr(torch, name)
-        options = {"device": "cpu", "max_length": MAX_LENGTH, "model_kwargs": {"dtype": dtype}}
+        options = {"device": device, "max_length": MAX_LENGTH, "model_kwargs": {"dtype": dtype}}
         peer, with_us = (CrossEncoder(str(folder / kind), **options) for kind in ("stock", "ours"))
-        ranker = Ranker.from_pretrained(folder / "ours", device="cpu", dtype=dtype)
+        ranker = Ranker.from_pretrained(folder / "ours", device=device, dtype=dtype)
         variants[f"CrossEncoder.predict {name}"] = lambda p=peer: p.predict(pairs, show_progress_bar=False)
-        variants[f"transformers, token budget {name}"] = _control(folder / "stock", dtype, pairs)
+        variants[f"transformers, token budget {name}"] = _control(folder / "stock", dtype, pairs, device)
         variants[f"CrossEncoder with hf_disranker {name}"] = lambda p=with_us: p.predict(
             pairs, show_progress_bar=False
         )
         variants[f"ours {name}"] = lambda r=ranker: r.predict(pairs)
+    if importlib.util.find_spec("flash_attn") and device != "cpu":
+        options["model_kwargs"] |= {"attn_implementation": "flash_attention_2"}
+        flat = CrossEncoder(str(folder / "stock"), **options)
+        ranker = Ranker.from_pretrained(folder / "ours", device=device, **options["model_kwargs"])
+        variants["CrossEncoder, flash attention bfloat16"] = lambda: flat.predict(pairs, show_progress_bar=False)
+        variants["ours, flash attention bfloat16"] = lambda r=ranker: r.predict(pairs)
     tokens, size = np.minimum(lengths, MAX_LENGTH), shape["hidden_size"]
     weights = 4 * size**2 + 2 * size * shape["intermediate_size"]
     flops = np.mean(shape["num_hidden_layers"] * tokens * (2 * weights + 4 * tokens * size))
     return variants, float(flops), float(tokens.mean())
 
 
-def _control(folder: Path, dtype: torch.dtype, pairs: list[tuple[str, str]]) -> Callable[[], Scores]:
+def _control(folder: Path, dtype: torch.dtype, pairs: list[tuple[str, str]], device: str) -> Callable[[], Scores]:
     """The stock class on batches sorted by tokens: what anyone can write in ten lines."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval().to(device)
     assert type(model).__name__ == "BertForSequenceClassification"
+
+    budget = BUDGET if device == "cpu" else 8 * BUDGET
 
     def score() -> Scores:
         queries, documents = zip(*pairs, strict=True)
         rows = tokenizer(list(queries), list(documents), truncation="only_second", max_length=MAX_LENGTH)
         scores = np.zeros(len(pairs), np.float32)
-        for batch in budget_batches(np.array([len(ids) for ids in rows["input_ids"]]), BUDGET):
+        for batch in budget_batches(np.array([len(ids) for ids in rows["input_ids"]]), budget):
             inputs = tokenizer.pad({key: [rows[key][row] for row in batch] for key in rows}, return_tensors="pt")
             with torch.inference_mode():
-                scores[batch] = model(**inputs).logits.squeeze(-1).float().numpy()
+                scores[batch] = model(**inputs.to(device)).logits.squeeze(-1).float().cpu().numpy()
         return scores
 
     return score
 
 
-def teacher_rows(pairs: list[tuple[str, str]], instruction: str) -> tuple[Variants, float]:
+def teacher_rows(
+    pairs: list[tuple[str, str]], shape: dict[str, int], instruction: str, device: str
+) -> tuple[Variants, float]:
     """Ways to score pairs with one decoder, and the floating-point operations of an average pair."""
     tokenizer = train_bpe([text for pair in pairs for text in pair], vocab_size=30_000, max_length=MAX_LENGTH)
     torch.manual_seed(0)
+    name = "float32" if device == "cpu" else "bfloat16"
     config = Qwen3Config(
-        vocab_size=len(tokenizer), num_key_value_heads=5, head_dim=64, pad_token_id=tokenizer.pad_token_id, **TEACHER
+        vocab_size=len(tokenizer),
+        num_key_value_heads=shape["num_attention_heads"] // 2,
+        head_dim=shape["hidden_size"] // shape["num_attention_heads"],
+        pad_token_id=tokenizer.pad_token_id,
+        **shape,
     )
-    model = LLMForLastTokenRanking.from_config(config).eval()
+    with torch.device(device):
+        torch.set_default_dtype(getattr(torch, name))
+        model = LLMForLastTokenRanking.from_config(config).eval()
+        torch.set_default_dtype(torch.float32)
     if instruction:
         model.config.disranker["templates"]["text"] = instruction + model.config.templates.text
     model.config.disranker |= {"max_length": MAX_LENGTH, "max_query_length": 64}
-    budget, shared = Ranker(model, tokenizer, BUDGET), Ranker(model, tokenizer)
-    budget.share_prefix = False
+    budget, shared = Ranker(model, tokenizer, BUDGET if device == "cpu" else None), Ranker(model, tokenizer)
+    budget.share_prefix, shared.share_prefix = False, True
 
     def sixteens() -> Scores:
         rows = budget._encode(pairs).rows
         return np.concatenate([budget._padded(rows[start : start + 16]) for start in range(0, len(rows), 16)])
 
     tokens = np.array([len(row["input_ids"]) for row in budget._encode(pairs).rows])
-    size, inner = TEACHER["hidden_size"], TEACHER["intermediate_size"]
+    size, inner = shape["hidden_size"], shape["intermediate_size"]
     weights = 3 * size**2 + 3 * size * inner
-    flops = float(np.mean(TEACHER["num_hidden_layers"] * tokens * (2 * weights + 2 * tokens * size)))
+    flops = float(np.mean(shape["num_hidden_layers"] * tokens * (2 * weights + 2 * tokens * size)))
     variants: Variants = {
-        "padded batches of 16 float32": sixteens,
-        "token budget float32": lambda: budget.predict(pairs),
-        "ours, shared prefix float32": lambda: shared.predict(pairs),
+        f"padded batches of 16 {name}": sixteens,
+        f"token budget {name}": lambda: budget.predict(pairs),
+        f"ours, shared prefix {name}": lambda: shared.predict(pairs),
     }
     return variants, flops
 
@@ -192,11 +225,11 @@ def show(
     expected = next(iter(found.values()))[1]
     groups = np.arange(len(expected)) // 16
     base = statistics.median(next(iter(found.values()))[0])
-    print(f"\n\n{title}\n{'':40}{'pairs/CPU-s':>12}{'':16}{'times':>7}{'limit':>7}{'max |d|':>9}{'tau':>8}")
+    print(f"\n\n{title}\n{'':40}{'pairs/s':>12}{'':16}{'times':>7}{'limit':>7}{'max |d|':>9}{'tau':>8}")
     rows = []
-    for name, (seconds, scores) in found.items():
-        rate, times = len(scores) / statistics.median(seconds), base / statistics.median(seconds)
-        spread = [len(scores) / max(seconds), len(scores) / min(seconds)]
+    for name, (times_taken, scores) in found.items():
+        rate, times = len(scores) / statistics.median(times_taken), base / statistics.median(times_taken)
+        spread = [len(scores) / max(times_taken), len(scores) / min(times_taken)]
         share = rate * flops / 1e9 / peaks[name.split()[-1]]
         drift = float(np.abs(scores - expected).max())
         tau = float(np.nanmean(metrics.kendall_tau(expected, scores, groups)))
@@ -233,7 +266,7 @@ def tokenisation(pairs: list[tuple[str, str]], ranker: Ranker, rounds: int) -> d
         return np.array([])
 
     found = measure({"CrossEncoder's way": peer, "ours": ours}, rounds)
-    return {name: len(pairs) / statistics.median(seconds) for name, (seconds, _) in found.items()}
+    return {name: len(pairs) / statistics.median(taken) for name, (taken, _) in found.items()}
 
 
 def start_up() -> dict[str, float]:
@@ -266,10 +299,11 @@ def trained(folder: str, judgments: str) -> dict[str, dict[str, float]]:
 def main(argv: Iterable[str] | None = None) -> None:
     """Measure what was asked for, print tables and write json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = ["student", "bert-base", "teacher", "tokens", "start"]
+    known = ["student", "bert-base", *TEACHERS, "tokens", "start"]
     parser.add_argument("--rows", nargs="+", default=["student", "tokens", "start"], choices=known)
     parser.add_argument("--pairs", type=int, default=1024, help="pairs of a student; a quarter for the large models")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--whole", action="store_true", help="do not cut documents to the lengths of a search")
     parser.add_argument("--trained", help="folder of a trained student")
     parser.add_argument("--judgments", help="table of judgments for --trained")
@@ -278,22 +312,20 @@ def main(argv: Iterable[str] | None = None) -> None:
     args = parser.parse_args(argv if argv is None else list(argv))
     torch.set_num_threads(1)
     results: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    results |= {"torch": torch.__version__, "load": os.getloadavg()[0], "limits": limits()}
-    print("GFLOP/s of one core:", {name: round(value) for name, value in results["limits"].items()})
+    results |= {"torch": torch.__version__, "load": os.getloadavg()[0], "limits": limits(args.device)}
+    print("GFLOP/s of one core, or of the card:", {name: round(value) for name, value in results["limits"].items()})
     with tempfile.TemporaryDirectory() as folder:
         pairs = read_pairs(args.pairs, Path(args.data or f"{folder}/data"), args.whole)
         small = pairs[: args.pairs // 4]
         if "student" in args.rows:
-            results["student"] = _student("minilm", Path(folder), pairs, args.rounds, results["limits"])
+            results["student"] = _student("minilm", Path(folder), pairs, args, results["limits"])
         if "bert-base" in args.rows:
-            results["bert-base"] = _student("bert-base", Path(folder), small, args.rounds, results["limits"])
-        if "teacher" in args.rows:
+            results["bert-base"] = _student("bert-base", Path(folder), small, args, results["limits"])
+        for name in [name for name in TEACHERS if name in args.rows]:
             for title, instruction in (("no instruction", ""), ("an instruction of 40 tokens", INSTRUCTION)):
-                variants, flops = teacher_rows(small, instruction)
-                found = measure(variants, args.rounds)
-                results[f"teacher, {title}"] = show(
-                    f"Teacher of 69M parameters, {title}", found, flops, results["limits"]
-                )
+                variants, flops = teacher_rows(small, TEACHERS[name], instruction, args.device)
+                found = measure(variants, args.rounds, args.device)
+                results[f"{name}, {title}"] = show(f"{name}, {title}", found, flops, results["limits"])
         if "tokens" in args.rows:
             tokenizer = train_wordpiece([text for pair in pairs for text in pair], 30_522, MAX_LENGTH)
             model = BertDistilledRanker(BertConfig(vocab_size=len(tokenizer), **SHAPES["minilm"]))
@@ -310,14 +342,15 @@ def main(argv: Iterable[str] | None = None) -> None:
 
 
 def _student(
-    name: str, folder: Path, pairs: list[tuple[str, str]], rounds: int, peaks: dict[str, float]
+    name: str, folder: Path, pairs: list[tuple[str, str]], args: argparse.Namespace, peaks: dict[str, float]
 ) -> dict[str, Any]:
-    dtypes = precisions(peaks)
-    variants, flops, tokens = student_rows(folder / name, SHAPES[name], pairs, dtypes)
-    rows = show(f"Student, {name}, {len(pairs)} pairs of {tokens:.0f} tokens", measure(variants, rounds), flops, peaks)
+    dtypes, device = precisions(peaks), args.device
+    variants, flops, tokens = student_rows(folder / name, SHAPES[name], pairs, dtypes, device)
+    found = measure(variants, args.rounds, device)
+    rows = show(f"Student, {name}, {len(pairs)} pairs of {tokens:.0f} tokens", found, flops, peaks)
     moves = {}
     for dtype in dtypes:
-        ranker = Ranker.from_pretrained(folder / name / "ours", device="cpu", dtype=dtype)
+        ranker = Ranker.from_pretrained(folder / name / "ours", device=device, dtype=dtype)
         moves[dtype] = budgets(ranker, pairs[:256])
     print("Largest move of a score between token budgets of 256 to 8,192:", {k: f"{v:.1e}" for k, v in moves.items()})
     return {"rows": rows, "moves": moves}
