@@ -2,7 +2,8 @@
 
     python benchmarks/int8.py --model runs/quickstart/student --pairs runs/quickstart/data/judgments.parquet
 
-Each way scores the pairs in batches of 32 of like length and again in batches of 5 at random.
+Each way scores the pairs in batches of 32 of like length and again in batches of 5 at random; one of them takes a pair
+at a time, so that its scale is that pair's own.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from hf_disranker import Ranker, export, metrics
 from hf_disranker.data import pair_texts
 
 Rows = list[dict[str, list[int]]]
+BATCHES = (32, 5)
 
 
 def batch(rows: Rows) -> dict[str, np.ndarray]:
@@ -55,21 +57,23 @@ class Calibration(CalibrationDataReader):
         return next(self.rows, None)
 
 
-def variants(folder: Path, model: Any, rows: Rows) -> Iterator[tuple[str, Path]]:
-    """Each way's name and file."""
+def variants(folder: Path, model: Any, rows: Rows) -> Iterator[tuple[str, Path, tuple[int, int]]]:
+    """Each way's name, file and sizes of batches."""
     plain = folder / "fp32.onnx"
     onnx.save(model, plain)
-    yield "fp32", plain
+    yield "fp32", plain, BATCHES
     quantize_dynamic(plain, folder / "dynamic.onnx", weight_type=QuantType.QInt8)
-    yield "dynamic, one scale a tensor", folder / "dynamic.onnx"
+    yield "dynamic, one scale a tensor", folder / "dynamic.onnx", BATCHES
+    yield "dynamic, one scale a tensor, a pair at a time", folder / "dynamic.onnx", (1, 1)
     options = {"op_types_to_quantize": ["MatMul", "Gemm"], "per_channel": True, "weight_type": QuantType.QInt8}
     quantize_static(plain, folder / "static.onnx", Calibration(rows), activation_type=QuantType.QUInt8, **options)
-    yield "static, one scale a tensor, calibrated on 256 pairs", folder / "static.onnx"
-    for level, what in ((4, "int8"), (1, "fp32")):
-        quantizer = MatMulNBitsQuantizer(onnx.load(plain), 8, 32, is_symmetric=True, accuracy_level=level)
+    yield "static, one scale a tensor, calibrated on 256 pairs", folder / "static.onnx", BATCHES
+    for size, level, what in ((32, 4, "int8"), (128, 4, "int8"), (32, 1, "fp32")):
+        quantizer = MatMulNBitsQuantizer(onnx.load(plain), 8, size, is_symmetric=True, accuracy_level=level)
         quantizer.process()
-        quantizer.model.save_model_to_file(str(folder / f"blocks_{what}.onnx"))
-        yield f"blocks of 32, {what} activations", folder / f"blocks_{what}.onnx"
+        path = folder / f"blocks_{size}_{what}.onnx"
+        quantizer.model.save_model_to_file(str(path))
+        yield f"blocks of {size}, {what} activations", path, BATCHES
 
 
 def main() -> None:
@@ -94,8 +98,9 @@ def main() -> None:
     print(f"{len(table):,} pairs\n\n| | largest difference | tau | same first | moved by its batch | pairs/CPU-s |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for name, path in variants(Path(folder), export.onnx_model(ranker), rows.rows):
-            (scores, speed), (again, _) = score(path, rows.rows, by_length, 32), score(path, rows.rows, random, 5)
+        for name, path, (large, small) in variants(Path(folder), export.onnx_model(ranker), rows.rows):
+            scores, speed = score(path, rows.rows, by_length, large)
+            again, _ = score(path, rows.rows, random, small)
             if name == "fp32":
                 expected = scores
             tau = metrics.query_mean(metrics.kendall_tau(scores, expected, queries))
