@@ -2,10 +2,10 @@
 
     disranker quickstart
 
-A small language model is pre-trained on clicks, fitted to the clicks and to a few judgments, and made to score many
-unlabelled pairs; a small BERT learns from these scores. Rivals show what each step is worth: the same BERT without a
-teacher, the same teacher without pre-training. Each stage is the recipe of that name with a config of
-configs/quickstart; finished stages are skipped.
+A small language model is fitted to clicks and to a few judgments, once as it is and once after continued pre-training
+on the clicks. Both score many unlabelled pairs, and a small BERT learns from the mean of their scores. Rivals show
+what each step is worth: the same BERT without a teacher, each teacher alone. A stage is the recipe of that name with a
+config of configs/quickstart; finished stages are skipped.
 """
 
 import json
@@ -46,11 +46,13 @@ PRESETS = {
     "tiny": Preset(CONFIGS / "quickstart"),
     "hub": Preset(CONFIGS / "quickstart_hub", "Qwen/Qwen3-0.6B-Base", "sentence-transformers/all-MiniLM-L6-v2"),
 }
-RANKERS = ("label_student", "click_student", "teacher_no_cpt", "teacher", "student")
+STUDENTS, TEACHERS = ("label_student", "click_student", "student"), ("teacher", "teacher_no_cpt")
+SHOWN = ("bm25", "label_student", "click_student", "teacher_no_cpt", "teacher", "teachers", "student")
 # Who is compared with whom: better, worse if the step between them is worth something.
 COMPARED = (
     ("teacher", "bm25"),
     ("teacher", "teacher_no_cpt"),
+    ("teachers", "teacher"),
     ("student", "bm25"),
     ("student", "label_student"),
     ("student", "click_student"),
@@ -186,8 +188,11 @@ def stages(out: Path, configs: Path, decoder: str, bert: str) -> Iterator[tuple[
     yield stage("cpt", "cpt", "cpt", "--model_name_or_path", decoder, *clicks)
     yield fit("teacher", "teacher", out / "cpt", "clicks_and_labels.parquet")
     yield fit("teacher_no_cpt", "teacher", decoder, "clicks_and_labels.parquet")
-    yield stage("scores", "score", "score", "--model", out / "teacher", "--pairs", data / "unlabelled.parquet")
-    yield stage("student", "distill", "distill", "--student", bert, "--scores", out / "scores")
+    pairs = ["--pairs", data / "unlabelled.parquet"]
+    yield stage("scores", "score", "score", "--model", out / "teacher", *pairs)
+    yield stage("scores_no_cpt", "score", "score", "--model", out / "teacher_no_cpt", *pairs)
+    both = ["--scores", out / "scores", "--more_scores", out / "scores_no_cpt"]
+    yield stage("student", "distill", "distill", "--student", bert, *both)
     yield fit("click_student", "fit_student", bert, "clicks_and_labels.parquet")
     yield fit("label_student", "fit_student", bert, "labels.parquet")
 
@@ -198,7 +203,7 @@ def show_results(out: Path) -> None:
     source = f"{out}/data/judgments.parquet"
     dev = read_table(source, "judgments", split="dev")
     corpus = read_table(f"{out}/data/corpus.parquet", "corpus")
-    rankers = {name: Ranker.from_pretrained(out / name) for name in RANKERS}
+    rankers = {name: Ranker.from_pretrained(out / name) for name in (*STUDENTS, *TEACHERS)}
     facts: dict[str, Any] = {"judgments": source, "split": "dev"}
     scores = bm25_scores(dev, corpus[corpus["split"] == "dev"])
     evaluations = {"bm25": Evaluation.of("bm25", dev.assign(score=scores), role="bm25", **facts)}
@@ -206,17 +211,18 @@ def show_results(out: Path) -> None:
         scores, speed = score_with(ranker, dev, progress=False)
         about = facts | describe(ranker) | {"source": str(out / name), "pairs_per_s": speed}
         evaluations[name] = Evaluation.of(name, dev.assign(score=scores), **about)
+    evaluations["teachers"] = mean_of([evaluations[name] for name in TEACHERS], facts)
     report = out / "report"
     for name, evaluation in evaluations.items():
         evaluation.save(report / "eval" / f"{name}.json")
-    shown = [*evaluations.values()]
+    shown = [evaluations[name] for name in SHOWN]
     save_json([summary(evaluation) for evaluation in shown], f"{report}/results.json")
     (report / "results.svg").write_text(results_picture(shown), encoding="utf-8")
     write_report(shown, report / "report.html", pairs=COMPARED, titles=TITLES)
     print("\n" + results_table([summary(evaluation) for evaluation in shown]))
-    student, teacher = (summary(evaluations[name]) for name in ("student", "teacher"))
-    kept, faster = (student[name] / teacher[name] for name in ("ndcg@10", "pairs_per_s"))
-    print(f"\nThe distilled BERT has {kept:.0%} of its teacher's NDCG@10 at {faster:.1f} times its pairs/s.")
+    student, teachers = (summary(evaluations[name]) for name in ("student", "teachers"))
+    kept, faster = (student[name] / teachers[name] for name in ("ndcg@10", "pairs_per_s"))
+    print(f"\nThe distilled BERT has {kept:.0%} of its teachers' NDCG@10 at {faster:.1f} times their pairs/s.")
     show_method(out, evaluations)
     searches = search_examples(TYPED_QUERIES, corpus, rankers["student"])
     (report / "searches.txt").write_text("\n\n".join(searches) + "\n", encoding="utf-8")
@@ -234,6 +240,15 @@ The student is a plain BERT classifier; sentence-transformers loads it as it is:
 Next, your own data: the same stages one by one, `disranker cpt --help` and so on; the README names the tables.""")
 
 
+def mean_of(teachers: list[Evaluation], facts: dict[str, Any]) -> Evaluation:
+    """What the student learned from: the teachers' mean score, at the price of both."""
+    scores = np.mean([one.rows["score"] for one in teachers], axis=0)
+    about = {"role": "teacher", "source": " + ".join(one.about["source"] for one in teachers)}  # as the student says
+    about["parameters"] = sum(one.about["parameters"] for one in teachers)
+    about["pairs_per_s"] = 1 / sum(1 / one.about["pairs_per_s"] for one in teachers)
+    return Evaluation.of("teachers", teachers[0].rows.assign(score=scores), **facts, **about)
+
+
 def summary(evaluation: Evaluation) -> dict[str, Any]:
     """What the table of results shows of a ranker."""
     measures, about = evaluation.measures, evaluation.about
@@ -247,21 +262,21 @@ def show_method(out: Path, evaluations: dict[str, Evaluation]) -> None:
     before, after = losses["loss_before"], losses["loss_after"]
     guess = np.log(AutoConfig.from_pretrained(out / "cpt").vocab_size)
     print(f"\nHeld-out loss on title + summary: {before:.2f} -> {after:.2f} nats per token (guessing: {guess:.2f}).")
-    teacher = evaluations["teacher"].rows
-    queries, scores = teacher["query_id"], teacher["score"]
+    teachers = evaluations["teachers"].rows
+    queries, scores = teachers["query_id"], teachers["score"]
     taus = {
         name: metrics.query_mean(metrics.kendall_tau(evaluations[name].rows["score"], scores, queries))
-        for name in ("label_student", "click_student", "student")
+        for name in STUDENTS
     }
     shown = ", ".join(f"{name} {tau:.3f}" for name, tau in taus.items())
-    print(f"Kendall tau with the teacher, mean over queries: {shown}.")
+    print(f"Kendall tau with the teachers, mean over queries: {shown}.")
     print("NDCG@10, one less the other on the same queries (95% interval; p of a paired randomisation test, Holm):")
     compared = compare_evaluations([*evaluations.values()], pairs=COMPARED)
     for one in compared:
         names, (low, high) = f"{TITLES[one.first]:22} - {TITLES[one.second]:22}", one.interval
         print(f"  {names} {one.difference:+.3f}  [{low:+.3f}, {high:+.3f}]  p = {one.p:.4f}, {one.p_holm:.4f}")
     comparisons = [asdict(one) | {"rankers": [one.first, one.second]} for one in compared]
-    save_json({"kendall_tau_with_teacher": taus, "ndcg@10": comparisons}, f"{out}/report/comparison.json")
+    save_json({"kendall_tau_with_teachers": taus, "ndcg@10": comparisons}, f"{out}/report/comparison.json")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from hf_disranker.store import ScoreStore
 
 quickstart = importlib.import_module("hf_disranker.recipes.quickstart")
 
-RANKERS = ["bm25", "label_student", "click_student", "teacher_no_cpt", "teacher", "student"]
-
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory):
@@ -59,21 +57,26 @@ def test_every_stage_leaves_what_the_next_one_needs(run, capsys):
     folder = run()
     printed = capsys.readouterr().out
     results = json.loads((folder / "report" / "results.json").read_text())
-    assert [row["name"] for row in results] == RANKERS
+    assert [row["name"] for row in results] == list(quickstart.SHOWN)
     for row in results:
         assert {"parameters", "ndcg@5", "ndcg@10", "pnr", "pairs_per_s"} <= row.keys()
         assert (row["parameters"] is None) == (row["pairs_per_s"] is None) == (row["name"] == "bm25")
         assert 0 <= row["ndcg@10"] <= 1
-    teacher, student = results[4]["parameters"], results[5]["parameters"]
-    assert teacher > student == results[1]["parameters"] == results[2]["parameters"]
-    store = ScoreStore(folder / "scores")
-    assert store.missing() == 0 and store.manifest()["teacher"] == str(folder / "teacher")
+    parameters = {row["name"]: row["parameters"] for row in results}
+    assert parameters["teacher"] > parameters["student"] == parameters["label_student"] == parameters["click_student"]
+    assert parameters["teachers"] == parameters["teacher"] + parameters["teacher_no_cpt"]
+    both = [folder / "teacher", folder / "teacher_no_cpt"]
+    for teacher, scores in zip(both, ("scores", "scores_no_cpt"), strict=True):
+        store = ScoreStore(folder / scores)
+        assert store.missing() == 0 and store.manifest()["teacher"] == str(teacher)
     marker = json.loads((folder / "student" / "config.json").read_text())["disranker"]
-    assert marker["teacher"] == {"id": str(folder / "teacher"), "revision": None}
+    assert marker["teacher"] == {"id": f"{both[0]} + {both[1]}", "revision": None}
+    assert "Scores of BERT, distilled against mean of both teachers" in (folder / "report" / "report.html").read_text()
     picture = ElementTree.parse(folder / "report" / "results.svg").getroot()
-    assert len(picture.findall(".//{*}circle")) == len(RANKERS)
+    assert len(picture.findall(".//{*}circle")) == len(quickstart.SHOWN)
     assert all(
-        name in printed for name in ("BM25", "LLM teacher", "BERT, distilled", "CrossEncoder", "Query:", "p = ")
+        name in printed
+        for name in ("BM25", "LLM teacher", "mean of both", "BERT, distilled", "CrossEncoder", "Query:", "p = ")
     )
 
     # Nothing that a ranker learns from is of the development side, and what is called unlabelled tells no click.
@@ -89,13 +92,13 @@ def test_every_stage_leaves_what_the_next_one_needs(run, capsys):
 
     changed = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     run()
-    assert capsys.readouterr().out.count("finished before, skipped") == 7
+    assert capsys.readouterr().out.count("finished before, skipped") == 8
     assert changed == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
     # A stage that did not finish runs again, alone; what it had done counts.
     (folder / "student" / "finished.json").unlink()
     run()
-    assert capsys.readouterr().out.count("finished before, skipped") == 6
+    assert capsys.readouterr().out.count("finished before, skipped") == 7
 
 
 def test_the_hub_preset_takes_checkpoints_through_the_same_stages(configs, small_data, tmp_path, capsys):

@@ -30,6 +30,7 @@ TITLES = {
     "click_student": "BERT, clicks, labels",
     "teacher_no_cpt": "LLM teacher, no CPT",
     "teacher": "LLM teacher",
+    "teachers": "mean of both teachers",
     "student": "BERT, distilled",
 }
 _POINTS = 2000
