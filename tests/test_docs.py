@@ -221,10 +221,11 @@ def raw_tables(folder):
     log.to_csv(folder / "click_log.csv", index=False)
 
 
-def test_the_tutorial_from_a_click_log_to_a_student(workshop, small_models, tmp_path, capsys):
+@pytest.mark.parametrize("page", ["own_data.md", "own_data.zh.md"])
+def test_the_tutorial_from_a_click_log_to_a_student(page, workshop, small_models, tmp_path, capsys):
     shutil.rmtree("runs")
     raw_tables(tmp_path)
-    ran = run("docs/tutorials/own_data.md", "--use_cpu", "true")
+    ran = run(f"docs/tutorials/{page}", "--use_cpu", "true")
     assert ran == 9
     printed = capsys.readouterr().out
     assert re.search(r"^\d+ clicks, 150 judged pairs, \d+ queries to measure on$", printed, flags=re.M)
@@ -235,6 +236,12 @@ def test_the_tutorial_from_a_click_log_to_a_student(workshop, small_models, tmp_
         assert not pd.read_csv(table)["query"].isin(dev).any(), f"{table} holds queries of the development side"
     assert "numpy.histogram Bins of a data set" in printed
     assert Path("runs/labels_alone/eval.json").exists()
+
+
+@pytest.mark.parametrize("tutorial", ["first_ranker", "own_data"])
+def test_both_languages_show_the_same_snippets(tutorial):
+    english, chinese = (blocks(f"docs/tutorials/{tutorial}{ending}") for ending in (".md", ".zh.md"))
+    assert english == chinese
 
 
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
