@@ -57,5 +57,5 @@ check: $(INSTALLED)  ## Lint and types
 docs: $(INSTALLED)  ## The documentation as a site in build/site; a warning or a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-clean:  ## Remove the environment, caches and runs
-	rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache .pytest_cache
+clean:  ## Remove the environments, caches and runs
+	rm -rf $(VENV) .venv-lowest runs build dist .mypy_cache .ruff_cache .pytest_cache
