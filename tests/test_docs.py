@@ -253,8 +253,19 @@ def test_the_readme(page, tables, small_models, judgments, clicks, corpus):
 
 
 def test_both_readmes_show_the_same_results():
-    tables = [re.findall(r"```\n( +parameters.*?)```", (ROOT / page).read_text(), flags=re.S) for page in PAGES[:2]]
-    assert PAGES[:2] == ["README.md", "README_zh.md"] and len(tables[0]) == 1 and tables[0] == tables[1]
+    texts = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "README_zh.md")]
+    english, chinese = ([re.findall(r"```\n( +parameters.*?)```", text, flags=re.S)] for text in texts)
+    assert len(english[0]) == 1 and english == chinese
+    rows = [re.findall(r"^\|.*$", text, flags=re.M) for text in texts]
+    figures = [[sorted(re.findall(r"\d[\d,.^-]*\d|\d|https:[^)]+", row)) for row in part] for part in rows]
+    assert len(rows[0]) > 12 and figures[0] == figures[1]
+
+
+def test_both_readmes_show_the_same_snippets():
+    english, chinese = (
+        [re.sub(r" *# .*", "", block) for _, block, _ in blocks(page)] for page in ("README.md", "README_zh.md")
+    )
+    assert english == chinese
 
 
 def test_commands_that_are_not_run_have_options_that_there_are(tmp_path, monkeypatch):
