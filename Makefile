@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test test-all test-lowest bench bench-full check docs clean
+.PHONY: help install quickstart demo test test-all test-lowest bench bench-full check check-all docs clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,8 +54,10 @@ check: $(INSTALLED)  ## Lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+check-all: check docs test-all test-lowest  ## All of it, before a release, an hour or more
+
 docs: $(INSTALLED)  ## The documentation as a site in build/site; a warning or a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-clean:  ## Remove the environment, caches and runs
-	rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache .pytest_cache
+clean:  ## Remove the environments, caches and runs
+	rm -rf $(VENV) .venv-lowest runs build dist .mypy_cache .ruff_cache .pytest_cache

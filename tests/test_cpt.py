@@ -32,6 +32,12 @@ def tokenizer():
     return train_bpe([*texts, "query: document:"] * 10, vocab_size=400, max_length=48)
 
 
+def test_the_options_warn_of_nothing_and_checkpoint_nothing(tmp_path, recwarn):
+    assert not CptConfig(str(tmp_path), use_cpu=True).gradient_checkpointing
+    assert [str(warning.message) for warning in recwarn if "deprecated" in str(warning.message)] == []
+    assert CptConfig(str(tmp_path), use_cpu=True, gradient_checkpointing=True).gradient_checkpointing
+
+
 def test_the_loss_is_on_title_summary_and_end_alone(tokenizer):
     rows = click_dataset(CLICKS[:3], tokenizer, max_length=48)
     for row, click in zip(rows, CLICKS[:3].itertuples(), strict=True):

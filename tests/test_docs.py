@@ -221,10 +221,11 @@ def raw_tables(folder):
     log.to_csv(folder / "click_log.csv", index=False)
 
 
-def test_the_tutorial_from_a_click_log_to_a_student(workshop, small_models, tmp_path, capsys):
+@pytest.mark.parametrize("page", ["own_data.md", "own_data.zh.md"])
+def test_the_tutorial_from_a_click_log_to_a_student(page, workshop, small_models, tmp_path, capsys):
     shutil.rmtree("runs")
     raw_tables(tmp_path)
-    ran = run("docs/tutorials/own_data.md", "--use_cpu", "true")
+    ran = run(f"docs/tutorials/{page}", "--use_cpu", "true")
     assert ran == 9
     printed = capsys.readouterr().out
     assert re.search(r"^\d+ clicks, 150 judged pairs, \d+ queries to measure on$", printed, flags=re.M)
@@ -237,6 +238,12 @@ def test_the_tutorial_from_a_click_log_to_a_student(workshop, small_models, tmp_
     assert Path("runs/labels_alone/eval.json").exists()
 
 
+@pytest.mark.parametrize("tutorial", ["first_ranker", "own_data"])
+def test_both_languages_show_the_same_snippets(tutorial):
+    english, chinese = (blocks(f"docs/tutorials/{tutorial}{ending}") for ending in (".md", ".zh.md"))
+    assert english == chinese
+
+
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
 def test_the_readme(page, tables, small_models, judgments, clicks, corpus):
     for name, table in {"judgments": judgments, "clicks": clicks, "candidates": tables, "corpus": corpus}.items():
@@ -246,8 +253,19 @@ def test_the_readme(page, tables, small_models, judgments, clicks, corpus):
 
 
 def test_both_readmes_show_the_same_results():
-    tables = [re.findall(r"```\n( +parameters.*?)```", (ROOT / page).read_text(), flags=re.S) for page in PAGES[:2]]
-    assert PAGES[:2] == ["README.md", "README_zh.md"] and len(tables[0]) == 1 and tables[0] == tables[1]
+    texts = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "README_zh.md")]
+    english, chinese = ([re.findall(r"```\n( +parameters.*?)```", text, flags=re.S)] for text in texts)
+    assert len(english[0]) == 1 and english == chinese
+    rows = [re.findall(r"^\|.*$", text, flags=re.M) for text in texts]
+    figures = [[sorted(re.findall(r"\d[\d,.^-]*\d|\d|https:[^)]+", row)) for row in part] for part in rows]
+    assert len(rows[0]) > 12 and figures[0] == figures[1]
+
+
+def test_both_readmes_show_the_same_snippets():
+    english, chinese = (
+        [re.sub(r" *# .*", "", block) for _, block, _ in blocks(page)] for page in ("README.md", "README_zh.md")
+    )
+    assert english == chinese
 
 
 def test_commands_that_are_not_run_have_options_that_there_are(tmp_path, monkeypatch):

@@ -42,6 +42,19 @@ def test_the_wheel_brings_templates_and_configs(wheel):
     assert len(expected) > 10 and expected <= names
 
 
+def test_the_wheel_alone_holds_all_that_is_imported(wheel, tmp_path):
+    """Unpacked far from the repository, with the dependencies of this environment."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "import hf_disranker as h; [getattr(h, name) for name in h.__all__]\n"
+    code += "from hf_disranker.cli import STAGES, load_stage\n"
+    code += "print(h.__file__, *(load_stage(stage).__file__ for stage in STAGES), sep='\\n')"
+    clean = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    files = ended.stdout.split()
+    assert len(files) > 8 and all(file.startswith(str(tmp_path)) for file in files), files
+
+
 @pytest.mark.slow
 def test_the_wheel_works_in_an_environment_of_its_own(wheel, tmp_path, judgments):
     """Installs the wheel with all it needs, as `pip install` would, and uses it far from the repository."""

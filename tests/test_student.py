@@ -71,6 +71,13 @@ def test_marking_a_config_leaves_the_original_alone():
     assert type(config) is BertConfig and config.num_labels == 3 and not hasattr(config, "disranker")
 
 
+def test_a_config_that_nobody_marked_can_be_shown():
+    """Some versions of transformers build one to compare with."""
+    config = BertDistilledRanker.config_class()
+    assert config.to_dict()["architectures"] == ["BertForSequenceClassification"]
+    assert "BertForSequenceClassification" in repr(config)
+
+
 def test_keep_layers_takes_the_named_layers_and_survives_saving(tmp_path):
     ranker = BertDistilledRanker(BertConfig(**TINY)).eval()
     first, third = (ranker.bert.encoder.layer[i].output.dense.weight.clone() for i in (0, 2))

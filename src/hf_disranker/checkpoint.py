@@ -116,7 +116,8 @@ class RankerConfigMixin:
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data: it names the stock architecture, and no code, which lies in no folder of ours."""
-        architecture = self.architecture_of(self.disranker["head"])
+        marker = getattr(self, MARKER, {})  # transformers makes configs of the bare class, to compare with
+        architecture = self.architecture_of(marker.get("head", self.head))
         content = super().to_dict() | {"architectures": [architecture]}  # type: ignore[misc]
         content.pop("auto_map", None)
         return content

@@ -34,16 +34,17 @@ class CptConfig(TokenFreeArguments, SFTConfig):
     """Options of the continued pre-training.
 
     Defaults that differ from trl's `SFTConfig`: learning_rate 1e-4, max_length 256, warmup_steps 0.03 (a share of all
-    steps), completion_only_loss True (the loss is on title and summary), gradient_checkpointing False, bf16 False,
-    eval_strategy "epoch", save_total_limit 1, report_to "none", hub_private_repo True (the model has read the clicks),
-    dataloader_pin_memory only with a GPU.
+    steps), completion_only_loss True (the loss is on title and summary), gradient_checkpointing None (off), bf16
+    False, eval_strategy "epoch", save_total_limit 1, report_to "none", hub_private_repo True (the model has read the
+    clicks), dataloader_pin_memory only with a GPU.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     max_length: int | None = field(default=256, metadata={"help": "Tokens of query, title and summary at most."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
     completion_only_loss: bool | None = field(default=True, metadata={"help": "Loss on title and summary only."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
+    # Not False: newer versions of transformers take any value of this name for a request to be renamed, and warn.
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Trade time for memory."})
     bf16: bool | None = field(default=False, metadata={"help": "Train in bf16 where the hardware has it."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
     dataloader_pin_memory: bool = field(
