@@ -90,12 +90,8 @@ def train(cell: dict[str, Any], config: dict[str, Any], rows: Dataset, start: Pa
     """Train one student and leave it in a folder."""
     common = {"output_dir": str(folder / "work"), "max_steps": config["steps"], "seed": seed, "report_to": "none"}
     common |= {"learning_rate": config["learning_rate"], "save_strategy": "no", "logging_steps": 50}
-    common |= {
-        "disable_tqdm": True,
-        "bf16": config["bf16"],
-        "use_cpu": not torch.cuda.is_available(),
-        "warmup_steps": 0.05,
-    }
+    common |= {"bf16": config["bf16"], "use_cpu": not torch.cuda.is_available(), "warmup_steps": 0.05}
+    common["disable_tqdm"] = True
     lengths = {"max_length": config["max_length"], "max_query_length": config["max_query_length"]}
     queries = config["queries_per_step"]
     set_seed(seed)
