@@ -3,10 +3,11 @@
     python benchmarks/heads.py run --quickstart runs/quickstart --out runs/heads
     python benchmarks/heads.py show --out runs/heads
 
-The quickstart's decoder after its continued pre-training is fitted three times to the same clicks and labels, with
-the options of recipes/configs/quickstart/teacher.yaml and the quickstart's seed; the heads alone differ. Several
-quickstarts are several seeds. `run` goes on where it stopped; `show` prints markdown: means over the seeds, 95%
-intervals by query, paired tests corrected for both comparisons (Holm).
+The quickstart's decoder after its continued pre-training is fitted to the same clicks and labels once for each head,
+with the options of recipes/configs/quickstart/teacher.yaml and the quickstart's seed; the heads alone differ. The
+last token at the quickstart's own steps is its teacher. Several quickstarts are several seeds. `run` goes on where it
+stopped; `show` prints markdown: means over the seeds, 95% intervals by query, paired tests corrected for both
+comparisons (Holm).
 """
 
 import argparse
@@ -68,8 +69,10 @@ def make(head: str, start: Path, seed: int, attention: str | None) -> tuple[LLMF
 
 def fit(head: str, quickstart: Path, work: Path, steps: int | None) -> tuple[Ranker, int]:
     """A teacher of one head, and its seed."""
-    options = yaml.safe_load(CONFIG.read_text())
     seed = json.loads((quickstart / "teacher" / "run.json").read_text())["options"]["RankingConfig"]["seed"]
+    if head == HEADS[0] and not steps:
+        return Ranker.from_pretrained(quickstart / "teacher"), seed
+    options = yaml.safe_load(CONFIG.read_text())
     attention, _ = options.pop("attn_implementation"), options.pop("train_split")
     options |= {"save_strategy": "no", "seed": seed, "max_steps": steps or options["max_steps"], "report_to": "none"}
     options |= {"bf16": torch.cuda.is_available() or bf16_is_faster(), "use_cpu": not torch.cuda.is_available()}

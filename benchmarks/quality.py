@@ -252,7 +252,7 @@ def table(names: list[str], found: dict[str, Any], values: dict[str, np.ndarray]
     for name in [*names, "teacher", "bm25"]:
         low, high = bootstrap(values[name])
         measures = [one for one, _ in found[name]]
-        mean = {key: np.mean([one[key] for one in measures]) for key in ("ndcg@10", "pnr", "auc")}
+        mean = {key: np.mean([one[key] or np.nan for one in measures]) for key in ("ndcg@10", "pnr", "auc")}
         spread = f" ± {np.std([one['ndcg@10'] for one in measures], ddof=1):.3f}" if len(measures) > 1 else ""
         about = {
             key: np.mean([one["about"].get(key) or np.nan for one in measures])

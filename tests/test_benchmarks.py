@@ -1,6 +1,8 @@
 """The experiments behind docs/benchmarks/quality.md, with models and tables that take seconds."""
 
 import importlib.util
+import re
+import shutil
 import sys
 import xml.etree.ElementTree
 from pathlib import Path
@@ -12,6 +14,7 @@ import yaml
 from transformers import BertConfig, BertModel
 
 from hf_disranker import Ranker
+from hf_disranker.data import pair_texts, write_table
 from hf_disranker.from_scratch import small_llama
 from hf_disranker.teacher import LLMForLastTokenRanking
 
@@ -34,32 +37,65 @@ def encoder(tiny_student, tmp_path):
     return tmp_path / "encoder"
 
 
+def call(module, monkeypatch, what, *options):
+    monkeypatch.setattr(sys, "argv", [module.__name__, what, *map(str, options)])
+    module.main()
+
+
 def test_graded_queries_are_ranked_by_models_that_never_saw_their_labels(
     encoder, judgments, tmp_path, monkeypatch, capsys
 ):
     human_graded = load("human_graded")
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        judgments.to_parquet(tmp_path / name / "judgments.parquet")
+    (tmp_path / "graded").mkdir()
+    judgments.to_parquet(tmp_path / "graded" / "judgments.parquet")
     config = yaml.safe_load(human_graded.CONFIG.read_text())
-    config |= {"folds": 2, "students": {"1 layer": [5]}, "sets": {"first": {"steps": 1}, "second": {"steps": 1}}}
+    config |= {"folds": 2, "students": {"1 layer": [5]}, "sets": {"graded": {"steps": 1}}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     seen = []
     fit = human_graded.Fold.fit
     monkeypatch.setattr(human_graded.Fold, "fit", lambda fold, layers: seen.append(fold) or fit(fold, layers))
-    options = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--config", str(tmp_path / "config.yaml")]
+    options = ["--data", tmp_path, "--out", tmp_path / "out", "--config", tmp_path / "config.yaml", "--model", encoder]
 
     for what in ("run", "run", "show"):  # the second finds all done
-        monkeypatch.setattr(sys, "argv", ["human_graded.py", what, *options, "--model", str(encoder)])
-        human_graded.main()
+        call(human_graded, monkeypatch, what, *options)
 
-    assert len(seen) == 2 * 2 * 2  # sets, folds; the teacher and the student on labels
+    assert len(seen) == 2 * 2  # folds; the teacher and the student on labels
     for fold in seen:
         assert not set(fold.seen["query_id"]) & set(fold.held_out["query_id"])
         assert set(fold.seen["query_id"]) | set(fold.held_out["query_id"]) == set(judgments["query_id"])
     printed = capsys.readouterr().out
-    assert printed.count("12 queries. Nothing is called significant: 12 queries are fewer than 200.") == 2
+    assert "12 queries. Nothing is called significant: 12 queries are fewer than 200." in printed
     assert "| 1 layer, distilled | 1 layer, labels | " in printed and " p = " not in printed
+
+
+def test_the_cells_of_every_system_train_and_are_compared(
+    student_dir, teacher_dir, judgments, corpus, tmp_path, monkeypatch, capsys
+):
+    quality = load("quality")
+    quickstart = tmp_path / "quickstart"
+    shutil.copytree(student_dir, quickstart / "base" / "bert")
+    shutil.copytree(teacher_dir, quickstart / "teacher")
+    pairs = judgments.drop(columns=["label", "split"])
+    scores = Ranker.from_pretrained(teacher_dir).predict(pair_texts(pairs))
+    tables = {"data/judgments": judgments, "data/corpus": corpus.assign(split=judgments["split"])}
+    tables |= {"data/labels": judgments.drop(columns="split"), "scores/0": pairs.assign(teacher_score=scores)}
+    for name, table in tables.items():
+        write_table(table, str(quickstart / f"{name}.parquet"))
+    config = yaml.safe_load(quality.CONFIG.read_text()) | {"steps": 1, "max_length": 64}
+    kept = [config["reference"], "sentence-transformers RankNetLoss", "transformers Trainer, regression", "labels"]
+    config["cells"] = {name: config["cells"][name] for name in kept}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    options = ["--quickstart", quickstart, "--out", tmp_path / "out", "--config", tmp_path / "config.yaml"]
+
+    call(quality, monkeypatch, "run", *options, "--seeds", 0, "--questions", "d")
+    assert not (tmp_path / "out" / "cells" / "labels").exists()  # a cell of another question
+    call(quality, monkeypatch, "run", *options, "--seeds", 0)
+    call(quality, monkeypatch, "show", *options)
+
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"{name}, seed 0: ") == 1 for name in kept)  # the second run goes on where the first was
+    assert re.search(r"^\| labels \| 1 \| 0\.\d+ .*\| [+-]0\.\d+ \[", printed, flags=re.M)
+    assert "Nothing is called significant: 4 queries are fewer than 200." in printed
 
 
 def test_queries_that_differ_by_a_plural_share_a_fold():
