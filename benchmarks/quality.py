@@ -245,10 +245,10 @@ def table(names: list[str], found: dict[str, Any], values: dict[str, np.ndarray]
     if reference in names:
         tests = {one.first: one for one in compare(values, [(name, reference) for name in compared])}
     head = (
-        f"student | seeds | NDCG@10 | less {reference} | p, Holm | PNR | AUC | tau | offset | order "
+        f"student | seeds | NDCG@10 | less {reference} | seeds above | p, Holm | PNR | AUC | tau | offset | order "
         "| pairs/CPU s | CPU s"
     )
-    lines = [f"| {head} |", "|" + "---|" * 12]
+    lines = [f"| {head} |", "|" + "---|" * 13]
     for name in [*names, "teacher", "bm25"]:
         low, high = bootstrap(values[name])
         measures = [one for one, _ in found[name]]
@@ -261,11 +261,19 @@ def table(names: list[str], found: dict[str, Any], values: dict[str, np.ndarray]
         test = tests.get(name)
         difference = f"{test.difference:+.3f} [{test.interval[0]:+.3f}, {test.interval[1]:+.3f}]" if test else ""
         cells = [name, str(len(measures)), f"{mean['ndcg@10']:.3f}{spread} [{low:.3f}, {high:.3f}]", difference]
+        cells += [seeds_above(found[name], found[reference]) if test else ""]
         cells += [f"{test.p_holm:.4f}" if test else "", f"{mean['pnr']:.2f}", f"{mean['auc']:.3f}"]
         cells += [f"{about['tau']:.3f}", f"{about['offset']:.2f}", f"{about['order']:.2f}"]
         cells += [f"{about['pairs_per_cpu_s']:,.0f}", f"{about['cpu_seconds']:.0f}"]
         lines.append("| " + " | ".join(cell.replace("nan", "") for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def seeds_above(results: list[tuple[dict[str, Any], np.ndarray]], reference: Any) -> str:
+    """With how many of the seeds that both have NDCG@10 is above the reference's."""
+    ours, theirs = ({one["about"]["seed"]: one["ndcg@10"] for one, _ in some} for some in (results, reference))
+    both = ours.keys() & theirs.keys()
+    return f"{sum(ours[seed] > theirs[seed] for seed in both)} of {len(both)}"
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import BertConfig, BertModel
 
-from hf_disranker import Ranker
+from hf_disranker import Ranker, metrics
 from hf_disranker.data import pair_texts, write_table
 from hf_disranker.from_scratch import small_llama
 from hf_disranker.teacher import LLMForLastTokenRanking
@@ -135,3 +135,13 @@ def test_the_picture_of_depths_is_valid_svg():
     students = [depth.Point(f"{n} layers", 3000 / n, 0.6 + n / 50, 0.58 + n / 50, 0.63 + n / 50) for n in (1, 2, 3, 6)]
     svg = depth.picture(students, depth.Point("teacher", 300, 0.73, 0.71, 0.75), depth.Point("BM25", 0, 0.64, 0, 0))
     assert len(xml.etree.ElementTree.fromstring(svg).findall(".//{*}circle")) == 5 and "6 layers" in svg
+
+
+def test_pairs_across_queries_add_up_to_auc():
+    across = load("across")
+    rng = np.random.default_rng(0)
+    labels, scores, query = rng.integers(0, 3, 200), rng.normal(size=200).round(1), rng.integers(0, 9, 200)
+    pairs = np.outer(*(np.bincount(query, weights=kind) for kind in (labels > 0, labels == 0)))
+    draws = across.resampled(across.pairs_in_order(labels, scores, query), pairs)
+    assert draws[0] == pytest.approx(metrics.auc(labels, scores))
+    assert draws[1:].min() < draws[0] < draws[1:].max()
