@@ -70,7 +70,8 @@ def picture(students: list[Point], teacher: Point, bm25: Point) -> str:
         kind, at = "5" if one is teacher else "0", x(one.speed)
         parts.append(f'<line class="line s{kind}" x1="{at}" x2="{at}" y1="{y(one.low)}" y2="{y(one.high)}"/>')
         parts.append(f'<circle class="f{kind}" cx="{at}" cy="{y(one.value)}" r="5"/>')
-        parts.append(f'<text class="middle strong" x="{at}" y="{y(one.high) - 8}">{escape(one.title)}</text>')
+        place = y(one.low) + 18 if one is teacher else y(one.high) - 8  # beside a student of its speed
+        parts.append(f'<text class="middle strong" x="{at}" y="{place}">{escape(one.title)}</text>')
     spoken = "; ".join(f"{one.title}: NDCG@10 {one.value:.3f}, {one.speed:,.0f} pairs by CPU second" for one in shown)
     head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(spoken)}; BM25 {bm25.value:.3f}">'
     return charts.standalone("\n".join([head, *parts, "</svg>"]))
