@@ -63,7 +63,7 @@ def picture(students: list[Point], teacher: Point, bm25: Point) -> str:
     parts.append(f'<line class="base" {across} y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
     parts.append(f'<text class="quiet end" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}">pairs by CPU second</text>')
     parts.append(f'<line class="line s5" stroke-dasharray="6 4" {across} y1="{y(bm25.value)}" y2="{y(bm25.value)}"/>')
-    parts.append(f'<text class="quiet" x="{LEFT + 4}" y="{y(bm25.value) - 6}">BM25</text>')
+    parts.append(f'<text class="quiet end" x="{WIDTH - RIGHT}" y="{y(bm25.value) - 6}">BM25</text>')
     joined = " ".join(f"{x(one.speed)},{y(one.value)}" for one in students)
     parts.append(f'<polyline class="line s0" points="{joined}"/>')
     for one in shown:
