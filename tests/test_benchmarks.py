@@ -1,0 +1,147 @@
+"""The experiments behind docs/benchmarks/quality.md, with models and tables that take seconds."""
+
+import importlib.util
+import re
+import shutil
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertModel
+
+from hf_disranker import Ranker, metrics
+from hf_disranker.data import pair_texts, write_table
+from hf_disranker.from_scratch import small_llama
+from hf_disranker.teacher import LLMForLastTokenRanking
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def encoder(tiny_student, tmp_path):
+    size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 6}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(tiny_student[1]), **size)).save_pretrained(tmp_path / "encoder")
+    tiny_student[1].save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def call(module, monkeypatch, what, *options):
+    monkeypatch.setattr(sys, "argv", [module.__name__, what, *map(str, options)])
+    module.main()
+
+
+def test_graded_queries_are_ranked_by_models_that_never_saw_their_labels(
+    encoder, judgments, tmp_path, monkeypatch, capsys
+):
+    human_graded = load("human_graded")
+    (tmp_path / "graded").mkdir()
+    judgments.to_parquet(tmp_path / "graded" / "judgments.parquet")
+    config = yaml.safe_load(human_graded.CONFIG.read_text())
+    config |= {"folds": 2, "students": {"1 layer": [5]}, "sets": {"graded": {"steps": 1}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    seen = []
+    fit = human_graded.Fold.fit
+    monkeypatch.setattr(human_graded.Fold, "fit", lambda fold, layers: seen.append(fold) or fit(fold, layers))
+    options = ["--data", tmp_path, "--out", tmp_path / "out", "--config", tmp_path / "config.yaml", "--model", encoder]
+
+    for what in ("run", "run", "show"):  # the second finds all done
+        call(human_graded, monkeypatch, what, *options)
+
+    assert len(seen) == 2 * 2  # folds; the teacher and the student on labels
+    for fold in seen:
+        assert not set(fold.seen["query_id"]) & set(fold.held_out["query_id"])
+        assert set(fold.seen["query_id"]) | set(fold.held_out["query_id"]) == set(judgments["query_id"])
+    printed = capsys.readouterr().out
+    assert "12 queries. Nothing is called significant: 12 queries are fewer than 200." in printed
+    assert "| 1 layer, distilled | 1 layer, labels | " in printed and " p = " not in printed
+
+
+def test_the_cells_of_every_system_train_and_are_compared(
+    student_dir, teacher_dir, judgments, corpus, tmp_path, monkeypatch, capsys
+):
+    quality = load("quality")
+    quickstart = tmp_path / "quickstart"
+    shutil.copytree(student_dir, quickstart / "base" / "bert")
+    shutil.copytree(teacher_dir, quickstart / "teacher")
+    pairs = judgments.drop(columns=["label", "split"])
+    scores = Ranker.from_pretrained(teacher_dir).predict(pair_texts(pairs))
+    tables = {"data/judgments": judgments, "data/corpus": corpus.assign(split=judgments["split"])}
+    tables |= {"data/labels": judgments.drop(columns="split"), "scores/0": pairs.assign(teacher_score=scores)}
+    for name, table in tables.items():
+        write_table(table, str(quickstart / f"{name}.parquet"))
+    config = yaml.safe_load(quality.CONFIG.read_text()) | {"steps": 1, "max_length": 64}
+    kept = [config["reference"], "sentence-transformers RankNetLoss", "transformers Trainer, regression", "labels"]
+    config["cells"] = {name: config["cells"][name] for name in kept}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    options = ["--quickstart", quickstart, "--out", tmp_path / "out", "--config", tmp_path / "config.yaml"]
+
+    call(quality, monkeypatch, "run", *options, "--seeds", 0, "--questions", "d")
+    assert not (tmp_path / "out" / "cells" / "labels").exists()  # a cell of another question
+    call(quality, monkeypatch, "run", *options, "--seeds", 0)
+    call(quality, monkeypatch, "show", *options)
+
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"{name}, seed 0: ") == 1 for name in kept)  # the second run goes on where the first was
+    assert re.search(r"^\| labels \| 1 \| 0\.\d+ .*\| [+-]0\.\d+ \[", printed, flags=re.M)
+    assert "Nothing is called significant: 4 queries are fewer than 200." in printed
+
+
+def test_queries_that_differ_by_a_plural_share_a_fold():
+    human_graded = load("human_graded")
+    folds = human_graded.fold_of(["wireless headphones", "Wireless headphone", "tv-set", "tvset"], 1000)
+    assert folds[0] == folds[1] and folds[2] == folds[3] and folds[0] != folds[2]
+
+
+def test_mean_pooling_reads_every_token_and_no_padding(teacher_dir):
+    heads = load("heads")
+    model = heads.MeanPooledLlama.from_pretrained(teacher_dir).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        alone = model(ids, mask).scores
+        padded = model(torch.tensor([[0, 0, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1]])).scores
+        states = model.model(ids, attention_mask=mask).last_hidden_state[0]
+        by_hand = model.score(states.mean(dim=0))
+        last = LLMForLastTokenRanking.from_pretrained(teacher_dir).eval()(ids, mask).scores
+    torch.testing.assert_close(alone, by_hand)
+    torch.testing.assert_close(alone, padded)
+    assert not torch.allclose(alone, last)
+
+
+@pytest.mark.parametrize("head", load("heads").HEADS)
+def test_each_head_makes_a_ranker(head, tmp_path, tiny_teacher, monkeypatch):
+    heads = load("heads")
+    monkeypatch.setattr(heads, "WORDS", ["close", "read", "write"])
+    tiny_teacher[1].save_pretrained(tmp_path)
+    small_llama(tiny_teacher[1], layers=2, size=32).save_pretrained(tmp_path)
+    model, tokenizer = heads.make(head, tmp_path, seed=0, attention="eager")
+    assert np.isfinite(Ranker(model, tokenizer).predict([("read json", "json file")])).all()
+
+
+def test_the_picture_of_depths_is_valid_svg():
+    depth = load("depth")
+    students = [depth.Point(f"{n} layers", 3000 / n, 0.6 + n / 50, 0.58 + n / 50, 0.63 + n / 50) for n in (1, 2, 3, 6)]
+    svg = depth.picture(students, depth.Point("teacher", 300, 0.73, 0.71, 0.75), depth.Point("BM25", 0, 0.64, 0, 0))
+    assert len(xml.etree.ElementTree.fromstring(svg).findall(".//{*}circle")) == 5 and "6 layers" in svg
+
+
+def test_pairs_across_queries_add_up_to_auc():
+    across = load("across")
+    rng = np.random.default_rng(0)
+    labels, scores, query = rng.integers(0, 3, 200), rng.normal(size=200).round(1), rng.integers(0, 9, 200)
+    pairs = np.outer(*(np.bincount(query, weights=kind) for kind in (labels > 0, labels == 0)))
+    draws = across.resampled(across.pairs_in_order(labels, scores, query), pairs)
+    assert draws[0] == pytest.approx(metrics.auc(labels, scores))
+    assert draws[1:].min() < draws[0] < draws[1:].max()
