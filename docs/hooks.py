@@ -1,13 +1,19 @@
-"""What the site shows of the code itself: a table of the options of every stage, made anew at each build."""
+"""What the site shows of the code itself: a table of the options of every stage, made anew at each build.
+
+Chinese has no blanks between words, so a line break between its signs becomes nothing.
+"""
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from hf_disranker.cli import STAGES, load_stage
 
 MARK = "<!-- options of every stage -->"
+_CJK = "[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
+_BREAK = re.compile(f"(?<={_CJK})\\n(?={_CJK})")
 
 # What is known of the paper is its abstract and first page; what summaries of it add is marked as such.
 PAPER = {
@@ -23,7 +29,8 @@ PAPER = {
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by mkdocs for every page: put the tables where the mark stands."""
+    """Called by mkdocs for every page: put the tables where the mark stands, and join lines of Chinese."""
+    markdown = _BREAK.sub("", markdown)
     return markdown.replace(MARK, "\n".join(option_tables())) if MARK in markdown else markdown
 
 

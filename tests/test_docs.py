@@ -332,6 +332,11 @@ def test_the_pictures_are_drawn_from_todays_numbers():
         assert stored == svg, f"{name}.svg is out of date: run `python docs/pictures.py`"
 
 
+def test_lines_of_chinese_are_joined_and_paragraphs_kept():
+    text = "一行，\n两行。\n\n- 项目\n  half\n三"
+    assert load("hooks").on_page_markdown(text) == "一行，两行。\n\n- 项目\n  half\n三"
+
+
 def test_the_site_lists_every_option_with_its_default():
     hooks = load("hooks")
     tables = hooks.on_page_markdown(f"before\n{hooks.MARK}\nafter")
