@@ -22,7 +22,7 @@ $(INSTALLED): setup.cfg pyproject.toml $(CONSTRAINTS)
 
 install: $(INSTALLED)  ## Build the environment in .venv
 
-quickstart: $(INSTALLED)  ## All stages on the Python documentation of this machine, about a quarter of an hour
+quickstart: $(INSTALLED)  ## All stages on the Python documentation of this machine, 15 to 30 minutes
 	$(BIN)/disranker quickstart $(ARGS)
 
 demo: $(INSTALLED)  ## A search page on what the quickstart made

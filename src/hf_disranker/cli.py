@@ -13,7 +13,7 @@ from typing import Any
 from hf_disranker.version import __version__
 
 STAGES = {
-    "quickstart": "all stages on the Python documentation of this machine, in about a quarter of an hour",
+    "quickstart": "all stages on the Python documentation of this machine, in 15 to 30 minutes",
     "cpt": "1   continued pre-training of a language model on clicks",
     "fit_teacher": "2   fit a ranker to graded judgments",
     "score": "3a  a teacher's scores for unlabelled pairs",
