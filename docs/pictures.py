@@ -59,7 +59,8 @@ def method(table: str) -> str:
     ]
     label = (
         "Clicks and judgments make LLM teachers. Their scores of unlabelled pairs make a BERT student. In the "
-        f"quickstart: two teachers, NDCG@10 {teachers[0]}, {teachers[1]} pairs/s; student {student[0]}, {student[1]} pairs/s."
+        f"quickstart: two teachers, NDCG@10 {teachers[0]}, {teachers[1]} pairs/s; "
+        f"student {student[0]}, {student[1]} pairs/s."
     )
     return _FRAME.format(width=640, height=302, label=label, body="\n".join(body))
 
