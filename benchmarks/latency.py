@@ -18,6 +18,7 @@ os.environ["HF_DISRANKER_NO_AUTO"] = "1"  # the CrossEncoder of who has not this
 import argparse
 import copy
 import json
+import logging
 import tempfile
 import time
 from pathlib import Path
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", help="json file")
     args = parser.parse_args()
+    logging.disable(logging.INFO)
     torch.set_num_threads(args.threads)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     dtypes = precisions(limits())
