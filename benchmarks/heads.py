@@ -42,10 +42,11 @@ WORDS = "01234"
 class MeanPooledLlama(LlamaForLastTokenRanking):
     """A decoder that scores a text by the mean of its tokens' hidden states; only for this comparison."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> RankerOutput:
         """As in `LLMForLastTokenRanking`, but for the pooling."""
+        assert attention_mask is not None
         kwargs.pop("return_dict", None)
         hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).last_hidden_state
         weight = attention_mask.unsqueeze(-1).to(hidden.dtype)

@@ -24,6 +24,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,10 @@ class Fold:
     def run(self) -> None:
         """Whatever is not finished."""
         students = self.options["students"]
-        self.keep("teacher", lambda: self.fit(range(6)), also=self.candidate_scores)
+        self.keep("teacher", partial(self.fit, range(6)), also=self.candidate_scores)
         for name, layers in students.items():
-            self.keep(f"{name}, labels", lambda layers=layers: self.fit(layers))
-            self.keep(f"{name}, distilled", lambda layers=layers: self.distil(layers))
+            self.keep(f"{name}, labels", partial(self.fit, layers))
+            self.keep(f"{name}, distilled", partial(self.distil, layers))
 
     def keep(self, name: str, train: Callable[[], Ranker], also: Callable[[Ranker], None] | None = None) -> None:
         """Train a ranker and write its scores of the held-out queries, unless they are there."""
@@ -184,10 +185,12 @@ def run(args: argparse.Namespace) -> None:
     for name, options in config["sets"].items():
         rows, corpus = read_set(args.data / name)
         rows = rows.assign(fold=fold_of(rows["query"], config["folds"]))
-        for baseline, score in zip(BASELINES, (bm25_scores, cosine), strict=True):
+        for baseline, score in zip(
+            BASELINES, (partial(bm25_scores, rows, corpus), partial(cosine, rows, model)), strict=True
+        ):
             path = args.out / name / f"{baseline}.parquet"
             if not path.exists():
-                scores = score(rows, corpus if score is bm25_scores else model)
+                scores = score()
                 write_table(rows[["query_id", "doc_id"]].assign(score=scores), str(path))
         for number in range(config["folds"]):
             Fold(args.out / name / str(number), rows, corpus, number, model, config | options).run()

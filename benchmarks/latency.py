@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--student", help="a trained student instead of random ones")
     parser.add_argument("--judgments", help="table whose development queries are searched with --student")
     parser.add_argument("--searches", type=int, default=100, help="searches for each figure")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for each figure, or 20 searches if longer")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each figure, or 20 searches if longer")
     parser.add_argument("--budget_ms", type=float, default=10.0, help="what a search may take")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", help="json file")

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import ir_measures
@@ -21,7 +23,7 @@ import torch
 from speed import MAX_LENGTH, SHAPES, Scores, Variants, measure, read_pairs, time_of
 from transformers import BertConfig
 
-from hf_disranker import BertDistilledRanker, Ranker, metrics
+from hf_disranker import BertDistilledRanker, Ranker, metrics, significance
 from hf_disranker.from_scratch import train_wordpiece
 from hf_disranker.losses import margin_mse
 
@@ -42,9 +44,9 @@ def metric_rows(rows: int, rounds: int) -> dict[str, float]:
 
     def ours() -> Scores:
         pairs = metrics.query_pair_counts(labels, scores, names[0])
-        metrics.bootstrap(pairs.concordant, pairs.discordant)
+        significance.bootstrap(pairs.concordant, pairs.discordant)
         values = metrics.ndcg(labels, scores, names[0], gain="linear")
-        metrics.bootstrap(values)
+        significance.bootstrap(values)
         return values
 
     variants: Variants = {
@@ -74,14 +76,14 @@ def growth(ranker: Ranker, pairs: list[tuple[str, str]]) -> dict[str, dict[int, 
     }
     for count in (32, 100, 320, 1000):
         some = (pairs * 2)[:count]
-        jobs["scored pairs"][count] = 1e6 * min(time_of(lambda s=some: ranker.predict(s)) for _ in range(3)) / count
+        jobs["scored pairs"][count] = 1e6 * min(time_of(partial(ranker.predict, some)) for _ in range(3)) / count
     for count in (8, 24, 80, 240):
         scores, mask = torch.randn(2, 1000, count), torch.ones(1000, count, dtype=torch.bool)
-        seconds = min(time_of(lambda s=scores, m=mask: margin_mse(*s, m)) for _ in range(3))
+        seconds = min(time_of(partial(margin_mse, scores[0], scores[1], mask)) for _ in range(3))
         jobs["documents of a query in the loss"][count] = 1e6 * seconds / (1000 * count)
     for count in (30_000, 100_000, 300_000, 1_000_000):
         columns = random_ranking(count)
-        seconds = min(time_of(lambda c=columns: metrics.evaluate(*c)) for _ in range(3))
+        seconds = min(time_of(partial(metrics.evaluate, *columns)) for _ in range(3))
         jobs["rows measured"][count] = 1e6 * seconds / count
     return jobs
 
@@ -91,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", help="json file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     seconds = metric_rows(args.rows, args.rounds)
@@ -100,8 +103,12 @@ def main() -> None:
     tokenizer = train_wordpiece([text for pair in pairs for text in pair], 30_522, MAX_LENGTH)
     shape = SHAPES["minilm"] | {"num_hidden_layers": 2}
     ranker = Ranker(BertDistilledRanker(BertConfig(vocab_size=len(tokenizer), **shape)), tokenizer)
-    for job, costs in growth(ranker, pairs).items():
+    grown = growth(ranker, pairs)
+    for job, costs in grown.items():
         print(f"CPU microseconds each, {job}:", {count: round(cost, 3) for count, cost in costs.items()}, flush=True)
+    if args.out:
+        found = {"CPU seconds": seconds, "CPU microseconds each": grown}
+        Path(args.out).write_text(json.dumps(found, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

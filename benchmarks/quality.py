@@ -25,6 +25,7 @@ import yaml
 from datasets import Dataset
 from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments, losses
+from speed import make_stock
 from transformers import AutoTokenizer, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
 from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer, Ranker, from_scratch, metrics
@@ -105,7 +106,9 @@ def train(cell: dict[str, Any], config: dict[str, Any], rows: Dataset, start: Pa
         args = config_kind(**options, eval_strategy="no")
         trainer_kind(model=student, args=args, train_dataset=rows, processing_class=tokenizer).train()
     elif cell["system"] == "sentence-transformers":
-        model = CrossEncoder(str(start), max_length=config["max_length"])
+        stock = shutil.copytree(start, folder / "work" / "stock", dirs_exist_ok=True)
+        make_stock(stock)
+        model = CrossEncoder(str(stock), max_length=config["max_length"])
         model.model.config._attn_implementation = "eager"
         data, size = peer_rows(cell["loss"], rows, queries)
         args = CrossEncoderTrainingArguments(**common, per_device_train_batch_size=size)

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-SYSTEMS = {  # name -> (format, what its size on disk is)
+SYSTEMS: dict[str, tuple[Any, str]] = {  # name -> (format, what its size on disk is)
     "PyTorch": ("cross-encoder", "model.safetensors"),
     "sentence-transformers": ("cross-encoder", "model.safetensors"),
     "onnx": ("onnx", "onnx/model.onnx"),
@@ -38,6 +38,7 @@ if importlib.util.find_spec("flashrank"):
 def measure(system: str, folder: str, pairs: list[tuple[str, str]]) -> dict[str, Any]:
     """Load a form and score the pairs."""
     start = time.process_time()
+    predict: Callable[[list[Any]], Any]
     if system == "PyTorch":
         from hf_disranker import Ranker
 

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def limits(device: str = "cpu") -> dict[str, float]:
     found, size = {}, 1024 if device == "cpu" else 8192
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.randn(size, size, device=device, dtype=dtype)
-        best = min(time_of(lambda m=matrix: m @ m, device) for _ in range(5))
+        best = min(time_of(partial(torch.matmul, matrix, matrix), device) for _ in range(5))
         found[str(dtype).removeprefix("torch.")] = 2 * size**3 / best / 1e9
     return found
 
@@ -128,33 +129,36 @@ def student_rows(
     for name in ("ours", "stock"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    config = json.loads((folder / "stock" / "config.json").read_text())
-    del config["disranker"]  # or AutoModel would load our class for the peers
-    (folder / "stock" / "config.json").write_text(json.dumps(config))
+    make_stock(folder / "stock")
 
     variants: Variants = {}
     lengths = np.array([len(row) for row in tokenizer([q for q, _ in pairs], [d for _, d in pairs])["input_ids"]])
     for name in dtypes:
         dtype = getattr(torch, name)
-        options = {"device": device, "max_length": MAX_LENGTH, "model_kwargs": {"dtype": dtype}}
+        options: dict[str, Any] = {"device": device, "max_length": MAX_LENGTH, "model_kwargs": {"dtype": dtype}}
         peer, with_us = (CrossEncoder(str(folder / kind), **options) for kind in ("stock", "ours"))
         ranker = Ranker.from_pretrained(folder / "ours", device=device, dtype=dtype)
-        variants[f"CrossEncoder.predict {name}"] = lambda p=peer: p.predict(pairs, show_progress_bar=False)
+        variants[f"CrossEncoder.predict {name}"] = partial(peer.predict, pairs, show_progress_bar=False)
         variants[f"transformers, token budget {name}"] = _control(folder / "stock", dtype, pairs, device)
-        variants[f"CrossEncoder with hf_disranker {name}"] = lambda p=with_us: p.predict(
-            pairs, show_progress_bar=False
-        )
-        variants[f"ours {name}"] = lambda r=ranker: r.predict(pairs)
+        variants[f"CrossEncoder with hf_disranker {name}"] = partial(with_us.predict, pairs, show_progress_bar=False)
+        variants[f"ours {name}"] = partial(ranker.predict, pairs)
     if importlib.util.find_spec("flash_attn") and device != "cpu":
         options["model_kwargs"] |= {"attn_implementation": "flash_attention_2"}
         flat = CrossEncoder(str(folder / "stock"), **options)
         ranker = Ranker.from_pretrained(folder / "ours", device=device, **options["model_kwargs"])
-        variants["CrossEncoder, flash attention bfloat16"] = lambda: flat.predict(pairs, show_progress_bar=False)
-        variants["ours, flash attention bfloat16"] = lambda r=ranker: r.predict(pairs)
+        variants["CrossEncoder, flash attention bfloat16"] = partial(flat.predict, pairs, show_progress_bar=False)
+        variants["ours, flash attention bfloat16"] = partial(ranker.predict, pairs)
     tokens, size = np.minimum(lengths, MAX_LENGTH), shape["hidden_size"]
     weights = 4 * size**2 + 2 * size * shape["intermediate_size"]
     flops = np.mean(shape["num_hidden_layers"] * tokens * (2 * weights + 4 * tokens * size))
     return variants, float(flops), float(tokens.mean())
+
+
+def make_stock(folder: Path) -> None:
+    """Take our mark from a checkpoint, or AutoModel would load our class for the peers."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["disranker"]
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _control(folder: Path, dtype: torch.dtype, pairs: list[tuple[str, str]], device: str) -> Callable[[], Scores]:
@@ -212,8 +216,8 @@ def teacher_rows(
     flops = float(np.mean(shape["num_hidden_layers"] * tokens * (2 * weights + 2 * tokens * size)))
     variants: Variants = {
         f"padded batches of 16 {name}": sixteens,
-        f"token budget {name}": lambda: budget.predict(pairs),
-        f"ours, shared prefix {name}": lambda: shared.predict(pairs),
+        f"token budget {name}": partial(budget.predict, pairs),
+        f"ours, shared prefix {name}": partial(shared.predict, pairs),
     }
     return variants, flops
 

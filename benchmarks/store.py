@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,7 +52,7 @@ def measure(folder: Path) -> dict[str, float]:
         def describe(self) -> dict:
             return {"teacher": "stub", "weights": "stub"}
 
-        def predict(self, pairs: list) -> np.ndarray:
+        def predict(self, pairs: Sequence[Any]) -> np.ndarray:
             return np.fromiter((len(document["summary"]) for _, document in pairs), np.float32, len(pairs))
 
     start = peak_mb()

@@ -12,6 +12,7 @@ import multiprocessing
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -39,7 +40,11 @@ def write(path: Path, rows: int, documents: int) -> None:
             number = np.arange(start, start + count)
             queries = (number // documents).astype(str)
             text = words[rng.integers(5000, size=(count, 40))]
-            columns = {"query_id": queries, "query": np.char.add("query ", queries), "doc_id": number.astype(str)}
+            columns: dict[str, Any] = {
+                "query_id": queries,
+                "query": np.char.add("query ", queries),
+                "doc_id": number.astype(str),
+            }
             columns |= {"title": [" ".join(row[:6]) for row in text], "summary": [" ".join(row[6:]) for row in text]}
             file.write_table(
                 pa.table(columns | {"teacher_score": rng.normal(size=count).astype(np.float32)}, schema=file.schema)

@@ -4,11 +4,13 @@
     python benchmarks/training.py --layers 6 --size 384      # the shape of MiniLM-L6
     accelerate launch --num_processes 1 benchmarks/training.py --layers 12 --size 768 --queries 32     # on a GPU
 
-A row is a query with all its documents and a teacher score for each. The systems take turns, each in a process of its
-own; a figure is the median over the rounds of the median step, the first two steps left out. Documents per second
-count every document once a step. A preference pair is a margin of the teacher that the loss compares: n (n - 1) / 2 of
-n documents with ours, n - 1 with `MarginMSELoss`, which compares the first document with each other one. Peak memory
-is that of the GPU, or the process's largest resident memory on a CPU, libraries included.
+A row is a query with all its documents and a teacher score for each; sentence-transformers gets it as one n-tuple, or
+as triplets of its best document with each other one. The systems take turns, each in a process of its own; a figure is
+the median over the rounds of the median step, the first two steps left out. Documents per second count every document
+once a forward pass. A preference pair is a margin of the teacher that the loss compares: n (n - 1) / 2 of n documents
+with ours, n - 1 with `MarginMSELoss`, which compares the first document with each other one. Peak memory is that of
+the GPU, or the process's largest resident memory on a CPU, libraries included. By default in fp32, and in bf16 too
+where the machine multiplies faster in it.
 """
 
 import argparse
@@ -28,13 +30,16 @@ from datasets import Dataset, load_from_disk
 from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sentence_transformers.cross_encoder.losses import MarginMSELoss
+from speed import limits, make_stock, precisions
 from transformers import AutoTokenizer, TrainerCallback
 
 from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer
 from hf_disranker.cross_encoder import to_n_tuples
 from hf_disranker.from_scratch import small_bert, train_wordpiece
 
-SYSTEMS = ("ours", "ours, token budget", "sentence-transformers")
+PEERS = {"sentence-transformers, n-tuples": "tuples", "sentence-transformers, triplets": "triplets"}
+SYSTEMS = ("ours", "ours, token budget", *PEERS)
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 MAX_LENGTH = 256
 
 
@@ -68,21 +73,30 @@ def make_rows(queries: int, documents: int) -> Dataset:
         ids = [f"{query}-{place}" for place in range(documents)]
         summaries = [text(length) for length in rng.lognormal(3.7, 0.6, documents).clip(5, 200)]
         scores = rng.normal(size=documents).tolist()
-        row = {"query_id": str(query), "query": text(rng.integers(3, 9)), "doc_ids": ids, "titles": [""] * documents}
+        row = {
+            "query_id": str(query),
+            "query": text(int(rng.integers(3, 9))),
+            "doc_ids": ids,
+            "titles": [""] * documents,
+        }
         rows.append(row | {"summaries": summaries, "teacher_scores": scores})
     return Dataset.from_list(rows)
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> None:
-    """Write the rows, as groups and as n-tuples, and a random model."""
+    """Write the rows, as groups, n-tuples and triplets, and a random model."""
     rows = make_rows(args.queries * args.steps, args.documents)
     rows.save_to_disk(folder / "groups")
     to_n_tuples(rows, args.documents).save_to_disk(folder / "tuples")
+    to_n_tuples(rows, 2).save_to_disk(folder / "triplets")
     texts = [row["query"] for row in rows] + [text for row in rows for text in row["summaries"]]
     tokenizer = train_wordpiece(texts[:20_000], vocab_size=5000, max_length=MAX_LENGTH)
     torch.manual_seed(0)
-    small_bert(tokenizer, layers=args.layers, size=args.size).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    model = small_bert(tokenizer, layers=args.layers, size=args.size)
+    for name in ("model", "stock"):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    make_stock(folder / "stock")
 
 
 def run_one(system: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
@@ -92,12 +106,17 @@ def run_one(system: str, folder: Path, args: argparse.Namespace) -> dict[str, fl
     options |= {"per_device_train_batch_size": args.queries, "report_to": "none", "save_strategy": "no"}
     options |= {"disable_tqdm": True, "use_cpu": not torch.cuda.is_available(), "logging_steps": 1000, "seed": 0}
     torch.manual_seed(0)
-    if system == "sentence-transformers":
-        model = CrossEncoder(str(folder / "model"), max_length=MAX_LENGTH)
+    seen, compared = args.queries * args.documents, (args.documents - 1) / 2  # documents a step, pairs a document
+    if system in PEERS:
+        compared = 1 - 1 / args.documents
+        if PEERS[system] == "triplets":  # as many documents a step
+            options["per_device_train_batch_size"], compared = seen // 2, 1 / 2
+        model = CrossEncoder(str(folder / "stock"), max_length=MAX_LENGTH)
+        assert type(model[0].model).__name__ == "BertForSequenceClassification"
         trainer = CrossEncoderTrainer(
             model=model,
             args=CrossEncoderTrainingArguments(**options),
-            train_dataset=load_from_disk(str(folder / "tuples")),
+            train_dataset=load_from_disk(str(folder / PEERS[system])),
             loss=MarginMSELoss(model),
         )
     else:
@@ -116,12 +135,18 @@ def run_one(system: str, folder: Path, args: argparse.Namespace) -> dict[str, fl
     start = time.perf_counter()
     trainer.train()
     wall = time.perf_counter() - start
-    seen = args.queries * args.documents
     if system == "ours, token budget":
         loader = trainer.get_train_dataloader()
         seen = args.documents * statistics.mean(len(batch) for batch in loader.batch_sampler)
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * max_resident()
-    return {"step": statistics.median(times.seconds[2:]), "documents": seen, "memory": memory, "wall": wall}
+    step = statistics.median(times.seconds[2:])
+    return {
+        "documents": seen / step,
+        "pairs": compared * seen / step,
+        "step": step,
+        "memory": memory / 2**20,
+        "wall": wall,
+    }
 
 
 def max_resident() -> int:
@@ -138,8 +163,9 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=16, help="documents per query")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS.values()))
     parser.add_argument("--quick", action="store_true", help="a BERT of 4 layers x 128, 4 queries, 2 rounds")
+    parser.add_argument("--out", help="json file")
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
@@ -148,30 +174,33 @@ def main() -> None:
         args.precision = args.precision[0]
         print(json.dumps(run_one(args.one[0], Path(args.one[1]), args)))
         return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    args.precision = args.precision or [PRECISIONS[name] for name in precisions(limits("cuda" if gpu else "cpu"))]
     print(f"BERT {args.layers} x {args.size}, {args.queries} queries x {args.documents} documents a step, {device}")
-    print(f"{'':30}{'documents/s':>12}{'pairs/s':>12}{'step, ms':>10}{'peak, MiB':>11}")
+    print(f"{'':40}{'documents/s':>12}{'pairs/s':>12}{'step, ms':>10}{'peak, MiB':>11}")
+    found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), args)
         shape = [f"--{name}={getattr(args, name)}" for name in ("layers", "size", "queries", "documents", "steps")]
         for precision in args.precision:
-            found: dict[str, list[dict[str, float]]] = {system: [] for system in SYSTEMS}
+            runs: dict[str, list[dict[str, float]]] = {system: [] for system in SYSTEMS}
             for turn in range(args.rounds):
                 for system in SYSTEMS[:: 1 if turn % 2 else -1]:
                     command = [sys.executable, __file__, *shape, "--precision", precision, "--one", system, folder]
                     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                    found[system].append(json.loads(output.splitlines()[-1]))
-            for system, runs in found.items():
-                step = statistics.median(run["step"] for run in runs)
-                documents = runs[0]["documents"] / step
-                pairs = documents * (1 - 1 / args.documents)
-                if system != "sentence-transformers":
-                    pairs = documents * (args.documents - 1) / 2
-                memory = max(run["memory"] for run in runs) / 2**20
+                    runs[system].append(json.loads(output.splitlines()[-1]))
+            for system, rounds in runs.items():
+                row = {name: statistics.median(run[name] for run in rounds) for name in rounds[0]}
                 print(
-                    f"{precision} {system:25}{documents:12.0f}{pairs:12.0f}{1000 * step:10.0f}{memory:11.0f}",
+                    f"{precision} {system:35}{row['documents']:12.0f}{row['pairs']:12.0f}{1000 * row['step']:10.0f}"
+                    f"{row['memory']:11.0f}",
                     flush=True,
                 )
+                found[f"{precision} {system}"] = row
+    if args.out:
+        results = {"device": device, "torch": torch.__version__, "arguments": vars(args), "rows": found}
+        Path(args.out).write_text(json.dumps(results, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The experiments behind docs/benchmarks/quality.md, with models and tables that take seconds."""
 
+import argparse
+import ast
 import importlib.util
 import re
 import shutil
@@ -145,3 +147,29 @@ def test_pairs_across_queries_add_up_to_auc():
     draws = across.resampled(across.pairs_in_order(labels, scores, query), pairs)
     assert draws[0] == pytest.approx(metrics.auc(labels, scores))
     assert draws[1:].min() < draws[0] < draws[1:].max()
+
+
+@pytest.mark.parametrize("system", load("training").SYSTEMS)
+def test_training_is_measured_for_every_system_and_peers_train_the_stock_class(system, tmp_path):
+    training = load("training")
+    shape = {"layers": 2, "size": 32, "queries": 2, "documents": 4, "steps": 3, "precision": "fp32"}
+    training.prepare(tmp_path, argparse.Namespace(**shape))
+    row = training.run_one(system, tmp_path, argparse.Namespace(**shape))
+    assert row["documents"] > 0 and row["memory"] > 0
+    compared = {"sentence-transformers, n-tuples": 3 / 4, "sentence-transformers, triplets": 1 / 2}.get(system, 3 / 2)
+    assert row["pairs"] == pytest.approx(compared * row["documents"])
+
+
+def test_measures_are_those_of_the_peers(capsys, monkeypatch):
+    measures = load("measures")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # ranx compiles for a minute
+    seconds = measures.metric_rows(2000, rounds=1)
+    means = ast.literal_eval(re.search(r"{.*}", capsys.readouterr().out)[0])
+    assert len(seconds) == 2 and len(set(means.values())) == 1
+
+
+@pytest.mark.slow
+def test_growth_covers_every_job(tiny_student):
+    model, tokenizer = tiny_student
+    costs = load("measures").growth(Ranker(model, tokenizer), [("read json", "json file")] * 600)
+    assert [max(cost) / min(cost) for cost in costs.values()] == pytest.approx([31, 30, 33], abs=1)
