@@ -129,6 +129,12 @@ def test_checkpoints_of_another_kind_are_refused(tiny_student, tiny_teacher, tmp
             Ranker.from_pretrained(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["/nowhere/student", "nowhere/student"])
+def test_a_folder_that_is_not_there_is_named(name):
+    with pytest.raises(OSError, match=f"{name}: no such folder"):
+        Ranker.from_pretrained(name)
+
+
 @pytest.mark.parametrize("kind", ["student", "teacher"])
 def test_half_the_bits_move_scores_little_and_tie_none(kind, request, judgments):
     folder, pairs = request.getfixturevalue(f"{kind}_dir"), pair_texts(judgments)

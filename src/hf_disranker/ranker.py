@@ -69,9 +69,15 @@ class Ranker(PairRanker):
 
         Raises:
             ValueError: the checkpoint is of a kind that is not known, or holds no ranking head.
+            OSError: neither a folder nor on the Hub.
         """
         hub = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
-        config = AutoConfig.from_pretrained(name_or_path, **hub)
+        try:
+            config = AutoConfig.from_pretrained(name_or_path, **hub)
+        except OSError as error:
+            if os.path.isdir(name_or_path):
+                raise
+            raise OSError(f"{name_or_path}: no such folder, and as a Hub id: {error}") from error
         kind = BertDistilledRanker if config.model_type == "bert" else LLMForLastTokenRanking
         model, info = kind.from_pretrained(name_or_path, output_loading_info=True, **options)
         if info["missing_keys"]:
