@@ -57,6 +57,14 @@ def test_ranking_is_that_of_the_checkpoint(folder, pairs):
         assert ours == theirs | {"score": pytest.approx(theirs["score"], abs=1e-4)}
 
 
+def test_batches_hold_little_padding(folder, pairs, monkeypatch):
+    light, filled = LightRanker.from_pretrained(folder[1]), []
+    run = light._run
+    monkeypatch.setattr(light, "_run", lambda batch: filled.append(batch["attention_mask"].mean()) or run(batch))
+    light.predict(pairs)
+    assert len(filled) > 1 and min(filled) >= 0.9
+
+
 def test_it_loads_from_the_hub(folder, pairs, hub):
     repo = HfApi().create_repo("org/light").repo_id
     HfApi().upload_folder(repo_id=repo, folder_path=folder[1])

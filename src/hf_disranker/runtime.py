@@ -20,7 +20,7 @@ from hf_disranker.texts import Templates
 
 FILES = ("onnx/model.onnx", "onnx/model_quantized.onnx", "openvino/openvino_model.xml")
 _INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-_TOKEN_BUDGET = 2048
+_TOKEN_BUDGET, _MOST_PADDING = 2048, 0.1  # of a batch; a call costs less than the padding of a large one
 
 
 class Ranker(PairRanker):
@@ -66,10 +66,12 @@ class Ranker(PairRanker):
         shorter = {query: self._shorten(query) for query in {query for query, _ in pairs}}
         rows = self._pairs.encode_batch_fast([(shorter[query], self._text(document)) for query, document in pairs])
         lengths = np.array([len(row.ids) for row in rows])
-        order = np.argsort(-lengths, kind="stable")  # neighbours of like length: little padding
+        order = np.argsort(-lengths, kind="stable")
         start = 0
         while start < len(order):
-            chosen = order[start : start + max(1, _TOKEN_BUDGET // lengths[order[start]])]
+            longest = lengths[order[start]]
+            chosen = order[start : start + max(1, _TOKEN_BUDGET // longest)]
+            chosen = chosen[lengths[chosen] >= (1 - _MOST_PADDING) * longest]
             scores[chosen] = self._forward([rows[row] for row in chosen])
             start += len(chosen)
         return scores
