@@ -165,7 +165,7 @@ def test_measures_are_those_of_the_peers(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # ranx compiles for a minute
     seconds = measures.metric_rows(2000, rounds=1)
     means = ast.literal_eval(re.search(r"{.*}", capsys.readouterr().out)[0])
-    assert len(seconds) == 2 and len(set(means.values())) == 1
+    assert len(seconds) == 3 and len(set(means.values())) == 1
 
 
 @pytest.mark.slow
