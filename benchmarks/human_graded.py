@@ -190,8 +190,7 @@ def run(args: argparse.Namespace) -> None:
         ):
             path = args.out / name / f"{baseline}.parquet"
             if not path.exists():
-                scores = score()
-                write_table(rows[["query_id", "doc_id"]].assign(score=scores), str(path))
+                write_table(rows[["query_id", "doc_id"]].assign(score=score()), str(path))
         for number in range(config["folds"]):
             Fold(args.out / name / str(number), rows, corpus, number, model, config | options).run()
 

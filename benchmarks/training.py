@@ -108,9 +108,9 @@ def run_one(system: str, folder: Path, args: argparse.Namespace) -> dict[str, fl
     torch.manual_seed(0)
     seen, compared = args.queries * args.documents, (args.documents - 1) / 2  # documents a step, pairs a document
     if system in PEERS:
-        compared = 1 - 1 / args.documents
-        if PEERS[system] == "triplets":  # as many documents a step
-            options["per_device_train_batch_size"], compared = seen // 2, 1 / 2
+        width = 2 if PEERS[system] == "triplets" else args.documents
+        options["per_device_train_batch_size"] = seen // width  # as many documents a step
+        compared = 1 - 1 / width
         model = CrossEncoder(str(folder / "stock"), max_length=MAX_LENGTH)
         assert type(model[0].model).__name__ == "BertForSequenceClassification"
         trainer = CrossEncoderTrainer(

@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 import xml.etree.ElementTree
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,14 +19,7 @@ from hf_disranker.data import pair_texts, write_table
 from hf_disranker.from_scratch import small_llama
 from hf_disranker.teacher import LLMForLastTokenRanking
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+load = importlib.import_module  # pytest has benchmarks/ on its path
 
 
 @pytest.fixture
