@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from hf_disranker.data import read_table
-from hf_disranker.readers import KEY, read_run
+from hf_disranker.data.tables import read_table
+from hf_disranker.data.trec import KEY, read_run
 
 CONFIG = Path(__file__).parent / "configs" / "quality.yaml"
 ROUNDS = 1000

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from hf_disranker import charts
-from hf_disranker.significance import bootstrap
+from hf_disranker.evaluation.significance import bootstrap
+from hf_disranker.recipes.report import charts
 
 # Cells of configs/quality.yaml, from the fastest on.
 CELLS = {"1 layer": "1 layer", "mix 5:1": "2 layers", "3 layers": "3 layers", "6 layers": "6 layers"}

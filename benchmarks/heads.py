@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hf_disranker.recipes
 import numpy as np
 import pandas as pd
 import torch
@@ -24,15 +23,21 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
+import hf_disranker.recipes
 from hf_disranker import Ranker
-from hf_disranker.checkpoint import RankerOutput
-from hf_disranker.data import load_groups, pair_texts, read_table
-from hf_disranker.evaluation import describe
-from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
-from hf_disranker.rankings import Evaluation
-from hf_disranker.runs import bf16_is_faster
-from hf_disranker.significance import bootstrap, compare
-from hf_disranker.teacher import LlamaForLastTokenRanking, LLMForLastTokenRanking, expect_labels, prepare_tokenizer
+from hf_disranker.data.tables import load_groups, pair_texts, read_table
+from hf_disranker.evaluation.evaluate import describe
+from hf_disranker.evaluation.rankings import Evaluation
+from hf_disranker.evaluation.significance import bootstrap, compare
+from hf_disranker.models.checkpoint import RankerOutput
+from hf_disranker.models.teacher import (
+    LlamaForLastTokenRanking,
+    LLMForLastTokenRanking,
+    expect_labels,
+    prepare_tokenizer,
+)
+from hf_disranker.recipes.quickstart.stages import bf16_is_faster
+from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
 
 CONFIG = Path(hf_disranker.recipes.__path__[0]) / "configs" / "quickstart" / "teacher.yaml"
 HEADS = ("last token", "mean pooling", "label expectation")

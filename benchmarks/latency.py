@@ -30,9 +30,10 @@ from sentence_transformers import CrossEncoder
 from speed import MAX_LENGTH, SHAPES, limits, precisions, read_pairs
 from transformers import BertConfig
 
-from hf_disranker import BertDistilledRanker, Ranker, export, read_table, runtime
-from hf_disranker.data import pair_texts
-from hf_disranker.from_scratch import train_wordpiece
+from hf_disranker import BertDistilledRanker, Ranker, read_table, runtime
+from hf_disranker.data.tables import pair_texts
+from hf_disranker.recipes.quickstart.from_scratch import train_wordpiece
+from hf_disranker.serving import export
 
 DEPTHS, DOCUMENTS = (2, 3, 6), (10, 50, 100)
 FEWEST = 20
@@ -63,7 +64,7 @@ def make_rankers(path: Path, folder: Path, dtypes: list[str], threads: int) -> d
     rankers = {"CrossEncoder": CrossEncoder(str(path), device="cpu")}
     rankers |= {f"ours {name}": Ranker.from_pretrained(path, device="cpu", dtype=name) for name in dtypes}
     export.write_checkpoint(copy.deepcopy(ranker), folder, weights=False)
-    for name, file in zip(("onnx", "onnx-int8", "openvino"), runtime.FILES, strict=True):
+    for name, file in zip(("onnx", "openvino"), runtime.FILES, strict=True):
         export.WRITERS[name](ranker, folder)
         rankers[name] = runtime.Ranker(folder, file, threads)
     return rankers

@@ -23,9 +23,10 @@ import torch
 from speed import MAX_LENGTH, SHAPES, Scores, Variants, measure, read_pairs, time_of
 from transformers import BertConfig
 
-from hf_disranker import BertDistilledRanker, Ranker, metrics, significance
-from hf_disranker.from_scratch import train_wordpiece
-from hf_disranker.losses import margin_mse
+from hf_disranker import BertDistilledRanker, Ranker
+from hf_disranker.evaluation import metrics, significance
+from hf_disranker.recipes.quickstart.from_scratch import train_wordpiece
+from hf_disranker.training.losses import margin_mse
 
 
 def random_ranking(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -28,15 +28,17 @@ from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncode
 from speed import make_stock
 from transformers import AutoTokenizer, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
-from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer, Ranker, from_scratch, metrics
-from hf_disranker.cross_encoder import to_n_tuples
-from hf_disranker.data import load_groups, pair_texts, read_table, write_table
-from hf_disranker.evaluation import describe
-from hf_disranker.mining import bm25_scores
-from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
-from hf_disranker.rankings import Evaluation
-from hf_disranker.runs import bf16_is_faster
-from hf_disranker.significance import bootstrap, compare, refusal
+from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer, Ranker
+from hf_disranker.data.bm25 import bm25_scores
+from hf_disranker.data.tables import load_groups, pair_texts, read_table, write_table
+from hf_disranker.evaluation import metrics
+from hf_disranker.evaluation.evaluate import describe
+from hf_disranker.evaluation.rankings import Evaluation
+from hf_disranker.evaluation.significance import bootstrap, compare, refusal
+from hf_disranker.recipes.quickstart import from_scratch
+from hf_disranker.recipes.quickstart.stages import bf16_is_faster
+from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
+from hf_disranker.training.sentence_transformers import to_n_tuples
 
 CONFIG = Path(__file__).parent / "configs" / "quality.yaml"
 TITLES = {

@@ -28,7 +28,6 @@ SYSTEMS: dict[str, tuple[Any, str]] = {  # name -> (format, what its size on dis
     "PyTorch": ("cross-encoder", "model.safetensors"),
     "sentence-transformers": ("cross-encoder", "model.safetensors"),
     "onnx": ("onnx", "onnx/model.onnx"),
-    "onnx-int8": ("onnx-int8", "onnx/model_quantized.onnx"),
     "openvino": ("openvino", "openvino/openvino_model.*"),
 }
 if importlib.util.find_spec("flashrank"):
@@ -115,7 +114,6 @@ def main() -> None:
     parser.add_argument("--pairs", help="Judgments or candidates with texts.")
     parser.add_argument("--split", default="dev")
     parser.add_argument("--max_pairs", type=int, default=5000)
-    parser.add_argument("--min_tau", type=float, default=0.9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--system", choices=SYSTEMS, help=argparse.SUPPRESS)
@@ -127,11 +125,13 @@ def main() -> None:
         return
     import numpy as np
 
-    from hf_disranker import Ranker, export, metrics
+    from hf_disranker import Ranker
+    from hf_disranker.evaluation import metrics
+    from hf_disranker.recipes import export
 
     ranker = Ranker.from_pretrained(args.model, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
-        options = {"pairs": args.pairs, "split": args.split, "max_pairs": args.max_pairs, "min_tau": args.min_tau}
+        options = {"pairs": args.pairs, "split": args.split, "max_pairs": args.max_pairs}
         for kind in dict.fromkeys(kind for kind, _ in SYSTEMS.values()):
             export.main(export.ExportArguments(args.model, folder, kind, **options))
         rows = export.read_pairs(export.ExportArguments(args.model, folder, "onnx", **options), ranker)

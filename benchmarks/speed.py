@@ -34,11 +34,13 @@ import torch
 from sentence_transformers import CrossEncoder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, Qwen3Config
 
-from hf_disranker import BertDistilledRanker, LLMForLastTokenRanking, Ranker, metrics, python_docs, read_table
-from hf_disranker.batching import budget_batches
-from hf_disranker.data import pair_texts
-from hf_disranker.evaluation import evaluate
-from hf_disranker.from_scratch import train_bpe, train_wordpiece
+from hf_disranker import BertDistilledRanker, LLMForLastTokenRanking, Ranker, read_table
+from hf_disranker.data.collators import budget_batches
+from hf_disranker.data.tables import pair_texts
+from hf_disranker.evaluation import metrics
+from hf_disranker.evaluation.evaluate import evaluate
+from hf_disranker.recipes.quickstart import python_docs
+from hf_disranker.recipes.quickstart.from_scratch import train_bpe, train_wordpiece
 
 Scores = np.ndarray
 Variants = dict[str, Callable[[], Scores]]

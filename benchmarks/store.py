@@ -42,9 +42,9 @@ def write_tables(folder: Path, rows: int) -> None:
 
 def measure(folder: Path) -> dict[str, float]:
     """Check, score and read back; gives rows/s of each and the peak of memory in MB."""
-    from hf_disranker.candidates import Candidates
-    from hf_disranker.scoring import ScoringRun
-    from hf_disranker.store import ScoreStore
+    from hf_disranker.data.candidates import Candidates
+    from hf_disranker.scoring.run import ScoringRun
+    from hf_disranker.scoring.store import ScoreStore
 
     class Stub:
         tokens = 0

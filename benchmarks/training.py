@@ -34,8 +34,8 @@ from speed import limits, make_stock, precisions
 from transformers import AutoTokenizer, TrainerCallback
 
 from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer
-from hf_disranker.cross_encoder import to_n_tuples
-from hf_disranker.from_scratch import small_bert, train_wordpiece
+from hf_disranker.recipes.quickstart.from_scratch import small_bert, train_wordpiece
+from hf_disranker.training.sentence_transformers import to_n_tuples
 
 PEERS = {"sentence-transformers, n-tuples": "tuples", "sentence-transformers, triplets": "triplets"}
 SYSTEMS = ("ours", "ours, token budget", *PEERS)

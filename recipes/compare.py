@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 
 from trl import TrlParser
 
-from hf_disranker.rankings import compare_evaluations, load_evaluations
-from hf_disranker.runs import recipe_parser, save_json
-from hf_disranker.significance import Comparison, bootstrap, marks, refusal
+from hf_disranker.evaluation.rankings import compare_evaluations, load_evaluations
+from hf_disranker.evaluation.significance import Comparison, bootstrap, marks, refusal
+from hf_disranker.training.runs import recipe_parser, save_json
 
 
 @dataclass

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from hf_disranker.cpt import ClickTrainer, CptConfig, click_dataset, click_losses, prepare_clicks
-from hf_disranker.data import read_table
-from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model, save_record
-from hf_disranker.texts import TEACHER_TEMPLATES, Templates
+from hf_disranker.data.tables import read_table
+from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
+from hf_disranker.training.cpt import ClickTrainer, CptConfig, click_dataset, click_losses, prepare_clicks
+from hf_disranker.training.runs import recipe_parser, resume_point, save_json, save_model, save_record
 
 
 @dataclass

@@ -13,14 +13,14 @@ import numpy as np
 from transformers import AutoTokenizer, set_seed
 from trl import TrlParser
 
-from hf_disranker.data import load_groups
-from hf_disranker.distillation import DistillationConfig, DistillationTrainer
-from hf_disranker.guards import sample_groups
-from hf_disranker.hub import publish
-from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model, save_record
-from hf_disranker.sampling import KINDS, sample_documents
-from hf_disranker.store import teacher_of
-from hf_disranker.student import BertDistilledRanker
+from hf_disranker.data.sampling import KINDS, sample_documents
+from hf_disranker.data.tables import load_groups
+from hf_disranker.models.hub import publish
+from hf_disranker.models.student import BertDistilledRanker
+from hf_disranker.scoring.store import teacher_of
+from hf_disranker.training.distillation import DistillationConfig, DistillationTrainer
+from hf_disranker.training.monitor import sample_groups
+from hf_disranker.training.runs import recipe_parser, resume_point, save_json, save_model, save_record
 
 
 @dataclass

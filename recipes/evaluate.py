@@ -16,13 +16,13 @@ from typing import Any
 import pandas as pd
 from trl import TrlParser
 
-from hf_disranker.engines import load_engine
-from hf_disranker.evaluation import best_passages, describe, join_run, score_with
-from hf_disranker.mining import bm25_scores
-from hf_disranker.rankings import Evaluation, differences, slices_text, table_text
-from hf_disranker.readers import read_candidates, read_corpus, read_judgments, read_run
-from hf_disranker.runs import recipe_parser
-from hf_disranker.schema import TableError
+from hf_disranker.data.bm25 import bm25_scores
+from hf_disranker.data.schema import TableError
+from hf_disranker.data.trec import read_candidates, read_corpus, read_judgments, read_run
+from hf_disranker.evaluation.evaluate import best_passages, describe, join_run, score_with
+from hf_disranker.evaluation.rankings import Evaluation, differences, slices_text, table_text
+from hf_disranker.scoring.engines import load_engine
+from hf_disranker.training.runs import recipe_parser
 
 logger = logging.getLogger("hf_disranker")
 

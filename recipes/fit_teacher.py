@@ -14,12 +14,12 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from hf_disranker.data import load_groups
-from hf_disranker.hub import publish
-from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
-from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model, save_record
-from hf_disranker.student import BertDistilledRanker
-from hf_disranker.teacher import LABEL_EXPECTATION, LLMForLastTokenRanking, expect_labels, prepare_tokenizer
+from hf_disranker.data.tables import load_groups
+from hf_disranker.models.hub import publish
+from hf_disranker.models.student import BertDistilledRanker
+from hf_disranker.models.teacher import LABEL_EXPECTATION, LLMForLastTokenRanking, expect_labels, prepare_tokenizer
+from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
+from hf_disranker.training.runs import recipe_parser, resume_point, save_json, save_model, save_record
 
 
 @dataclass

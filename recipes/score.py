@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 from trl import TrlParser
 
-from hf_disranker.candidates import Candidates
-from hf_disranker.engines import SERVERS, Engine, HttpEngine, load_engine
-from hf_disranker.runs import recipe_parser
-from hf_disranker.scoring import OldScores, ScoringRun, verify
-from hf_disranker.store import ScoreStore
-from hf_disranker.summary import moved
+from hf_disranker.data.candidates import Candidates
+from hf_disranker.scoring.engines import SERVERS, Engine, HttpEngine, load_engine
+from hf_disranker.scoring.run import OldScores, ScoringRun, verify
+from hf_disranker.scoring.store import ScoreStore
+from hf_disranker.scoring.summary import moved
+from hf_disranker.training.runs import recipe_parser
 
 
 @dataclass

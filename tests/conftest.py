@@ -31,9 +31,9 @@ import pandas as pd
 import pytest
 import torch
 
-from hf_disranker.from_scratch import small_bert, small_llama, train_bpe, train_wordpiece
-from hf_disranker.ranker import Ranker
-from hf_disranker.teacher import LLMForLastTokenRanking
+from hf_disranker.models.ranker import Ranker
+from hf_disranker.models.teacher import LLMForLastTokenRanking
+from hf_disranker.recipes.quickstart.from_scratch import small_bert, small_llama, train_bpe, train_wordpiece
 
 MAX_LENGTH = 64
 WORDS = ["read", "write", "json", "file", "python", "list", "dict", "sort", "plot", "histogram", "open", "close"]

@@ -14,10 +14,11 @@ import torch
 import yaml
 from transformers import BertConfig, BertModel
 
-from hf_disranker import Ranker, metrics
-from hf_disranker.data import pair_texts, write_table
-from hf_disranker.from_scratch import small_llama
-from hf_disranker.teacher import LLMForLastTokenRanking
+from hf_disranker import Ranker
+from hf_disranker.data.tables import pair_texts, write_table
+from hf_disranker.evaluation import metrics
+from hf_disranker.models.teacher import LLMForLastTokenRanking
+from hf_disranker.recipes.quickstart.from_scratch import small_llama
 
 load = importlib.import_module  # pytest has benchmarks/ on its path
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from hf_disranker import cli
-from hf_disranker.store import ScoreStore
+from hf_disranker.scoring.store import ScoreStore
 
 
 @pytest.fixture

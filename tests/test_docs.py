@@ -18,15 +18,15 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from hf_disranker.recipes import cpt, distill, fit_teacher
 from transformers import BertConfig, BertModel
 
 from hf_disranker import ScoreStore
-from hf_disranker.candidates import Candidates
 from hf_disranker.cli import main
-from hf_disranker.engines import load_engine
-from hf_disranker.from_scratch import small_llama
-from hf_disranker.scoring import ScoringRun
+from hf_disranker.data.candidates import Candidates
+from hf_disranker.recipes import cpt, distill, fit_teacher
+from hf_disranker.recipes.quickstart.from_scratch import small_llama
+from hf_disranker.scoring.engines import load_engine
+from hf_disranker.scoring.run import ScoringRun
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")])

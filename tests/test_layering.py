@@ -1,7 +1,6 @@
-"""Imports go one way: a module imports only what stands above it in this list."""
+"""Imports go one way: a layer imports only itself and the layers before it."""
 
 import ast
-import re
 from pathlib import Path
 
 import pytest
@@ -9,108 +8,84 @@ import pytest
 import hf_disranker
 
 PACKAGE = Path(hf_disranker.__file__).parent
-GROUPS = {
-    "leaves": ["version", "schema", "texts", "pair_ranker", "metrics", "losses"],
-    "data": [
-        "data",
-        "mining",
-        "readers",
-        "candidates",
-        "python_docs",
-        "packing",
-        "pooling",
-        "collators",
-        "batching",
-        "sampling",
-    ],
-    "models": ["checkpoint", "card", "hub", "student", "teacher", "from_scratch", "auto", "ranker"],
-    "judging": ["significance", "evaluation", "rankings", "hub_data"],
-    "stages": [
-        "runs",
-        "cpt",
-        "guards",
-        "ranking_trainer",
-        "summary",
-        "store",
-        "combine",
-        "engines",
-        "scoring",
-        "cluster",
-    ]
-    + ["distillation", "cross_encoder"],
-    "shipping": ["charts", "report", "runtime", "export", "demo", "cli"],
-}
-ORDER = [module for group in GROUPS.values() for module in group]
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+RECIPES = Path(__file__).parents[1] / "recipes"
+LAYERS = ["data", "models", "evaluation", "training", "scoring", "serving", "recipes"]
+# Modules at the top of the package, with the layers that each may import: `runtime` runs without torch.
+TOP = {"__init__": LAYERS[:-1], "version": [], "runtime": ["data", "models"], "cli": ["recipes"]}
+# Whoever imports these needs neither torch nor transformers.
+LIGHT = ["version", "runtime", "models.base", "data.schema", "data.templates", "evaluation.metrics"]
+HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "sentence_transformers"}
+
+
+def sources():
+    """Each module of the package and of the recipes: (dotted name below hf_disranker, source)."""
+    for folder, prefix in ((PACKAGE, ""), (RECIPES, "recipes.")):
+        for path in sorted(folder.rglob("*.py")):
+            name = prefix + ".".join(path.relative_to(folder).with_suffix("").parts)
+            yield name, path.read_text(encoding="utf-8")
+
+
+SOURCES = dict(sources())
 
 
 def imports(source):
-    """What a source imports, at the top, in functions and for types alike: (module, name) pairs."""
+    """The modules that a source imports, at the top, in functions and for types alike."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, "") for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, ["hf_disranker" if node.level else "", node.module]))
-            yield from ((module, alias.name) for alias in node.names)
-
-
-def own_modules(source):
-    """The modules of the package that a source imports; names of the package itself count as `__init__`."""
-    for module, name in imports(source):
-        package, *path = module.split(".")
-        if package in ("hf_disranker", "recipes"):
-            yield path[0] if path else name if name in MODULES or name == "recipes" else "__init__"
+            assert not node.level, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def violations(module, source):
-    allowed = ORDER[: ORDER.index(module)]
-    return [imported for imported in own_modules(source) if imported not in allowed]
+    """Imports of a layer above the module's own, and of names of the package itself, which load lazily."""
+    layer = module.split(".")[0]
+    allowed = LAYERS[: LAYERS.index(layer) + 1] if layer in LAYERS else TOP[layer]
+    for name in imports(source):
+        package, *path = name.split(".")
+        if package == "hf_disranker" and not (path and (path[0] in allowed or path[0] in ("version", "runtime"))):
+            yield name
 
 
-def source_of(module):
-    return (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_go_one_way(module):
+    assert not list(violations(module, SOURCES[module]))
 
 
-def test_the_list_knows_every_module():
-    assert set(MODULES) <= set(ORDER)
+def test_every_layer_has_modules_and_nothing_else_does():
+    folders = {name.split(".")[0] for name in SOURCES if "." in name}
+    assert folders == set(LAYERS)
+    assert {name for name in SOURCES if "." not in name} == set(TOP)
 
 
-def test_the_map_in_contributing_names_every_module():
-    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\w+", page.split("## The map of the house")[1].split("## Add")[0]))
-    assert set(MODULES) - {"version"} <= named
+@pytest.mark.parametrize("layer", LAYERS)
+def test_packages_hold_nothing_themselves(layer):
+    assert SOURCES[f"{layer}.__init__"].count("\n") <= 1
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_upward(module):
-    assert violations(module, source_of(module)) == []
-
-
-def test_the_package_itself_imports_no_recipe():
-    assert "recipes" not in set(own_modules(source_of("__init__")))
-
-
-@pytest.mark.parametrize("module", ["version", "schema", "texts", "metrics", "runtime"])
-def test_the_first_leaves_and_the_runtime_need_neither_torch_nor_transformers(module):
-    roots = {imported.split(".")[0] for imported, _ in imports(source_of(module))}
-    assert not roots & {"torch", "transformers", "datasets", "trl"}
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_import_neither_torch_nor_transformers(module):
+    assert not {name.split(".")[0] for name in imports(SOURCES[module])} & HEAVY
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "from hf_disranker.scoring import score_pairs",
+        "from hf_disranker.scoring.run import ScoringRun",
         "from hf_disranker import scoring",
         "from hf_disranker import Ranker",
         "import hf_disranker.cli",
-        "from .store import ScoreStore",
-        "from . import store",
         "def later():\n    from hf_disranker.recipes import score",
-        "from hf_disranker import recipes",
-        "from recipes import score",
-        "from hf_disranker.hub_data import push_table",
+        "from hf_disranker.training.losses import kl",
     ],
 )
 def test_a_wrong_import_is_seen(line):
-    assert len(violations("evaluation", line)) == 1
-    assert violations("evaluation", "from hf_disranker import metrics\nfrom hf_disranker.data import read_table") == []
+    assert len(list(violations("evaluation.evaluate", line))) == 1
+    right = "from hf_disranker.evaluation import metrics\nfrom hf_disranker.data.tables import read_table"
+    assert not list(violations("evaluation.evaluate", right))
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_recipes_are_imported_by_their_package_name(module):
+    assert not any(name.split(".")[0] == "recipes" for name in imports(SOURCES[module]))

@@ -18,7 +18,11 @@ import hf_disranker
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "hf_disranker"
-WITH_EXAMPLES = sorted(path.stem for path in PACKAGE.glob("*.py") if "\n        >>> " in path.read_text())
+WITH_EXAMPLES = sorted(
+    "hf_disranker." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if "\n        >>> " in path.read_text()
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +38,18 @@ def wheel(tmp_path_factory):
     return next((folder / "dist").glob("*.whl"))
 
 
-def test_the_wheel_brings_templates_and_configs(wheel):
+def test_the_wheel_holds_every_file_of_package_and_recipes(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {f"hf_disranker/templates/{path.name}" for path in (PACKAGE / "templates").iterdir()}
-    configs = ROOT / "recipes" / "configs"
-    expected |= {f"hf_disranker/recipes/configs/{path.relative_to(configs)}" for path in configs.glob("*/*.yaml")}
-    assert len(expected) > 10 and expected <= names
+    expected = {f"hf_disranker/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*") if _is_shipped(path)}
+    recipes = ROOT / "recipes"
+    expected |= {
+        f"hf_disranker/recipes/{path.relative_to(recipes)}" for path in recipes.rglob("*") if _is_shipped(path)
+    }
+    assert len(expected) > 80 and expected <= names
+
+
+def _is_shipped(path):
+    return path.is_file() and path.suffix != ".pyc"
 
 
 def test_the_wheel_alone_holds_all_that_is_imported(wheel, tmp_path):
@@ -101,18 +111,19 @@ def test_the_help_of_the_command_is_quick():
 
 @pytest.mark.parametrize("module", WITH_EXAMPLES)
 def test_examples_in_docstrings(module):
-    results = doctest.testmod(importlib.import_module(f"hf_disranker.{module}"))
+    results = doctest.testmod(importlib.import_module(module))
     assert results.failed == 0
 
 
 def test_some_docstrings_have_examples():
-    assert {"losses", "pooling", "texts"} <= set(WITH_EXAMPLES)
+    names = {module.rsplit(".", 1)[1] for module in WITH_EXAMPLES}
+    assert {"losses", "pooling", "templates"} <= names
 
 
 @pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
 def test_a_deprecated_call_of_ours_fails_the_tests(category):
     with pytest.raises(category):
-        warnings.warn_explicit("about to go", category, "data.py", 1, module="hf_disranker.data")
+        warnings.warn_explicit("about to go", category, "data.py", 1, module="hf_disranker.data.tables")
     warnings.warn_explicit("about to go", category, "theirs.py", 1, module="transformers.trainer")
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from huggingface_hub import HfApi
 
-from hf_disranker import export
-from hf_disranker.data import pair_texts
-from hf_disranker.export import ExportArguments
-from hf_disranker.ranker import Ranker
+from hf_disranker.data.tables import pair_texts
+from hf_disranker.models.ranker import Ranker
+from hf_disranker.models.student import BertDistilledRanker
+from hf_disranker.recipes import export
+from hf_disranker.recipes.export import ExportArguments
 from hf_disranker.runtime import Ranker as LightRanker
-from hf_disranker.student import BertDistilledRanker
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,13 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 
-from hf_disranker import (
-    BertDistilledRanker,
-    DistillationConfig,
-    DistillationTrainer,
-    RankingConfig,
-    RankingTrainer,
-)
+from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer, RankingConfig, RankingTrainer
 
 KINDS = {"labels": (RankingTrainer, RankingConfig), "scores": (DistillationTrainer, DistillationConfig)}
 WEIGHTS = {

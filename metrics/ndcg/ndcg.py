@@ -1,10 +1,10 @@
-"""NDCG as a module of `evaluate`: a shell over hf_disranker.metrics."""
+"""NDCG as a module of `evaluate`: a shell over hf_disranker.evaluation.metrics."""
 
 import datasets
 import evaluate
 import numpy
 
-from hf_disranker import metrics
+from hf_disranker.evaluation import metrics
 
 _DESCRIPTION = """Mean NDCG@k over the queries with a relevant document; ties share their mean gain."""
 

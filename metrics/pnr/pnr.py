@@ -1,9 +1,9 @@
-"""Positive-negative ratio as a module of `evaluate`: a shell over hf_disranker.metrics."""
+"""Positive-negative ratio as a module of `evaluate`: a shell over hf_disranker.evaluation.metrics."""
 
 import datasets
 import evaluate
 
-from hf_disranker import metrics
+from hf_disranker.evaluation import metrics
 
 _DESCRIPTION = """Concordant over discordant pairs of documents, over all queries; ties are in neither."""
 

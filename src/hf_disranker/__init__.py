@@ -9,32 +9,32 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_disranker import auto as _auto
+from hf_disranker.models import auto as _auto
 from hf_disranker.version import __version__
 
 if TYPE_CHECKING:
-    from hf_disranker.cpt import ClickTrainer, CptConfig, click_dataset
-    from hf_disranker.data import load_groups, read_table
-    from hf_disranker.distillation import DistillationConfig, DistillationTrainer, RankDistillationTrainer
-    from hf_disranker.hub_data import push_table
-    from hf_disranker.mining import mine_candidates
-    from hf_disranker.ranker import Ranker
-    from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
-    from hf_disranker.store import ScoreStore
-    from hf_disranker.student import BertDistilledRanker
-    from hf_disranker.teacher import LLMForLastTokenRanking
+    from hf_disranker.data.bm25 import mine_candidates
+    from hf_disranker.data.tables import load_groups, read_table
+    from hf_disranker.models.hub_data import push_table
+    from hf_disranker.models.ranker import Ranker
+    from hf_disranker.models.student import BertDistilledRanker
+    from hf_disranker.models.teacher import LLMForLastTokenRanking
+    from hf_disranker.scoring.store import ScoreStore
+    from hf_disranker.training.cpt import ClickTrainer, CptConfig, click_dataset
+    from hf_disranker.training.distillation import DistillationConfig, DistillationTrainer, RankDistillationTrainer
+    from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
 
 _MODULES = {
-    "cpt": ("ClickTrainer", "CptConfig", "click_dataset"),
-    "data": ("load_groups", "read_table"),
-    "distillation": ("DistillationConfig", "DistillationTrainer", "RankDistillationTrainer"),
-    "hub_data": ("push_table",),
-    "mining": ("mine_candidates",),
-    "ranker": ("Ranker",),
-    "ranking_trainer": ("RankingConfig", "RankingTrainer"),
-    "store": ("ScoreStore",),
-    "student": ("BertDistilledRanker",),
-    "teacher": ("LLMForLastTokenRanking",),
+    "training.cpt": ("ClickTrainer", "CptConfig", "click_dataset"),
+    "data.tables": ("load_groups", "read_table"),
+    "training.distillation": ("DistillationConfig", "DistillationTrainer", "RankDistillationTrainer"),
+    "models.hub_data": ("push_table",),
+    "data.bm25": ("mine_candidates",),
+    "models.ranker": ("Ranker",),
+    "training.ranking_trainer": ("RankingConfig", "RankingTrainer"),
+    "scoring.store": ("ScoreStore",),
+    "models.student": ("BertDistilledRanker",),
+    "models.teacher": ("LLMForLastTokenRanking",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

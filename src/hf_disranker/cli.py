@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +19,13 @@ STAGES = {
     "evaluate": "4   PNR, NDCG, MRR and MAP of a model, of scores, of a run or of BM25",
     "compare": "    whether evaluated rankers differ by more than chance",
     "report": "    one HTML page of evaluated rankers",
-    "export": "    ONNX, int8, OpenVINO or vLLM's form of a ranker, checked against it",
+    "export": "    a ranker as ONNX, OpenVINO or for vLLM, checked against it",
     "demo": "    a search page: BM25, student and teacher side by side",
 }
 # Stages whose first option may stand without its name.
 FIRST = {"compare": "--runs", "report": "--runs"}
-# The other stages are recipes.
-_TOOLS = ("export", "demo")
+# Stages whose recipe is more than a page.
+_FOLDERS = {"quickstart": "quickstart.stages", "report": "report.stage", "demo": "demo.page"}
 
 USAGE = """disranker {version}: distil a large language model's ranking skill into a BERT.
 
@@ -73,12 +71,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def load_stage(stage: str) -> Any:
     """The module of a stage, with `make_parser` and `main`."""
-    return importlib.import_module(f"hf_disranker.{stage}" if stage in _TOOLS else f"hf_disranker.recipes.{stage}")
+    return importlib.import_module(f"hf_disranker.recipes.{_FOLDERS.get(stage, stage)}")
 
 
 def _raised_here(error: ValueError) -> bool:
     """Whether our own code refused something in plain words; another library's error keeps its traceback."""
-    return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(os.path.dirname(__file__))
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals["__name__"].split(".")[0] == "hf_disranker"
 
 
 def usage() -> str:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from hf_disranker.pair_ranker import Document, PairRanker
-from hf_disranker.texts import Templates
+from hf_disranker.data.templates import Templates
+from hf_disranker.models.base import Document, PairRanker
 
-FILES = ("onnx/model.onnx", "onnx/model_quantized.onnx", "openvino/openvino_model.xml")
+FILES = ("onnx/model.onnx", "openvino/openvino_model.xml")
 _INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 _TOKEN_BUDGET, _MOST_PADDING = 2048, 0.1  # of a batch; a call costs less than the padding of a large one
 

@@ -1,0 +1,257 @@
+"""A search page: what BM25 finds, and how the student and the teacher sort it, side by side.
+
+    disranker demo --corpus corpus.parquet --student runs/student --teacher runs/teacher --queries judgments.parquet
+    disranker demo --corpus corpus.parquet --student runs/student --space org/name
+
+The page is served on this machine alone. With --space it is pushed to the Hub as a Space, with corpus and models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from huggingface_hub import HfApi
+from trl import TrlParser
+
+from hf_disranker.data.bm25 import bm25_index, bm25_tokens
+from hf_disranker.data.tables import read_table
+from hf_disranker.models.hub import pushing
+from hf_disranker.models.ranker import Ranker
+from hf_disranker.training.runs import recipe_parser
+from hf_disranker.version import __version__
+
+_SHOWN = 10
+_PREFERRED = "() => navigator.language.startsWith('zh') ? '中文' : 'English'"
+TEXTS: dict[str, dict[str, str]] = json.loads(
+    Path(__file__).with_name("demo.json").read_text(encoding="utf-8")
+)  # by language
+
+
+@dataclass
+class DemoArguments:
+    """What the page searches, and with what."""
+
+    corpus: str = field(metadata={"help": "Table of documents: file, URL or Hub data set id."})
+    student: str = field(metadata={"help": "The student: folder or Hub id."})
+    teacher: str | None = field(default=None, metadata={"help": "The teacher, for a column of its own."})
+    queries: str | None = field(
+        default=None, metadata={"help": "Examples to click: a text file, one on each line, or a table with queries."}
+    )
+    split: str = field(default="", metadata={"help": "Split of the queries; '' for all rows."})
+    depth: int = field(default=20, metadata={"help": "Documents that BM25 finds."})
+    price_per_hour: float = field(default=0.1, metadata={"help": "What an hour of this machine costs, in US dollars."})
+    title: str = field(default="Search, ranked by a distilled BERT", metadata={"help": "Heading of the page."})
+    port: int | None = field(default=None, metadata={"help": "Port; by default the first free one from 7860 on."})
+    space: str | None = field(default=None, metadata={"help": "Push the page as this Space instead of serving it."})
+
+
+@dataclass(frozen=True)
+class Column:
+    """One ranking: places in the corpus, best first, their scores, the moves against BM25 and the seconds it took."""
+
+    name: str
+    places: np.ndarray
+    scores: np.ndarray
+    moves: np.ndarray
+    seconds: float
+
+
+class Searcher:
+    """BM25 over a corpus, and rankers that sort what it finds.
+
+    Args:
+        corpus: a corpus table.
+        rankers: by name, in the order of their columns.
+        depth: documents that BM25 finds.
+    """
+
+    def __init__(self, corpus: pd.DataFrame, rankers: dict[str, Ranker], depth: int = 20) -> None:
+        self.corpus, self.rankers, self.depth = corpus, rankers, depth
+        self._index = bm25_index(corpus)
+
+    def search(self, query: str) -> list[Column]:
+        """BM25's column and one for each ranker; none when BM25 finds nothing."""
+        start = time.perf_counter()
+        count = min(self.depth, len(self.corpus))
+        found, scores = self._index.retrieve([bm25_tokens(query)], k=count, show_progress=False)
+        places, scores = found[0][scores[0] > 0], scores[0][scores[0] > 0]
+        columns = [Column("bm25", places, scores, np.zeros(len(places), int), time.perf_counter() - start)]
+        for name, ranker in self.rankers.items() if len(places) else ():
+            start = time.perf_counter()
+            documents = self.corpus.iloc[places][["title", "summary"]].to_dict("records")
+            new = ranker.predict([(query, document) for document in documents])
+            order = np.argsort(-new, kind="stable")
+            seconds = time.perf_counter() - start
+            columns.append(Column(name, places[order], new[order], order - np.arange(len(order)), seconds))
+        return columns if len(places) else []
+
+
+def render(columns: list[Column], corpus: pd.DataFrame, language: str, price: float) -> str:
+    """The columns as HTML in which every text of the corpus is escaped."""
+    texts = TEXTS[language]
+    if not columns:
+        return f'<p class="nothing" role="status">{texts["nothing"]}</p>'
+    parts = []
+    for column in columns:
+        facts = texts["facts"].format(ms=1000 * column.seconds, cost=column.seconds / 3600 * 1e6 * price)
+        span = max(float(np.ptp(column.scores)), 1e-9)
+        rows = [
+            _row(corpus.iloc[place], score, (score - column.scores.min()) / span, _move(column, at, texts))
+            for at, (place, score) in enumerate(zip(column.places[:_SHOWN], column.scores[:_SHOWN], strict=True))
+        ]
+        parts.append(
+            f'<section class="{column.name}" aria-label="{texts[column.name]}"><h2>{texts[column.name]}</h2>'
+            f'<p class="facts">{facts}</p><ol>{"".join(rows)}</ol></section>'
+        )
+    found = len(columns[0].places)
+    note = texts["note"].format(n=found, shown=min(_SHOWN, found), price=price)
+    return f'<div class="columns">{"".join(parts)}</div><p class="note" role="status">{note}</p>'
+
+
+def _row(document: Any, score: float, share: float, move: str) -> str:
+    title = re.sub(r"([._/])", r"\1<wbr>", escape(document["title"] or document["summary"][:80]))
+    return (
+        f'<li><details><summary><span class="title">{title}</span>{move}'
+        f'<span class="bar" aria-hidden="true"><i style="width:{100 * share:.0f}%"></i></span>'
+        f'<span class="score">{score:.2f}</span></summary><p>{escape(document["summary"])}</p></details></li>'
+    )
+
+
+def _move(column: Column, at: int, texts: dict[str, str]) -> str:
+    if column.name == "bm25":
+        return ""
+    n = int(column.moves[at])
+    kind, sign = ("up", f"▲{n}") if n > 0 else ("down", f"▼{-n}") if n < 0 else ("same", "=")
+    told = texts[kind].format(n=abs(n))
+    return f'<span class="move {kind}" role="img" aria-label="{told}" title="{told}">{sign}</span>'
+
+
+def example_queries(source: str | None, split: str = "", count: int = 6) -> list[str]:
+    """The shortest queries of a table, or the first lines of a text file."""
+    if source is None:
+        return []
+    if source.endswith(".txt"):
+        return Path(source).read_text(encoding="utf-8").splitlines()[:count]
+    queries = read_table(source, "candidates", split=split, texts=False)["query"].str.strip().unique()
+    telling = [query for query in queries if len(bm25_tokens(query)) > 2]
+    return sorted(telling, key=len)[:count]
+
+
+def page(args: DemoArguments) -> Any:
+    """The gradio app, with its models loaded; `launch(**LAUNCH)` serves it."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise ValueError("The page needs gradio: pip install hf-disranker[demo]") from error
+    corpus = read_table(args.corpus, "corpus")
+    names = {"student": args.student} | ({"teacher": args.teacher} if args.teacher else {})
+    searcher = Searcher(corpus, {name: Ranker.from_pretrained(path) for name, path in names.items()}, args.depth)
+    searcher.search(corpus["title"].iloc[0])  # a model's first pass takes long
+    examples = example_queries(args.queries, args.split)
+
+    def search(query: str, language: str) -> str:
+        query = query.strip()
+        return render(searcher.search(query), corpus, language, args.price_per_hour) if query else ""
+
+    def speak(language: str) -> tuple[Any, str]:
+        texts = TEXTS[language]
+        return gr.update(placeholder=texts["placeholder"], label=texts["placeholder"]), f"**{texts['examples']}**"
+
+    with gr.Blocks(title=args.title, fill_width=True) as app:
+        with gr.Row(elem_id="head"):
+            gr.HTML(f"<h1>{escape(args.title)}</h1>")
+            language = gr.Radio(
+                [*TEXTS], value="English", label="Language / 语言", container=False, min_width=200, scale=0
+            )
+        query = gr.Textbox(lines=1, elem_id="query", autofocus=True, label=TEXTS["English"]["placeholder"])
+        heading = gr.Markdown(visible=bool(examples), elem_id="examples-heading")
+        with gr.Row(elem_id="examples"):
+            buttons = [gr.Button(example, size="sm", min_width=0) for example in examples]
+        results = gr.HTML(elem_id="results")
+        for button in buttons:
+            button.click(lambda text=button.value: text, None, query).then(search, [query, language], results)
+        query.submit(search, [query, language], results)
+        language.change(speak, language, [query, heading]).then(search, [query, language], results)
+        app.load(None, None, language, js=_PREFERRED).then(speak, language, [query, heading])
+    return app
+
+
+def serve(args: DemoArguments, **options: Any) -> Any:
+    """Serve the page; options go to gradio's `launch`."""
+    import gradio as gr
+
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
+    css = Path(__file__).with_name("demo.css").read_text(encoding="utf-8")
+    return page(args).launch(theme=theme, css=css, share=False, footer_links=[], **options)
+
+
+_APP = '''"""A search page, made by `disranker demo --space`."""
+
+from hf_disranker.recipes.demo.page import DemoArguments, serve
+
+serve(DemoArguments(**{arguments!r}))
+'''
+_README = """\
+---
+title: {title}
+emoji: 🔎
+colorFrom: blue
+colorTo: gray
+sdk: gradio
+sdk_version: {version}
+app_file: app.py
+pinned: false
+---
+
+What BM25 finds, and how a distilled BERT and its teacher sort it. Made with hf-disranker {ours}.
+"""
+
+
+def write_space(args: DemoArguments, folder: Path) -> None:
+    """Write a Space's files: the page, the corpus, the models that lie on this machine, the example queries."""
+    import gradio
+
+    arguments = asdict(args) | {"corpus": "corpus.parquet", "queries": None, "split": "", "port": None, "space": None}
+    read_table(args.corpus, "corpus").to_parquet(folder / "corpus.parquet", index=False)
+    if examples := example_queries(args.queries, args.split):
+        arguments["queries"] = "queries.txt"
+        (folder / "queries.txt").write_text("\n".join(examples), encoding="utf-8")
+    for name in ("student", "teacher"):
+        path = arguments[name]
+        if path and os.path.isdir(path):
+            unwanted = shutil.ignore_patterns("checkpoint-*", "*.bin", "*.pt", "onnx", "openvino")
+            shutil.copytree(path, folder / name, ignore=unwanted)
+            arguments[name] = name
+    (folder / "app.py").write_text(_APP.format(arguments=arguments), encoding="utf-8")
+    (folder / "requirements.txt").write_text(f"hf-disranker[demo]>={__version__}\n", encoding="utf-8")
+    readme = _README.format(title=repr(args.title), version=gradio.__version__, ours=__version__)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def make_parser() -> TrlParser:
+    """The command line of the page."""
+    return recipe_parser("demo", __doc__, DemoArguments)
+
+
+def main(args: DemoArguments) -> None:
+    """Serve the page, or push it as a Space."""
+    if args.space is None:
+        serve(args, server_name="127.0.0.1", server_port=args.port)
+        return
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as folder, pushing(api, args.space, None, "space"):
+        write_space(args, Path(folder))
+        api.create_repo(args.space, repo_type="space", space_sdk="gradio", exist_ok=True)
+        api.upload_folder(repo_id=args.space, repo_type="space", folder_path=folder, commit_message="Upload page")

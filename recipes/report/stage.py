@@ -1,0 +1,40 @@
+"""One HTML page from what `disranker evaluate --out` wrote, for one ranker or several side by side.
+
+    disranker report runs/eval/student.json runs/eval/teacher.json runs/eval/bm25.json --out report.html
+    disranker report runs/eval --out report.html --texts false
+
+The page needs no network and no scripts. Evaluations are files, or folders of them, of the same judgments.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import TrlParser
+
+from hf_disranker.evaluation.rankings import load_evaluations
+from hf_disranker.recipes.report.page import write_report
+from hf_disranker.training.runs import recipe_parser
+
+
+@dataclass
+class ReportArguments:
+    """What goes into the page."""
+
+    runs: list[str] = field(metadata={"help": "Json files of `disranker evaluate --out`, or folders of them."})
+    out: str = field(default="report.html", metadata={"help": "The file to write."})
+    texts: bool = field(default=True, metadata={"help": "Show queries and documents; --no_texts keeps ids alone."})
+
+
+def make_parser() -> TrlParser:
+    """The command line of this stage."""
+    return recipe_parser("report", __doc__, ReportArguments)
+
+
+def main(args: ReportArguments) -> None:
+    """Read the evaluations and write the page."""
+    write_report(load_evaluations(args.runs), Path(args.out), args.texts)
+    print(f"{args.out}: {Path(args.out).stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

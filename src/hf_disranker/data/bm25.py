@@ -1,0 +1,141 @@
+"""Which documents a query is judged, scored and trained on: BM25's, random ones, and those that were clicked."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import bm25s
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from hf_disranker.data.schema import TableError
+
+_BM25 = {"method": "lucene", "k1": 1.2, "b": 0.75}
+
+
+def mine_candidates(queries: pd.DataFrame, corpus: pd.DataFrame, top_k: int = 20) -> pd.DataFrame:
+    """The first-stage candidates of each query by BM25 (Lucene's form, k1 1.2, b 0.75) over title and summary.
+
+    Args:
+        queries: columns query_id, query; one row per query.
+        corpus: columns doc_id, title, summary.
+        top_k: documents per query; fewer where fewer share a word with it.
+
+    Returns:
+        A candidates table: query_id, query, doc_id, rank (int, from 1) and bm25 (float32).
+    """
+    index = bm25_index(corpus)
+    doc_ids = corpus["doc_id"].to_numpy()
+    tokens = [bm25_tokens(query) for query in queries["query"]]
+    found, scores = index.retrieve(tokens, k=min(top_k, len(corpus)), show_progress=False)
+    rank = np.broadcast_to(np.arange(1, found.shape[1] + 1), found.shape)
+    kept = scores > 0
+    row = np.nonzero(kept)[0]
+    return pd.DataFrame(
+        {
+            "query_id": queries["query_id"].to_numpy()[row],
+            "query": queries["query"].to_numpy()[row],
+            "doc_id": doc_ids[found[kept]],
+            "rank": rank[kept].astype(np.int32),
+            "bm25": scores[kept].astype(np.float32),
+        }
+    )
+
+
+def with_random_documents(
+    candidates: pd.DataFrame, corpus: pd.DataFrame, per_query: int, seed: int = 0
+) -> pd.DataFrame:
+    """Candidates and, for each query, some documents drawn from the corpus: the easy end of what a ranker will meet.
+
+    Args:
+        candidates: a candidates table.
+        corpus: columns doc_id, title, summary.
+        per_query: documents to draw for each query; one that is among its candidates is not added again.
+        seed: of the draw.
+
+    Returns:
+        The candidates table with the drawn rows behind each query's own; further columns are missing there.
+    """
+    queries = candidates.drop_duplicates("query_id")[["query_id", "query"]]
+    drawn = queries.loc[queries.index.repeat(per_query)]
+    places = np.random.default_rng(seed).integers(len(corpus), size=len(drawn))
+    texts = corpus.iloc[places][["doc_id", "title", "summary"]]
+    columns = texts.columns.intersection(candidates.columns)
+    drawn = pd.concat([drawn.reset_index(drop=True), texts[columns].reset_index(drop=True)], axis=1)
+    rows = pd.concat([candidates, drawn]).drop_duplicates(["query_id", "doc_id"], keep="first")
+    order = np.argsort(pd.factorize(rows["query_id"])[0], kind="stable")
+    return rows.iloc[order].reset_index(drop=True)
+
+
+def click_judgments(clicks: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
+    """Clicks as weak labels: 1 for a query's clicked documents, 0 for its other candidates.
+
+    Args:
+        clicks: a clicks table with query_id and doc_id.
+        candidates: a candidates table with texts.
+
+    Returns:
+        A judgments table of the queries that have both; the documents of a query in order of their ids, so that their
+        order tells nothing.
+    """
+    clicked = clicks[clicks["query_id"].isin(candidates["query_id"])].assign(label=1)
+    others = candidates[candidates["query_id"].isin(clicked["query_id"])].assign(label=0)
+    columns = ["query_id", "query", "doc_id", "title", "summary", "label"]
+    rows = pd.concat([clicked[columns], others[columns]]).drop_duplicates(["query_id", "doc_id"], keep="first")
+    return rows.sort_values(["query_id", "doc_id"], ignore_index=True)
+
+
+def bm25_scores(pairs: pd.DataFrame, corpus: pd.DataFrame | None = None) -> np.ndarray:
+    """BM25 of given pairs, the baseline that every ranker has to beat.
+
+    Args:
+        pairs: columns query_id, query, doc_id, title, summary.
+        corpus: the documents over which words are counted; None takes the distinct documents of `pairs`.
+
+    Returns:
+        Scores, shape (len(pairs),), float64; 0 where no word is shared.
+
+    Raises:
+        TableError: a document of `pairs` is not in `corpus`.
+    """
+    if corpus is None:
+        corpus = pairs.drop_duplicates("doc_id")
+    index = bm25_index(corpus)
+    places = pd.Index(corpus["doc_id"]).get_indexer(pairs["doc_id"])
+    if (places < 0).any():
+        raise TableError(f"{int((places < 0).sum())} documents are not in the corpus.")
+    scores = np.zeros(len(pairs))
+    groups = pairs.groupby("query_id", sort=False).indices
+    for rows in tqdm(groups.values(), desc="BM25", leave=False):
+        tokens = [token for token in bm25_tokens(pairs["query"].iloc[rows[0]]) if token in index.vocab_dict]
+        if tokens:
+            scores[rows] = index.get_scores(tokens)[places[rows]]
+    return scores
+
+
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_WORD = re.compile(f"[{_CJK}]+|[^\\W{_CJK}]+")
+
+
+def bm25_tokens(text: str) -> list[str]:
+    """Lower-case words; a run of Chinese, Japanese or Korean signs gives its overlapping pairs, as Lucene does."""
+    tokens: list[str] = []
+    for word in _WORD.findall(text.lower()):
+        if re.match(f"[{_CJK}]", word) and len(word) > 1:
+            tokens += [word[i : i + 2] for i in range(len(word) - 1)]
+        else:
+            tokens.append(word)
+    return tokens
+
+
+def bm25_index(corpus: pd.DataFrame) -> Any:
+    """A bm25s index over title and summary; TableError where there is no word to index."""
+    index = bm25s.BM25(**_BM25)
+    texts = tqdm(corpus["title"] + " " + corpus["summary"], desc="BM25 index", leave=False)
+    tokens = [bm25_tokens(text) for text in texts]
+    if not any(tokens):
+        raise TableError("BM25 finds no word in any document.")
+    index.index(tokens, show_progress=False)
+    return index

@@ -1,0 +1,121 @@
+"""BertDistilledRanker: the BERT that is served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_disranker.data.templates import STUDENT_TEMPLATES
+from hf_disranker.models.checkpoint import RankerConfigMixin, RankerOutput
+from hf_disranker.models.hub import RankerHubMixin
+from hf_disranker.models.packing import Unpadded
+
+
+class DisRankerBertConfig(RankerConfigMixin, BertConfig):
+    """The config of a marked BERT checkpoint.
+
+    Its stock kin: [google-bert/bert-base-uncased](https://huggingface.co/google-bert/bert-base-uncased).
+    """
+
+    model_type = "bert"
+    stock = BertConfig
+    architecture = "BertForSequenceClassification"
+    role = "student"
+    head = "cls"
+    default_templates = STUDENT_TEMPLATES
+
+
+class BertDistilledRanker(RankerHubMixin, BertForSequenceClassification):
+    """A BERT that reads a query and a document as a pair and gives one raw score, from the [CLS] token.
+
+    It is a `BertForSequenceClassification` with one label: same weights, same logits, and that is what it is on disk.
+    `from_pretrained` takes a ranker, a CrossEncoder with one label or a plain BERT (whose new head is random).
+
+    Args:
+        config: a `BertConfig`, plain or of a marked checkpoint. A plain one is copied and marked.
+    """
+
+    config_class = DisRankerBertConfig
+    _keys_to_ignore_on_load_unexpected = [r"^cls\."]
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(DisRankerBertConfig.mark(config))
+        self.was_marked = isinstance(config, DisRankerBertConfig)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> RankerOutput | tuple[Tensor, ...]:
+        """As in `BertForSequenceClassification`; the output also has `scores`, shape (rows,), fp32.
+
+        On a CPU what nobody asks for is not computed: padding, and in the last layer all tokens but [CLS]. The logits
+        are the same to 1e-6 in fp32; labels, hidden states, attentions or a graph to export take the usual way.
+        """
+        plain = labels is None and inputs_embeds is None and position_ids is None
+        plain = plain and (attention_mask is None or attention_mask.dim() == 2)
+        if plain and input_ids is not None and kwargs in ({}, {"return_dict": True}) and self._can_unpad():
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            return RankerOutput(logits=self._unpadded_logits(input_ids, mask, types))
+        output = super().forward(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, labels, **kwargs
+        )
+        return output if isinstance(output, tuple) else RankerOutput(**output)
+
+    def _can_unpad(self) -> bool:
+        """Whether it runs on a CPU, where short texts need no fused kernel, and step by step."""
+        config = self.config
+        asked = config.output_attentions or config.output_hidden_states or not config.return_dict or config.is_decoder
+        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        return self.device.type == "cpu" and not (asked or traced or self.bert.encoder.layer[0].gradient_checkpointing)
+
+    def _unpadded_logits(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        """Logits of a padded batch, shape (rows, 1), through the modules of the stock BERT."""
+        flat = Unpadded.of(attention_mask)
+        ids, types = (x.flatten()[flat.tokens].unsqueeze(0) for x in (input_ids, token_type_ids))
+        hidden = self.bert.embeddings(ids, types, flat.positions.unsqueeze(0)).squeeze(0)
+        heads = self.config.num_attention_heads
+        for layer in self.bert.encoder.layer:
+            attention = layer.attention.self
+            key, value = attention.key(hidden), attention.value(hidden)
+            if layer is self.bert.encoder.layer[-1]:
+                hidden = hidden[flat.first]
+            drop = attention.dropout.p if self.training else 0.0
+            mixed = flat.attend(attention.query(hidden), key, value, heads, drop)
+            hidden = layer.feed_forward_chunk(layer.attention.output(mixed, hidden))
+        logits = self.classifier(self.dropout(self.bert.pooler(hidden.unsqueeze(1))))
+        return logits[flat.order.argsort()]
+
+    def start_at(self, score: float) -> None:
+        """Set the offset of all scores, for a new head: learning a teacher's mean score step by step takes long.
+
+        Args:
+            score: what the head's bias becomes, in the scale of the scores.
+        """
+        nn.init.constant_(self.classifier.bias, score)
+
+    def keep_layers(self, layers: Sequence[int]) -> BertDistilledRanker:
+        """Keep only the named encoder layers, in the order given: a smaller student from a bigger BERT.
+
+        Args:
+            layers: layer numbers from 0, for example (0, 3, 6, 9).
+
+        Raises:
+            ValueError: a number that no layer has, one named twice, or none at all.
+        """
+        count = self.config.num_hidden_layers
+        if not layers or len(set(layers)) != len(layers) or not set(layers) <= set(range(count)):
+            raise ValueError(f"Cannot keep layers {list(layers)} of a BERT with layers 0 to {count - 1}.")
+        self.bert.encoder.layer = nn.ModuleList(self.bert.encoder.layer[layer] for layer in layers)
+        self.config.num_hidden_layers = len(layers)
+        return self

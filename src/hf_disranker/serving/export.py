@@ -1,0 +1,262 @@
+"""Export of a ranker to other software, each form checked against the ranker before it is written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from sentence_transformers import CrossEncoder
+
+from hf_disranker.data.tables import pair_texts
+from hf_disranker.data.templates import Templates
+from hf_disranker.evaluation import metrics
+from hf_disranker.models.card import model_card
+from hf_disranker.models.hub import check_padding
+from hf_disranker.models.ranker import Ranker
+from hf_disranker.models.student import BertDistilledRanker
+from hf_disranker.runtime import FILES
+from hf_disranker.runtime import Ranker as LightRanker
+from hf_disranker.training.runs import save_json
+
+logger = logging.getLogger(__name__)
+
+Predict = Callable[[Sequence[tuple[str, dict[str, str]]]], np.ndarray]
+
+_OPSET, _IR_VERSION = 18, 8  # read by onnxruntime 1.14 and later
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names every operator of packages that are not installed
+_TOLERANCE = 1e-3  # largest difference of a raw score
+_HEADING = "\n\n## Exports\n\n"
+_TABLE = """\
+Compared with the ranker in PyTorch on the same pairs and the same machine, in turns.
+
+| format | pairs | largest difference | Kendall tau | same first | NDCG@10 | pairs/s | |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How scores in a new form compare with the ranker's own: means over queries, speeds of each round."""
+
+    pairs: int
+    max_difference: float
+    tau: float
+    top1: float
+    ndcg_change: float | None
+    pairs_per_s: list[float]
+    ranker_pairs_per_s: list[float]
+
+    @property
+    def verdict(self) -> str:
+        """What may be said of the new form: no more than was measured."""
+        new, old = self.pairs_per_s, self.ranker_pairs_per_s
+        same = "same scores" if self.max_difference <= _TOLERANCE and self.top1 == 1 else "other scores"
+        speed = "faster" if min(new) > max(old) else "slower" if max(new) < min(old) else "speed not told apart"
+        return f"{same}, {speed} ({np.median(new) / np.median(old):.2f} times the pairs/s)"
+
+
+def export(ranker: Ranker, source: str, file_format: str, out: str, rows: pd.DataFrame) -> Parity:
+    """Write a ranker in another form, once its scores are those of the ranker.
+
+    Args:
+        ranker: the ranker, in fp32 on the CPU.
+        source: where it was loaded from; its card is extended.
+        file_format: a key of `WRITERS`.
+        out: the folder to write; other formats in it stay.
+        rows: the pairs to compare on: query_id, query, title, summary and, for NDCG, label.
+
+    Raises:
+        ValueError: the format does not suit the model, needs a package that is missing, or moves its scores.
+    """
+    role = ranker.model.config.disranker["role"]
+    if (file_format == "vllm") != (role == "teacher"):
+        raise ValueError(f"{source} is a {role}: vllm is the format for teachers, the others are for students.")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "export")
+        write_checkpoint(ranker, folder, weights=file_format in ("cross-encoder", "vllm"))
+        try:
+            predict = WRITERS[file_format](ranker, folder)
+        except ImportError as error:
+            raise ValueError(f"{error}: pip install hf-disranker[onnx] or hf-disranker[openvino]") from error
+        parity = compare(ranker.predict, predict, rows)
+        if parity.max_difference > _TOLERANCE:
+            raise ValueError(f"Nothing was written: {file_format} moves the scores too far: {asdict(parity)}")
+        write_figures(ranker, source, folder, out, {file_format: parity})
+        shutil.copytree(folder, out, dirs_exist_ok=True)
+    return parity
+
+
+def compare(old: Predict, new: Predict, rows: pd.DataFrame) -> Parity:
+    """Score the rows both ways, in turns."""
+    pairs, queries = pair_texts(rows), rows["query_id"].to_numpy()
+    speeds: dict[str, list[float]] = {"old": [], "new": []}
+    scores: dict[str, np.ndarray] = {}
+    for predict in (old, new):
+        predict(pairs[:256])
+    for name, predict in [("old", old), ("new", new)] * 3:
+        start = time.perf_counter()
+        scores[name] = predict(pairs)
+        speeds[name].append(round(len(pairs) / (time.perf_counter() - start), 1))
+    groups = pd.Series(range(len(rows))).groupby(queries).indices.values()
+    change = None
+    if "label" in rows.columns:
+        ndcg = {key: metrics.ndcg(rows["label"].to_numpy(), values, queries, k=10) for key, values in scores.items()}
+        change = metrics.query_mean(ndcg["new"] - ndcg["old"])
+    return Parity(
+        pairs=len(pairs),
+        max_difference=float(np.abs(scores["new"] - scores["old"]).max()),
+        tau=metrics.query_mean(metrics.kendall_tau(scores["new"], scores["old"], queries)),
+        top1=float(np.mean([scores["old"][group].argmax() == scores["new"][group].argmax() for group in groups])),
+        ndcg_change=change,
+        pairs_per_s=speeds["new"],
+        ranker_pairs_per_s=speeds["old"],
+    )
+
+
+def write_checkpoint(ranker: Ranker, folder: Path, weights: bool) -> None:
+    """Config and tokenizer as every loader wants them, with or without the weights."""
+    model, collator = ranker.model, ranker.collator
+    for limit in ("max_length", "max_query_length"):  # the light runtime has no defaults of its own
+        model.config.disranker[limit] = getattr(collator, limit)
+    collator.tokenizer.model_max_length = collator.max_length
+    collator.tokenizer.backend_tokenizer.no_truncation()  # else what the last call set is saved
+    collator.tokenizer.backend_tokenizer.no_padding()
+    (model if weights else model.config).save_pretrained(folder)
+    collator.tokenizer.save_pretrained(folder)
+    if model.config.model_type == "bert":
+        words = sorted(collator.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        (folder / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in words), encoding="utf-8")
+
+
+def write_cross_encoder(ranker: Ranker, folder: Path) -> Predict:
+    """Nothing more to write; scored as sentence-transformers does."""
+    model, templates = CrossEncoder(str(folder), device="cpu"), ranker.collator.templates
+
+    def predict(pairs: Sequence[tuple[str, dict[str, str]]]) -> np.ndarray:
+        texts = [(templates.render_query(query), templates.render_document(**document)) for query, document in pairs]
+        return model.predict(texts, show_progress_bar=False)
+
+    return predict
+
+
+def write_openvino(ranker: Ranker, folder: Path) -> Predict:
+    """The graph in OpenVINO's own form, in fp32."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as name:
+        Path(name, "model.onnx").write_bytes(onnx_model(ranker).SerializeToString())
+        openvino.save_model(openvino.convert_model(f"{name}/model.onnx"), folder / FILES[1], compress_to_fp16=False)
+    return LightRanker(folder, FILES[1]).predict
+
+
+def write_vllm(ranker: Ranker, folder: Path) -> Predict:
+    """The template that makes the teacher's text of the roles query and document; scored by the stock class."""
+    model, collator = ranker.model, ranker.collator
+    check_padding(model.config)
+    if not hasattr(model, "score"):
+        raise ValueError("A teacher by label expectation has no score row: vLLM cannot serve it as a ranker.")
+    template = score_template(collator.templates)
+    (folder / "score_template.jinja").write_text(template, encoding="utf-8")
+    stock = getattr(transformers, model.config.architecture).from_pretrained(folder).eval()
+
+    @torch.inference_mode()
+    def score(query: str, document: dict[str, str]) -> float:
+        contents = {"query": query, "document": collator.templates.render_document(**document)}
+        roles = [{"role": role, "content": content} for role, content in contents.items()]
+        text = collator.tokenizer.apply_chat_template(roles, chat_template=template, tokenize=False)
+        inputs = collator.tokenizer(text, truncation=True, max_length=collator.max_length, return_tensors="pt")
+        return stock(inputs["input_ids"], inputs["attention_mask"]).logits[0, 0].item()
+
+    return lambda pairs: np.array([score(*pair) for pair in pairs], dtype=np.float32)
+
+
+WRITERS: dict[str, Callable[[Ranker, Path], Predict]] = {
+    "cross-encoder": write_cross_encoder,
+    "onnx": lambda ranker, folder: _save(onnx_model(ranker), folder, FILES[0]),
+    "openvino": write_openvino,
+    "vllm": write_vllm,
+}
+
+
+def score_template(templates: Templates) -> str:
+    """The Jinja template with which vLLM makes of a query and a document the text that the teacher was trained on."""
+    content = "{{ (messages | selectattr('role', 'eq', 'ROLE') | first).content }}"
+    query = templates.query.replace("{query}", content.replace("ROLE", "query"))
+    assert templates.text is not None, "a teacher reads one text"
+    return templates.text.replace("{query}", query).replace("{document}", content.replace("ROLE", "document"))
+
+
+class _Logits(torch.nn.Module):
+    """A BERT with inputs by position and the logits as its only output."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(*inputs, return_dict=False)[0]
+
+
+def onnx_model(ranker: Ranker) -> Any:
+    """The student in ONNX: input_ids, attention_mask, token_type_ids (batch, sequence) to logits (batch, 1)."""
+    model = BertDistilledRanker(copy.deepcopy(ranker.model.config))
+    model.load_state_dict(ranker.model.state_dict())
+    model.set_attn_implementation("eager")  # the other kinds leave shape arithmetic in the graph
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=model.config.max_position_embeddings)}
+    warnings.filterwarnings(
+        "ignore", "(?s).*(# The axis name|LeafSpec)"
+    )  # of torch's own; the inputs share their axes
+    program = torch.onnx.export(
+        _Logits(model).eval(),
+        tuple(torch.ones(3, 2, 8, dtype=torch.long)),  # one tensor three times would be taken for one input
+        input_names=["input_ids", "attention_mask", "token_type_ids"],
+        output_names=["logits"],
+        dynamic_shapes=((axes,) * 3,),
+        opset_version=_OPSET,
+        verbose=False,
+    )
+    assert program is not None
+    (made := program.model_proto).ir_version = _IR_VERSION  # a new one each time
+    return made
+
+
+def _save(model: Any, folder: Path, file: str) -> Predict:
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(model.SerializeToString())
+    return LightRanker(folder, file).predict
+
+
+def write_figures(ranker: Ranker, source: str, folder: Path, out: str, parities: dict[str, Parity]) -> None:
+    """Write export.json and the card's table, with the formats that `out` holds already."""
+    before = Path(out, "export.json")
+    figures = json.loads(before.read_text()) if before.exists() else {}
+    figures |= {name: asdict(parity) | {"verdict": parity.verdict} for name, parity in parities.items()}
+    save_json(figures, str(folder / "export.json"))
+    cards = [path for path in (Path(out, "README.md"), Path(source, "README.md")) if path.exists()]
+    card = ModelCard.load(cards[0]) if cards else model_card(ranker.model.config, Path(source).name)
+    card.text = (
+        card.text.split(_HEADING)[0].rstrip() + _HEADING + _TABLE + "".join(_row(*item) for item in figures.items())
+    )
+    card.save(folder / "README.md")
+
+
+def _row(name: str, figures: Mapping[str, Any]) -> str:
+    change = "-" if figures["ndcg_change"] is None else f"{figures['ndcg_change']:+.4f}"
+    return (
+        f"| {name} | {figures['pairs']:,} | {figures['max_difference']:.1e} | {figures['tau']:.4f} "
+        f"| {figures['top1']:.1%} | {change} | {np.median(figures['pairs_per_s']):,.0f} | {figures['verdict']} |\n"
+    )

@@ -1,0 +1,207 @@
+"""Stage 1: continued pre-training of a language model on clicks, query in, clicked title + summary out.
+
+The rows go to trl's `SFTTrainer`; this module makes them and sets its defaults.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from hf_disranker.data.schema import TableError
+from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
+from hf_disranker.models.hub import TokenFreeArguments
+from hf_disranker.models.teacher import prepare_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 10_000
+_PROMPT, _TITLE, _SUMMARY = range(3)
+
+
+@dataclass
+class CptConfig(TokenFreeArguments, SFTConfig):
+    """Options of the continued pre-training.
+
+    Defaults that differ from trl's `SFTConfig`: learning_rate 1e-4, max_length 256, warmup_steps 0.03 (a share of all
+    steps), completion_only_loss True (the loss is on title and summary), gradient_checkpointing None (off), bf16
+    False, eval_strategy "epoch", save_total_limit 1, report_to "none", hub_private_repo True (the model has read the
+    clicks), dataloader_pin_memory only with a GPU.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    max_length: int | None = field(default=256, metadata={"help": "Tokens of query, title and summary at most."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
+    completion_only_loss: bool | None = field(default=True, metadata={"help": "Loss on title and summary only."})
+    # Not False: newer versions of transformers take any value of this name for a request to be renamed, and warn.
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Trade time for memory."})
+    bf16: bool | None = field(default=False, metadata={"help": "Train in bf16 where the hardware has it."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for the way to a GPU."}
+    )
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
+    report_to: str = field(default="none", metadata={"help": "Where logs go: none, trackio, tensorboard ..."})
+    hub_private_repo: bool | None = field(default=True, metadata={"help": "Whether a new repository is private."})
+
+
+class ClickTrainer(SFTTrainer):
+    """trl's `SFTTrainer`; on a CPU with the model's own loss.
+
+    trl folds the vocabulary into the loss chunk by chunk, which saves GPU memory; on a CPU the same loss took three to
+    eight times as long (32 x 48 tokens, 4,000 words).
+
+    Raises:
+        ValueError: `packing` with a model whose attention does not keep the packed samples apart.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.packing:
+            check_packing(self.model)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """See `Trainer.compute_loss`."""
+        kind = Trainer if self.args.device.type == "cpu" else SFTTrainer
+        return kind.compute_loss(self, model, inputs, *args, **kwargs)
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """Raise ValueError when a sample that is packed behind another one is read differently from alone."""
+    ids = torch.arange(1, 13, device=model.device).unsqueeze(0)
+    places = torch.arange(6, device=model.device).repeat(2).unsqueeze(0)
+    was_training = model.training
+    model.eval()
+    packed = model(input_ids=ids, position_ids=places).logits[:, 6:].float()
+    alone = model(input_ids=ids[:, 6:], position_ids=places[:, 6:]).logits.float()
+    model.train(was_training)
+    if (packed - alone).norm() > 0.05 * alone.norm():
+        raise ValueError(
+            f"The attention of this model ({model.config._attn_implementation}) lets packed samples read one another: "
+            "leave --packing off, or choose another --attn_implementation, for example flash_attention_2."
+        )
+
+
+def prepare_clicks(clicks: pd.DataFrame, min_users: int = 0, seed: int = 0) -> pd.DataFrame:
+    """The rows to train on: each click once, without rare queries, as often as its weight says.
+
+    Equal rows (query, title, summary) become one that has the sum of their weights. Then as many rows are drawn as
+    are left, each in proportion to its weight and at most one more or less often than that (systematic resampling):
+    the expected gradient is that of the weighted loss, and trl sees rows like any other.
+
+    Args:
+        clicks: a clicks table; without `weight` every row weighs 1.
+        min_users: queries that fewer users typed are dropped; how many typed one is the largest `users` of its rows.
+        seed: of the draw.
+
+    Raises:
+        TableError: `min_users` without a column `users`, no row is left, or all weights are 0.
+    """
+    if "users" not in clicks.columns:
+        if min_users:
+            raise TableError(f"--min_users {min_users} needs a column 'users': how many users typed the query.")
+        logger.warning("The clicks have no column 'users': the model may memorise rare queries, and who typed them.")
+    elif min_users:
+        rare = clicks.groupby("query")["users"].transform("max") < min_users
+        share = 100 * rare.mean()
+        logger.warning("%.1f%% of the clicks are dropped: fewer than %d users typed their query.", share, min_users)
+        clicks = clicks[~rare]
+    weights = clicks.get("weight", pd.Series(1.0, clicks.index))
+    same = clicks.assign(weight=weights).groupby(["query", "title", "summary"], sort=False, as_index=False)
+    rows = same["weight"].sum()
+    if not rows["weight"].sum() > 0:
+        raise TableError("No click is left to train on: all were dropped or weigh 0.")
+    cumulated = rows["weight"].cumsum().to_numpy()
+    places = (np.arange(len(rows)) + np.random.default_rng(seed).random()) * cumulated[-1] / len(rows)
+    return rows.iloc[np.searchsorted(cumulated, places, side="right").clip(max=len(rows) - 1)].reset_index(drop=True)
+
+
+def click_dataset(
+    clicks: pd.DataFrame,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    templates: Templates = TEACHER_TEMPLATES,
+) -> Dataset:
+    """Tokenised rows of clicks, in the very text that the teacher will read when it ranks.
+
+    Args:
+        clicks: columns query, title, summary.
+        tokenizer: the model's; it is prepared as a teacher's.
+        max_length: tokens of a row at most; longer rows lose their end.
+        templates: the teacher's.
+
+    Returns:
+        Rows {input_ids, completion_mask}: the mask is 1 on title, summary and the end-of-sequence token. A click whose
+        query alone fills the row is left out.
+    """
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
+    for ids, parts in _encoded(clicks, tokenizer, max_length, templates):
+        rows["input_ids"].append(ids)
+        rows["completion_mask"].append([int(part != _PROMPT) for part in parts])
+    return Dataset.from_dict(rows)
+
+
+@torch.no_grad()
+def click_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    clicks: pd.DataFrame,
+    max_length: int,
+    templates: Templates = TEACHER_TEMPLATES,
+) -> dict[str, float]:
+    """Mean nats per token of the titles, and of the summaries with the end of the text; their exp is the perplexity.
+
+    Arguments as in `click_dataset`. A part that no click has is left out.
+    """
+    totals, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    rows = sorted(_encoded(clicks, tokenizer, max_length, templates), key=lambda row: len(row[0]))
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(rows), 32):
+        batch = rows[start : start + 32]
+        ids, parts = (
+            pad_sequence([torch.tensor(row[place]) for row in batch], batch_first=True).to(model.device)
+            for place in range(2)
+        )
+        mask = pad_sequence([torch.ones(len(row[0])) for row in batch], batch_first=True).to(model.device)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        for part in (_TITLE, _SUMMARY):
+            chosen = (parts[:, 1:] == part) & (mask[:, 1:] > 0)
+            totals[part] += losses[chosen].sum().cpu()
+            counts[part] += chosen.sum().cpu()
+    model.train(was_training)
+    named = {"title": _TITLE, "summary": _SUMMARY}
+    return {name: (totals[part] / counts[part]).item() for name, part in named.items() if counts[part]}
+
+
+def _encoded(
+    clicks: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int, templates: Templates
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of each click, and to which part of the text each token belongs."""
+    tokenizer = prepare_tokenizer(tokenizer)
+    for start in range(0, len(clicks), _CHUNK):
+        chunk = clicks.iloc[start : start + _CHUNK]
+        queries = [templates.render_query(query) for query in chunk["query"]]
+        pairs = list(zip(queries, chunk["title"], chunk["summary"], strict=True))
+        texts = [templates.render_text(query, templates.render_document(*texts)) for query, *texts in pairs]
+        batch = tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True)
+        for (query, title, _), ids, offsets in zip(pairs, batch["input_ids"], batch["offset_mapping"], strict=True):
+            prompt = len(templates.prompt(query))
+            title_end = len(templates.render_text(query, templates.render_document(title, "")))
+            # Special tokens have the empty span (0, 0), so the first token at or behind the prompt's end is text.
+            first = next((i for i, (begin, _) in enumerate(offsets) if begin >= prompt), None)
+            if first is not None:
+                ends = [_TITLE if 0 < end <= title_end else _SUMMARY for _, end in offsets[first:]]
+                yield ids, [_PROMPT] * first + ends

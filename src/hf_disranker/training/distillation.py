@@ -1,0 +1,88 @@
+"""Stage 3b: DistillationTrainer, from teacher scores to the student that is served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import Tensor
+
+from hf_disranker.training.losses import LossTerm, kl, margin_mse, point_mse
+from hf_disranker.training.monitor import warn_squashed
+from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
+
+
+@dataclass
+class DistillationConfig(RankingConfig):
+    """Options of the distillation.
+
+    Defaults that differ from `RankingConfig`: learning_rate 5e-5, hinge_weight 0 (the losses on labels are there for
+    rows that have some). The weights of the losses are ours: none of the paper's is known.
+    """
+
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
+    point_weight: float = field(default=0.5, metadata={"help": "Weight of Point-MSE, which learns absolute scores."})
+    margin_weight: float = field(default=0.5, metadata={"help": "Weight of Margin-MSE, which learns the order."})
+    kl_weight: float = field(default=0.0, metadata={"help": "Weight of the listwise Kullback-Leibler divergence."})
+    kl_temperature: float = field(default=1.0, metadata={"help": "Temperature of the divergence's softmax."})
+    hinge_weight: float = field(default=0.0, metadata={"help": "Weight of the pairwise hinge on labels."})
+    score_transform: str = field(
+        default="none",
+        metadata={
+            "help": "affine: learn (teacher - mean) / std over all training scores, never per query; none: the scale "
+            "of the teacher. The config of the student says which.",
+            "choices": ["none", "affine"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score_transform not in ("none", "affine"):
+            raise ValueError(f"score_transform is none or affine, got {self.score_transform!r}.")
+
+
+class DistillationTrainer(RankingTrainer):
+    """Distil teacher scores into a ranker, query by query, with mixed Point-MSE and Margin-MSE.
+
+    Not the language-model distillation of the same name in trl and setfit; `RankDistillationTrainer` is another name
+    for this class. Arguments are those of `RankingTrainer`; the training rows need `teacher_scores`, and `labels` too
+    when a loss on labels weighs. Labels of some documents only will do.
+    """
+
+    target = "teacher_scores"
+    args: DistillationConfig
+    _shift, _scale = 0.0, 1.0
+
+    def check_groups(self, groups: Dataset) -> float:
+        """As in `RankingTrainer`; also fixes the transform of the scores, of a stream from its first 1,000 queries."""
+        spread = super().check_groups(groups)
+        weights = self.args.loss_weights()
+        if any(weights[name] for name in ("hinge", "ranknet", "softmax")) and "labels" not in groups.column_names:
+            raise ValueError(f"A loss on labels weighs, but the rows have none: {groups.column_names}.")
+        scores = np.concatenate(groups["teacher_scores"])
+        warn_squashed(scores)
+        if self.args.score_transform == "affine":
+            self._shift, self._scale = float(scores.mean()), float(scores.std())
+        return spread / self._scale
+
+    def marker(self) -> dict[str, Any]:
+        """As in `RankingTrainer`, with the transform: score = (teacher - shift) / scale."""
+        affine = {"kind": "affine", "shift": self._shift, "scale": self._scale}
+        return super().marker() | {"score_transform": affine if self.args.score_transform == "affine" else None}
+
+    def loss_terms(self, scores: Tensor, batch: dict[str, Tensor]) -> dict[str, tuple[float, LossTerm]]:
+        """Point-MSE, Margin-MSE and what else weighs; see `RankingTrainer.loss_terms`."""
+        teacher, mask, args = (batch["teacher_scores"] - self._shift) / self._scale, batch["mask"], self.args
+        terms = {}
+        if args.point_weight:
+            terms["point_mse"] = (args.point_weight, point_mse(scores, teacher, mask))
+        if args.margin_weight:
+            terms["margin_mse"] = (args.margin_weight, margin_mse(scores, teacher, mask))
+        if args.kl_weight:
+            terms["kl"] = (args.kl_weight, kl(scores, teacher, mask, args.kl_temperature))
+        return terms | super().loss_terms(scores, batch)
+
+
+RankDistillationTrainer = DistillationTrainer

@@ -1,0 +1,119 @@
+"""What goes wrong in training, seen early and said in one line with what to do."""
+
+from __future__ import annotations
+
+import logging
+import math
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+
+from hf_disranker.data.collators import GroupCollator
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE = 1000
+_CUT_SHARE = 0.05
+_COLLAPSED = 0.1
+
+
+def sample_groups(groups: Dataset | IterableDataset) -> Dataset:
+    """The rows that the checks before training look at: all that are in memory, the first 1,000 of a stream."""
+    if isinstance(groups, Dataset):
+        return groups
+    return Dataset.from_list(list(islice(groups, _SAMPLE)))
+
+
+def check_target(groups: Dataset, target: str, reader: str) -> float:
+    """Refuse rows that teach no order, and count queries that teach none.
+
+    Returns:
+        The standard deviation of the target within a query, averaged over the queries.
+
+    Raises:
+        ValueError: the rows lack the target, or no query holds two different values of it.
+    """
+    if target not in groups.column_names:
+        raise ValueError(f"{reader} learns from '{target}'; the rows have {groups.column_names}.")
+    values = groups[target]
+    idle = sum(len(set(row)) < 2 for row in values)
+    if idle == len(groups):
+        raise ValueError(f"In every query all documents have the same {target}: there is no order to learn.")
+    if idle:
+        logger.warning("%d of %d queries hold no pair of different %s.", idle, len(groups), target)
+    return float(np.mean([np.std(row) for row in values]))
+
+
+def warn_squashed(scores: np.ndarray) -> None:
+    """Warn of teacher scores that look like probabilities, whose squashed ends hide the order."""
+    if scores.min() >= 0 and scores.max() <= 1:
+        logger.warning(
+            "All teacher scores lie between 0 and 1, as if squashed by a sigmoid: store the teacher's raw logits, or "
+            "take the logit of the scores first."
+        )
+
+
+def warn_cut(groups: Dataset, collate: GroupCollator) -> None:
+    """Warn when more than 5% of a sample's documents or queries do not fit."""
+    rows = groups.select(range(min(_SAMPLE // 10, len(groups)))).to_list()
+    queries = [row["query"] for row in rows for _ in row["doc_ids"]]
+    encoded = collate.encode_pairs(rows)
+    for what, cut, limit in (
+        ("documents", encoded.documents_cut, "max_length"),
+        ("queries", encoded.queries_cut, "max_query_length"),
+    ):
+        if cut > _CUT_SHARE * len(queries):
+            logger.warning(
+                "%.0f%% of %s lose their end at %s %d: raise --%s, or split documents into passages.",
+                100 * cut / len(queries),
+                what,
+                limit,
+                getattr(collate.pairs, limit),
+                limit,
+            )
+
+
+class TrainingWatch:
+    """Looks at what is logged: a loss that is not finite stops the run, scores that become equal are reported once.
+
+    Args:
+        target_spread: standard deviation of what is learned within a query.
+    """
+
+    def __init__(self, target_spread: float) -> None:
+        self.target_spread = target_spread
+        self.highest = 0.0
+        self.said = False
+
+    def look(self, step: int, logs: dict[str, Any]) -> None:
+        """Read a log line with the means of the loss terms and `score_spread`.
+
+        Raises:
+            FloatingPointError: a loss term is not finite.
+        """
+        broken = [name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)]
+        if broken:
+            raise FloatingPointError(
+                f"Step {step}: {', '.join(broken)} not finite. Lower --learning_rate, train in bf16 or fp32 instead "
+                "of fp16, and go on from the last checkpoint."
+            )
+        spread = logs["score_spread"]
+        self.highest = max(self.highest, spread)
+        if self.said:
+            return
+        # Logged numbers have four decimals.
+        if spread <= 1e-4:
+            self._say(step, "The model gives all documents of a query the same score")
+        elif spread < _COLLAPSED * min(self.highest, self.target_spread):
+            self._say(step, f"The scores within a query collapse: their spread is {spread}, it was {self.highest}")
+
+    def _say(self, step: int, what: str) -> None:
+        self.said = True
+        logger.warning(
+            "Step %d: %s. Lower --learning_rate, warm up longer, and check that the documents differ within "
+            "--max_length.",
+            step,
+            what,
+        )

@@ -1,0 +1,139 @@
+"""To and from sentence-transformers: our loss and our rows for its CrossEncoderTrainer."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from sentence_transformers import CrossEncoder
+from sentence_transformers.util import batch_to_device
+from torch import Tensor, nn
+
+from hf_disranker.data.schema import validate
+from hf_disranker.data.tables import group_rows
+from hf_disranker.data.templates import STUDENT_TEMPLATES, Templates
+from hf_disranker.training.losses import margin_mse, point_mse
+
+logger = logging.getLogger(__name__)
+
+_SCORES = ("scores", "score", "labels", "label")
+
+
+class PointMarginMSELoss(nn.Module):
+    """Point-MSE and Margin-MSE over all pairs, as `loss=` of sentence-transformers' `CrossEncoderTrainer`.
+
+    All documents of the batch take one forward pass. Rows are n-tuples with a score for each document, see
+    `to_n_tuples`. The mean is over the batch that the loss is called with, as with every loss of that trainer.
+
+    Args:
+        model: the CrossEncoder that is trained, with one label.
+        point_weight: weight of Point-MSE.
+        margin_weight: weight of Margin-MSE.
+    """
+
+    def __init__(self, model: CrossEncoder, point_weight: float = 0.5, margin_weight: float = 0.5) -> None:
+        super().__init__()
+        self.model = model
+        self.point_weight, self.margin_weight = point_weight, margin_weight
+
+    def forward(
+        self,
+        inputs: list[list[str]],
+        labels: Tensor | list[Tensor],
+        prompt: str | None = None,
+        task: str | None = None,
+    ) -> dict[str, Tensor]:
+        """The two terms, weighted; the trainer adds them up and logs both.
+
+        Args:
+            inputs: the columns query, document, document, ..., each of shape (rows,).
+            labels: a score for each document, shape (rows, documents).
+            prompt: goes to the model's `preprocess`.
+            task: likewise.
+
+        Raises:
+            ValueError: the scores are not one for each document.
+        """
+        queries, *columns = inputs
+        teacher = torch.stack(labels) if isinstance(labels, list) else labels
+        if teacher.shape != (len(queries), len(columns)):
+            raise ValueError(f"{len(columns)} documents a row need as many scores; they are {tuple(teacher.shape)}.")
+        pairs = [(row[0], document) for row in zip(*inputs, strict=True) for document in row[1:]]
+        features = batch_to_device(self.model.preprocess(pairs, prompt=prompt, task=task), self.model.device)
+        scores = self.model(features)["scores"].view(teacher.shape)
+        mask = torch.ones_like(teacher, dtype=torch.bool)
+        return {
+            "point_mse": self.point_weight * point_mse(scores, teacher, mask).mean,
+            "margin_mse": self.margin_weight * margin_mse(scores, teacher, mask).mean,
+        }
+
+    def get_config_dict(self) -> dict[str, float]:
+        """What the model card says of this loss."""
+        return {"point_weight": self.point_weight, "margin_weight": self.margin_weight}
+
+
+def to_n_tuples(groups: Dataset, documents: int, templates: Templates = STUDENT_TEMPLATES) -> Dataset:
+    """Rows of `load_groups` as n-tuples with scores: query, positive, negative_1, ..., scores.
+
+    The positive is the query's best-scored document. A query with more documents gives several rows, in which the
+    positive returns; the last of them is filled up with negatives of the one before, so that no document is lost.
+
+    Args:
+        groups: rows with `teacher_scores`, or `labels`, which are then the scores.
+        documents: how many each row holds, at least 2; queries with fewer are left out and counted.
+        templates: how query and document become text.
+
+    Raises:
+        ValueError: fewer than 2 documents asked for, or no query has as many.
+    """
+    if documents < 2:
+        raise ValueError(f"An n-tuple holds at least 2 documents, got {documents}.")
+    target = "teacher_scores" if "teacher_scores" in groups.column_names else "labels"
+    names = ["positive", *(f"negative_{number}" for number in range(1, documents))]
+    rows, short = [], 0
+    for group in groups:
+        texts = [templates.render_document(*pair) for pair in zip(group["titles"], group["summaries"], strict=True)]
+        best, *others = sorted(range(len(texts)), key=lambda place: -group[target][place])
+        short += len(texts) < documents
+        width = documents - 1
+        for start in range(0, len(others) if len(texts) >= documents else 0, width):
+            end = min(start + width, len(others))
+            places = [best, *others[end - width : end]]
+            found = zip(names, places, strict=True)
+            row = {"query": templates.render_query(group["query"])} | {name: texts[place] for name, place in found}
+            rows.append(row | {"scores": [float(group[target][place]) for place in places]})
+    if not rows:
+        raise ValueError(f"No query has {documents} documents.")
+    if short:
+        logger.warning("%d of %d queries have fewer than %d documents: left out.", short, len(groups), documents)
+    return Dataset.from_list(rows)
+
+
+def from_n_tuples(rows: Dataset) -> Dataset:
+    """N-tuples with scores as rows of `load_groups` with `teacher_scores`, a row for each query.
+
+    The first text column is the query, the others its documents (title empty, the text as summary); rows of one query
+    are joined, ids are digests of the texts.
+
+    Raises:
+        ValueError: no scores, or not one for each document (margins do not tell the scores that they came from).
+        TableError: a document has two different scores for one query.
+    """
+    scores = next((name for name in _SCORES if name in rows.column_names), None)
+    texts = [name for name in rows.column_names if name not in _SCORES]
+    if scores is None or len(texts) < 2 or len(rows[0][scores]) != len(texts) - 1:
+        raise ValueError(f"Not n-tuples with a score for each document: {rows.column_names}.")
+    query, *documents = texts
+    records = [
+        (row[query], row[name], score) for row in rows for name, score in zip(documents, row[scores], strict=True)
+    ]
+    frame = pd.DataFrame(records, columns=["query", "summary", "teacher_score"]).drop_duplicates()
+    frame = frame.assign(query_id=frame["query"].map(_digest), doc_id=frame["summary"].map(_digest), title="")
+    return group_rows(validate(frame.reset_index(drop=True), "scores", "n-tuples"))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha1(text.encode()).hexdigest()[:16]

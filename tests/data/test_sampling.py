@@ -1,0 +1,50 @@
+"""Which documents of a query are kept."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from hf_disranker.data.sampling import sample_documents
+
+
+def group(query_id, scores):
+    ids = [f"d{place}" for place in range(len(scores))]
+    return {
+        "query_id": query_id,
+        "query": "q",
+        "doc_ids": ids,
+        "titles": ids,
+        "summaries": ids,
+        "teacher_scores": scores,
+    }
+
+
+def test_top_keeps_the_best_in_their_order():
+    rows = Dataset.from_list([group("a", [1.0, 5.0, 3.0, 4.0]), group("b", [1.0, 2.0])])
+    found = sample_documents(rows, 2, "top").to_list()
+    assert found[0]["doc_ids"] == found[0]["titles"] == ["d1", "d3"] and found[0]["teacher_scores"] == [5.0, 4.0]
+    assert found[1]["doc_ids"] == ["d0", "d1"]
+
+
+def test_stratified_takes_one_document_of_each_part_of_the_scores():
+    scores = np.random.default_rng(0).permutation(100).astype(float).tolist()
+    rows = Dataset.from_list([group(str(number), scores) for number in range(30)])
+    found = sample_documents(rows, 10, "stratified", seed=1).to_list()
+    for row in found:
+        assert sorted(int(score // 10) for score in row["teacher_scores"]) == list(range(10))
+        assert [scores[int(doc_id[1:])] for doc_id in row["doc_ids"]] == row["teacher_scores"]
+    assert len({tuple(row["doc_ids"]) for row in found}) > 20  # every query has a draw of its own
+
+
+def test_the_draw_is_the_same_in_a_stream_and_another_with_another_seed():
+    rows = Dataset.from_list([group(str(number), list(map(float, range(40)))) for number in range(5)])
+    first = sample_documents(rows, 4, seed=1).to_list()
+    assert list(sample_documents(rows.to_iterable_dataset(), 4, seed=1)) == first
+    assert sample_documents(rows, 4, seed=2).to_list() != first
+    assert sample_documents(rows, 4, "all") is rows
+
+
+def test_an_unknown_way_is_refused():
+    for count, kind in ((4, "best"), (1, "top")):
+        with pytest.raises(ValueError, match="all, top, stratified"):
+            sample_documents(Dataset.from_list([group("a", [1.0])]), count, kind)

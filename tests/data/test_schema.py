@@ -1,0 +1,120 @@
+"""The table contracts: types in, plain words out."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hf_disranker.data.schema import TableError, validate
+
+
+def rows(**columns):
+    """Three sound judgments, with some columns replaced."""
+    sound = {
+        "query_id": ["q1", "q1", "q2"],
+        "query": ["red", "red", "blue"],
+        "doc_id": ["a", "b", "a"],
+        "title": ["A", "B", "A"],
+        "summary": ["one", "two", "one"],
+        "label": [2, 0, 1],
+    }
+    return pd.DataFrame(sound | columns)
+
+
+def error_of(frame, table="judgments"):
+    with pytest.raises(TableError) as error:
+        validate(frame, table, "my.csv")
+    return str(error.value)
+
+
+def test_columns_get_their_types_and_the_rest_passes_through():
+    frame = rows(query_id=[0, 0, 7], label=["2", "0", "1"], title=["A", None, "A"], market=["fr", None, "de"])
+    frame["split"] = pd.Categorical(["train", "train", "dev"])
+    before = frame.copy()
+    checked = validate(frame, "judgments", "my.csv")
+    assert checked["query_id"].tolist() == ["0", "0", "7"]
+    assert checked["label"].tolist() == [2, 0, 1] and checked["label"].dtype == np.int64
+    assert checked["title"].tolist() == ["A", "", "A"]
+    assert checked["split"].tolist() == ["train", "train", "dev"]
+    assert list(checked.columns) == list(frame.columns)
+    pd.testing.assert_series_equal(checked["market"], frame["market"])
+    pd.testing.assert_frame_equal(frame, before)
+
+
+def test_scores_become_float32_and_amounts_float64():
+    scores = validate(rows(teacher_score=[1, "-2.5", 0.1]), "scores", "s")["teacher_score"]
+    assert scores.tolist() == [1.0, -2.5, np.float32(0.1)] and scores.dtype == np.float32
+    weights = validate(rows(weight=[0, 1, 2.5]), "clicks", "c")["weight"]
+    assert weights.tolist() == [0.0, 1.0, 2.5] and weights.dtype == np.float64
+
+
+def test_a_missing_column_is_named_with_those_that_are_there():
+    assert error_of(rows().drop(columns=["summary", "label"])) == (
+        "my.csv: a judgments table needs the column(s) summary, label; it has: query_id, query, doc_id, title. "
+        "Rename your columns to query_id, query, doc_id, title, summary, label."
+    )
+
+
+def test_a_table_without_rows_is_refused():
+    assert error_of(rows().head(0)) == "my.csv: the judgments table has no rows."
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("label", [2, None, 1], "1 row(s) hold no finite number. First: row 1: nan."),
+        ("label", ["2", "good", "1"], "1 row(s) hold no finite number. First: row 1: 'good'."),
+        ("label", [2, -1, 1], "1 row(s) hold no whole number >= 0. First: row 1: -1."),
+        ("label", [2, 0.5, 1], "1 row(s) hold no whole number >= 0. First: row 1: 0.5."),
+        ("query_id", ["", "q1", "q2"], "1 row(s) hold no id. First: row 0: ''."),
+        ("doc_id", [1, None, 3], "1 row(s) hold no id. First: row 1: nan."),
+        ("doc_id", [1.0, 2.0, 3.0], "holds decimal numbers; ids are strings or integers. First: row 0: 1.0; row 1: "),
+        ("query", ["red", "red", " \t"], "1 row(s) hold an empty query. First: row 2: ' \\t'."),
+        ("query", ["red", "red", None], "1 row(s) hold an empty query. First: row 2: "),
+        ("title", ["A", 12, ["B"]], "2 row(s) hold no text. First: row 1: 12; row 2: ['B']."),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_named_with_file_column_and_rows(column, values, message):
+    error = error_of(rows(**{column: values}))
+    assert error.startswith(f"my.csv: column '{column}' of the judgments table")
+    assert message in error
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, "high", 1e39])  # 1e39 is beyond float32
+def test_a_score_that_is_not_finite_is_refused(score):
+    error = error_of(rows(teacher_score=[0.5, score, 1.0]), "scores")
+    assert "column 'teacher_score' of the scores table: 1 row(s) hold no finite number. First: row 1: " in error
+
+
+def test_a_negative_weight_is_refused():
+    assert "column 'weight' of the clicks table: 1 row(s) hold a negative number. First: row 2: -1.0." in error_of(
+        rows(weight=[1.0, 0.0, -1.0]), "clicks"
+    )
+
+
+def test_labels_of_candidates_are_checked_before_they_are_scored():
+    assert "column 'label' of the candidates table" in error_of(rows(label=[1, None, 0]), "candidates")
+
+
+def test_a_repeated_pair_is_refused():
+    assert error_of(rows(query_id=["q1", "q1", "q1"], query="red")) == (
+        "my.csv: judgments table: 1 row(s) repeat a (query_id, doc_id) that stands above. "
+        "First: row 2: {'query_id': 'q1', 'doc_id': 'a'}. Keep one row for each."
+    )
+    assert "repeat a (doc_id)" in error_of(rows(), "corpus")
+
+
+def test_one_query_id_has_one_text():
+    assert error_of(rows(query=["red", "Red", "blue"])) == (
+        "my.csv: judgments table: 1 row(s) give a query_id another query text than the rows above. "
+        "First: row 1: {'query_id': 'q1', 'query': 'Red'}."
+    )
+
+
+def test_errors_stay_short():
+    frame = pd.concat([rows(title=[["x" * 1000]] * 3)] * 5, ignore_index=True)
+    error = error_of(frame)
+    assert "15 row(s)" in error and error.count("row ") == 3 and len(error) < 500
+
+
+def test_clicks_may_repeat():
+    assert len(validate(pd.concat([rows(), rows()]), "clicks", "c")) == 6

@@ -1,0 +1,254 @@
+"""Readers, and grouping by query."""
+
+import logging
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import Dataset, DatasetDict
+
+from hf_disranker.data import tables as data
+from hf_disranker.data.schema import TableError
+from hf_disranker.data.tables import (
+    load_groups,
+    read_table,
+    write_table,
+)
+
+# The queries take turns, "0" and "007" are ids, "NA" is a text, and a row may hold whatever people write.
+ROWS = pd.DataFrame(
+    [
+        ("0", "red car", "d1", "Car", "A red one.", 2, "train", "fr"),
+        ("007", "東京 タワー 🗼", "d1", "Car", "A red one.", 0, "dev", "jp"),
+        ("0", "red car", "007", "NA", 'He said: "no,\nnever".', 0, "train", ""),
+        ("007", "東京 タワー 🗼", "0", "", "Ünï©ødé, שלום {title} 🚗" + "x" * 100_000, 1, "dev", "jp"),
+        ("0", "red car", "d2", "None", "null", 1, "train", "de"),
+    ],
+    columns=["query_id", "query", "doc_id", "title", "summary", "label", "split", "market"],
+)
+
+
+def parquet(frame, folder):
+    frame.to_parquet(folder / "rows.parquet")
+    return str(folder / "rows.parquet")
+
+
+def jsonl(frame, folder):
+    frame.to_json(folder / "rows.jsonl", orient="records", lines=True, force_ascii=False)
+    return str(folder / "rows.jsonl")
+
+
+def csv(frame, folder):
+    frame.to_csv(folder / "rows.csv", index=False)
+    return str(folder / "rows.csv")
+
+
+def folder_of_parquet(frame, folder):
+    shards = folder / "scores [1]"
+    shards.mkdir()
+    frame[:2].to_parquet(shards / "part-00000.parquet")
+    frame[2:].to_parquet(shards / "part-00001.parquet")
+    (shards / "part-00002.parquet.tmp").write_bytes(b"torn")
+    (shards / "manifest.json").write_text("{}")
+    return str(shards)
+
+
+def url(frame, folder):
+    frame.to_csv("memory://tables/rows.csv", index=False)
+    return "memory://tables/rows.csv"
+
+
+SOURCES = {
+    "parquet": parquet,
+    "jsonl": jsonl,
+    "csv": csv,
+    "folder": folder_of_parquet,
+    "url": url,
+    "path object": lambda frame, folder: folder / parquet(frame, folder),
+    "dataset": lambda frame, folder: Dataset.from_pandas(frame),
+    "frame": lambda frame, folder: frame,
+}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that holds the data sets of this dict, and fails for others as the real one does."""
+    sets = {}
+
+    def load_dataset(name):
+        if name not in sets:
+            raise ConnectionError("cannot be reached")
+        return sets[name]
+
+    monkeypatch.setattr(data, "load_dataset", load_dataset)
+    return sets
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_format_gives_the_same_rows(kind, tmp_path):
+    read = read_table(SOURCES[kind](ROWS, tmp_path), "judgments")
+    assert read["label"].dtype == np.int64
+    pd.testing.assert_frame_equal(read, ROWS, check_dtype=False)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv", "dataset"])
+def test_integer_ids_are_read_as_strings(kind, tmp_path):
+    frame = ROWS.assign(query_id=[0, 7, 0, 7, 0], doc_id=[0, 0, 1, 1, 2**60 + 1])
+    read = read_table(SOURCES[kind](frame, tmp_path), "judgments")
+    assert read["query_id"].tolist() == ["0", "7", "0", "7", "0"]
+    assert read["doc_id"].tolist() == ["0", "0", "1", "1", "1152921504606846977"]
+
+
+def test_the_splits_of_a_hub_data_set_become_the_split_column(hub):
+    rows = ROWS.drop(columns="split")
+    train, dev = rows[ROWS["split"] == "train"], rows[ROWS["split"] == "dev"]
+    hub["org/set"] = DatasetDict(
+        {part: Dataset.from_pandas(frame, preserve_index=False) for part, frame in (("train", train), ("dev", dev))}
+    )
+    assert load_groups("org/set", split="dev")["query_id"] == ["007"]
+    assert load_groups("org/set")["query_id"] == ["0", "007"]
+
+
+def test_the_split_column_of_a_hub_data_set_is_kept(hub):
+    hub["org/set"] = DatasetDict({"train": Dataset.from_pandas(ROWS)})
+    assert load_groups("org/set", split="dev")["query_id"] == ["007"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no/such/file.parquet", "no/such/file.parquet: no such file or folder."),
+        ("no/file.csv", "no/file.csv: no such file or folder."),
+        ("memory://no/file.csv", "memory://no/file.csv: no such file or folder."),
+        ("s4://bucket/file.csv", "s4://bucket/file.csv: Protocol not known: s4"),
+        ("org/no_set", "org/no_set: no such file or folder, and no such data set could be read from the Hub "),
+    ],
+)
+def test_a_wrong_path_is_named(hub, source, message):
+    with pytest.raises(FileNotFoundError) as error:
+        read_table(source, "judgments")
+    assert str(error.value).startswith(message)
+
+
+def test_a_folder_without_parquet_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="the folder holds no parquet file"):
+        read_table(str(tmp_path), "judgments")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.parquet", b"", "empty.parquet: the file is empty."),
+        ("empty.jsonl", b"", "empty.jsonl: the file is empty."),
+        ("empty.csv", b"", "empty.csv: the file is empty."),
+        ("torn.parquet", b"PAR1 and no more", "torn.parquet: cannot be read as parquet: "),
+        ("torn.jsonl", b'{"doc_id": "1", "titl', "torn.jsonl: cannot be read as jsonl: "),
+        ("latin.csv", b"doc_id,title,summary\n1,caf\xe9,x\n", "latin.csv: cannot be read as csv: 'utf-8' codec "),
+        ("wide.csv", b"doc_id,title,summary\n1,a,b,\n2,c,d,\n", "csv: its rows have more fields than its header."),
+        ("uneven.csv", b"doc_id,title,summary\n1,a,b\n2,c,d,e\n", "uneven.csv: cannot be read as csv: "),
+        ("head.csv", b"doc_id,title,summary\n", "head.csv: the corpus table has no rows."),
+        ("names.csv", b"id,title,summary\n1,a,b\n", "a corpus table needs the column(s) doc_id; it has: id, title, "),
+        ("twice.csv", b"doc_id,title,summary\n0,a,b\n007,c,d\n0,e,f\n", "First: row 2: {'doc_id': '0'}."),
+        ("rows.xlsx", b"PK", "rows.xlsx: a table is one of .parquet, .jsonl, .csv, or a folder of parquet files."),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TableError) as error:
+        read_table(str(tmp_path / name), "corpus")
+    assert name in str(error.value) and message in str(error.value)
+
+
+def test_a_split_takes_its_rows_and_a_wrong_one_is_refused():
+    assert read_table(ROWS, "judgments", split="dev")["query_id"].tolist() == ["007", "007"]
+    assert len(read_table(ROWS, "judgments", split="")) == len(ROWS)
+    with pytest.raises(TableError, match="no row has split 'test'; there are: dev, train."):
+        read_table(ROWS, "judgments", split="test")
+    with pytest.raises(TableError, match="there is no column 'split' to take 'dev' from"):
+        read_table(ROWS.drop(columns="split"), "judgments", split="dev")
+
+
+def test_a_split_of_any_table_is_a_text():
+    with pytest.raises(TableError, match="column 'split' of the candidates table: 5 row.s. hold no text"):
+        read_table(ROWS.assign(split=1), "candidates", split="dev")
+
+
+def test_candidates_take_their_texts_from_the_corpus(candidates, corpus, judgments):
+    joined = read_table(candidates, "candidates", corpus=corpus.sample(frac=1, random_state=0))
+    expected = judgments[["query_id", "query", "doc_id", "title", "summary"]]
+    pd.testing.assert_frame_equal(joined[list(expected.columns)], expected, check_dtype=False)
+    assert joined["rank"].tolist() == candidates["rank"].tolist()
+
+
+def test_a_document_that_the_corpus_lacks_is_named(candidates, corpus):
+    with pytest.raises(TableError, match=r"2 row\(s\) name a doc_id that is not in the corpus, first: d0-1, d3-2\."):
+        read_table(candidates, "candidates", corpus=corpus[~corpus["doc_id"].isin(["d0-1", "d3-2"])])
+    with pytest.raises(TableError, match="the rows have no title and summary; name the corpus that holds them"):
+        read_table(candidates, "candidates")
+
+
+def test_documents_without_any_text_are_kept_and_counted(caplog):
+    frame = ROWS.assign(title=["", " ", "x", "", ""], summary=["", "\n", "", "y", ""])
+    with caplog.at_level(logging.WARNING, "hf_disranker"):
+        assert len(read_table(frame, "judgments")) == len(ROWS)
+    assert caplog.messages == ["<DataFrame>: 3 document(s) have neither title nor summary."]
+
+
+def test_groups_match_hand_example():
+    groups = load_groups(ROWS)
+    assert groups.column_names == ["query_id", "query", "doc_ids", "titles", "summaries", "labels"]
+    assert groups[0] == {
+        "query_id": "0",
+        "query": "red car",
+        "doc_ids": ["d1", "007", "d2"],
+        "titles": ["Car", "NA", "None"],
+        "summaries": ["A red one.", 'He said: "no,\nnever".', "null"],
+        "labels": [2, 0, 1],
+    }
+    assert groups[1]["doc_ids"] == ["d1", "0"]
+    assert len(groups[1]["summaries"][1]) > 100_000 and groups[1]["labels"] == [0, 1]
+    assert len(groups) == 2
+
+
+def test_groups_of_scores_hold_the_teachers_scores_in_float32():
+    scores = [0.1, -7, 2.5, 3, 4]
+    groups = load_groups(ROWS.drop(columns="label").assign(teacher_score=scores))
+    assert "labels" not in groups.column_names
+    assert groups["teacher_scores"] == [[np.float32(0.1), 2.5, 4.0], [-7.0, 3.0]]
+    assert groups.features["teacher_scores"].feature.dtype == "float32"
+    assert "labels" in load_groups(ROWS.assign(teacher_score=scores)).column_names
+
+
+def test_a_query_with_one_document_is_a_group():
+    groups = load_groups(ROWS.iloc[[0, 1, 2]])
+    assert groups["doc_ids"] == [["d1", "007"], ["d1"]]
+
+
+@pytest.mark.parametrize("start", ["{tmp}/new/folder/", "memory://written/"])
+def test_a_written_table_reads_back(tmp_path, start):
+    path = start.format(tmp=tmp_path) + "rows.parquet"
+    write_table(ROWS.iloc[[3, 1]], path)
+    pd.testing.assert_frame_equal(
+        read_table(path, "judgments"), ROWS.iloc[[3, 1]].reset_index(drop=True), check_dtype=False
+    )
+    assert fsspec.core.url_to_fs(path)[0].exists(path)
+
+
+def test_clicks_without_a_query_are_left_out_and_counted(clicks, caplog):
+    rows = pd.concat([clicks, clicks[:2].assign(query=[" ", None])])
+    read = read_table(rows, "clicks")
+    pd.testing.assert_frame_equal(read, clicks, check_dtype=False)
+    assert caplog.messages == ["<DataFrame>: 2 click(s) have no query and are left out."]
+
+
+def test_scores_of_several_teachers_are_averaged(judgments):
+    first = judgments.assign(teacher_score=np.arange(len(judgments), dtype=np.float32))
+    second = first.assign(teacher_score=first["teacher_score"] * 3).sample(frac=1, random_state=0)
+    groups = load_groups([first, second])
+    expected = load_groups(first.assign(teacher_score=first["teacher_score"] * 2))
+    assert groups.to_list() == expected.to_list()
+    with pytest.raises(TableError, match="scores other pairs"):
+        load_groups([first, second[1:]])
+    with pytest.raises(TableError, match="scores other pairs"):
+        load_groups([first[1:], second])

@@ -1,0 +1,60 @@
+"""Templates render columns and nothing else."""
+
+import pytest
+
+from hf_disranker.data.templates import STUDENT_TEMPLATES, TEACHER_TEMPLATES, Templates
+
+
+def test_the_student_reads_a_pair_and_the_teacher_one_text():
+    assert STUDENT_TEMPLATES.render_query("red car") == "red car"
+    assert STUDENT_TEMPLATES.render_document("Car", "It is red.") == "Car It is red."
+    assert TEACHER_TEMPLATES.render_text("red car", "Car It is red.") == "query: red car document: Car It is red."
+
+
+def test_an_empty_title_or_summary_leaves_no_blank_at_the_ends():
+    assert STUDENT_TEMPLATES.render_document("", "It is red.") == "It is red."
+    assert STUDENT_TEMPLATES.render_document("Car", "") == "Car"
+    assert STUDENT_TEMPLATES.render_document("", "") == ""
+
+
+def test_braces_in_a_text_stay_as_they_are():
+    query, document = "{document} {0} {query.__class__}", "{query} }{ %s"
+    assert TEACHER_TEMPLATES.render_query(query) == query
+    assert TEACHER_TEMPLATES.render_document(document, "{title}") == document + " {title}"
+    assert TEACHER_TEMPLATES.render_text(query, document) == f"query: {query} document: {document}"
+    assert TEACHER_TEMPLATES.prompt(query) == f"query: {query} document:"
+
+
+def test_the_prompt_is_how_every_text_of_the_query_begins():
+    templates = Templates(query="<{query}>", text="Q {query}\nD {document} end")
+    query = templates.render_query("red")
+    assert templates.prompt(query) == "Q <red>\nD"
+    assert templates.render_text(query, "car") == "Q <red>\nD car end"
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        ({"query": "{title}"}, r"has the fields \['title'\]; it must use \['query'\]"),
+        ({"query": "no field"}, r"has the fields \[\]"),
+        ({"query": "{}"}, r"has the fields \[''\]"),
+        ({"document": "{title} {url}"}, "'url'"),
+        ({"document": "{title.__class__}"}, "title.__class__"),
+        ({"document": "{title[0]}"}, "title"),
+        ({"query": "{query:{query.__class__}}"}, "formats a field; it must hold plain names, such as {query}"),
+        ({"query": "{query:99999999999}"}, "formats a field"),
+        ({"query": "{query!r}"}, "formats a field"),
+        ({"query": "{query"}, "expected '}'"),
+        ({"text": "{document} {query}"}, "must hold {query} and then {document}, each once"),
+        ({"text": "{query}"}, "must hold {query} and then {document}, each once"),
+        ({"text": "{query} {document} {query}"}, "must hold {query} and then {document}, each once"),
+    ],
+)
+def test_a_template_that_reaches_further_is_refused(templates, message):
+    with pytest.raises(ValueError, match=message):
+        Templates(**templates)
+
+
+def test_the_marker_gives_the_same_templates_back():
+    assert STUDENT_TEMPLATES.to_dict() == {"query": "{query}", "document": "{title} {summary}"}
+    assert Templates(**TEACHER_TEMPLATES.to_dict()) == TEACHER_TEMPLATES

@@ -1,0 +1,113 @@
+"""TREC and BEIR files."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hf_disranker.data.schema import TableError
+from hf_disranker.data.trec import read_candidates, read_corpus, read_judgments, read_run, write_run
+
+
+@pytest.fixture
+def beir(tmp_path, judgments, corpus):
+    """The judgments as a BEIR folder."""
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    lines = [{"_id": row.doc_id, "title": row.title, "text": row.summary} for row in corpus.itertuples()]
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    queries = judgments.drop_duplicates("query_id")
+    lines = [{"_id": row.query_id, "text": row.query, "metadata": {}} for row in queries.itertuples()]
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for split, rows in judgments.groupby("split"):
+        rows = rows[["query_id", "doc_id", "label"]].set_axis(["query-id", "corpus-id", "score"], axis=1)
+        rows.to_csv(folder / "qrels" / f"{split}.tsv", sep="\t", index=False)
+    return folder
+
+
+def test_a_beir_folder_reads_as_judgments(beir, judgments):
+    columns = ["query_id", "query", "doc_id", "title", "summary", "label"]
+    expected = judgments[judgments["split"] == "dev"][columns].reset_index(drop=True)
+    pd.testing.assert_frame_equal(read_judgments(str(beir), "dev")[columns], expected, check_dtype=False)
+    assert len(read_corpus(str(beir))) == len(judgments)
+    with pytest.raises(TableError, match="no judgments of split 'test'; there are: dev, train"):
+        read_judgments(beir, "test")
+
+
+def test_beir_files_that_are_not_say_so(beir):
+    (beir / "qrels" / "dev.tsv").write_text("q0\td0-0\t1\n")
+    with pytest.raises(TableError, match="the header is q0, d0-0, 1, not query-id, corpus-id, score"):
+        read_judgments(beir, "dev")
+    (beir / "queries.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"queries.jsonl: no such file"):
+        read_judgments(beir, "train")
+
+
+def test_qrels_read_with_and_without_texts(tmp_path, judgments, corpus):
+    path = tmp_path / "robust.qrels"
+    path.write_text("301 0 FR-1 2\n301 0 FR-2 -2\n302\t0\tFR-1\t0\n")
+    plain = read_judgments(path, "dev")
+    assert plain[["query_id", "doc_id", "label"]].values.tolist() == [
+        ["301", "FR-1", 2],
+        ["301", "FR-2", 0],
+        ["302", "FR-1", 0],
+    ]
+    assert "title" not in plain
+    texts = pd.DataFrame({"doc_id": ["FR-1", "FR-2"], "title": ["A", "B"], "summary": ["one", "two"]})
+    queries = pd.DataFrame({"query_id": [301, 302], "query": ["red", "blue"]})
+    rows = read_judgments(path, None, texts, queries)
+    assert rows["query"].tolist() == ["red", "red", "blue"] and rows["title"].tolist() == ["A", "B", "A"]
+    with pytest.raises(TableError, match="query '302' has no text"):
+        read_judgments(path, None, texts, queries[:1])
+    with pytest.raises(TableError, match="not in the corpus, first: FR-2"):
+        read_judgments(path, None, texts[:1], queries)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("301 0 FR-1\n", "rows have 3 columns, not the 4"),
+        ("301 0 FR-1 good\n", "column 'label'"),
+        ("301 0 FR-1 1\n301 0 FR-1 1\n", "repeat a"),
+        ("", "cannot be read"),
+    ],
+)
+def test_broken_qrels_are_refused(tmp_path, text, message):
+    (tmp_path / "broken.txt").write_text(text)
+    with pytest.raises(TableError, match=message):
+        read_judgments(tmp_path / "broken.txt")
+
+
+def test_a_run_keeps_its_scores_in_full(tmp_path):
+    path = tmp_path / "bm25.run"
+    path.write_text('1 Q0 a"b 1 16777217.5 tag\n1 Q0 c 2 16777217.25 tag\n')
+    run = read_run(path)
+    assert run["doc_id"].tolist() == ['a"b', "c"]
+    assert run["teacher_score"].tolist() == [16777217.5, 16777217.25]  # equal in float32
+    path.write_text("1 Q0 a 1 nan tag\n")
+    with pytest.raises(TableError, match="no finite number"):
+        read_run(path)
+
+
+def test_a_written_run_is_in_trec_order(tmp_path):
+    rows = pd.DataFrame(
+        {"query_id": ["9", "10", "9", "9"], "doc_id": ["a", "b", "c", "d"], "score": [1.0, 5.0, 2.5, 1.0]}
+    )
+    write_run(rows, tmp_path / "out.run", "two words")
+    lines = (tmp_path / "out.run").read_text().splitlines()
+    assert lines[:2] == ["9 Q0 c 1 2.5 two_words", "9 Q0 a 2 1.0 two_words"] and lines[3].startswith("10 Q0 b 1 5.0")
+    back = read_run(tmp_path / "out.run").set_index(["query_id", "doc_id"])["teacher_score"]
+    assert np.array_equal(back.loc[list(zip(rows["query_id"], rows["doc_id"], strict=True))], rows["score"])
+    with pytest.raises(TableError, match="no doc_id with a blank, such as 'a b'"):
+        write_run(rows.assign(doc_id="a b"), tmp_path / "no.run", "x")
+
+
+def test_candidates_bring_texts_and_the_columns_of_the_query(tmp_path, judgments, corpus):
+    judged = judgments.assign(market=judgments["query_id"].map(lambda one: "de" if one < "q3" else "en"))
+    (tmp_path / "first.run").write_text("q0 Q0 d5-1 1 3.0 x\nq4 Q0 d0-0 1 2.0 x\nother Q0 d0-0 1 2.0 x\n")
+    rows = read_candidates(tmp_path / "first.run", judged, corpus).set_index("query_id")
+    assert rows["market"].to_dict() == {"q0": "de", "q4": "en"} and "label" not in rows
+    assert rows.loc["q0", "title"] == corpus.set_index("doc_id").loc["d5-1", "title"]
+    with pytest.raises(TableError, match="no row is of a judged query"):
+        read_candidates(tmp_path / "first.run", judged[judged["query_id"] == "q7"], corpus)

@@ -1,0 +1,249 @@
+"""Measures of a ranking of judged documents."""
+
+import json
+import logging
+import time
+from math import log2
+
+import ir_measures
+import numpy as np
+import pandas as pd
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from sentence_transformers import CrossEncoder
+from transformers import EvalPrediction
+
+from hf_disranker.data.schema import TableError
+from hf_disranker.data.tables import pair_texts
+from hf_disranker.evaluation.evaluate import (
+    RankingEvaluator,
+    best_passages,
+    evaluate,
+    join_run,
+    per_query,
+    score_with,
+)
+from hf_disranker.evaluation.rankings import Evaluation, compare_evaluations, load_evaluations
+from hf_disranker.training.ranking_trainer import ranking_metrics
+
+JUDGED = pd.DataFrame(
+    {"query_id": ["a", "a", "a", "b", "b", "c"], "doc_id": ["1", "2", "3", "1", "2", "1"], "label": [2, 1, 0, 1, 0, 1]}
+)
+
+
+def scores_table(*scores):
+    return JUDGED[["query_id", "doc_id"]].assign(teacher_score=np.array(scores, dtype=np.float32))
+
+
+def test_measures_match_hand_example():
+    # a ranks its labels 1, 2, 0: pairs (2, 1) wrong, (2, 0) and (1, 0) right. b ranks 0, 1: wrong. c has one document.
+    measures = evaluate(JUDGED, np.array([1.0, 2.0, 0.0, 0.0, 1.0, 5.0]))
+    a = (1 + 3 / log2(3)) / (3 + 1 / log2(3))
+    assert measures["pnr"] == pytest.approx(2 / 2)
+    assert measures["ndcg@5"] == pytest.approx((a + 1 / log2(3) + 1) / 3)
+    assert measures["pair_accuracy_per_query"] == pytest.approx((2 / 3 + 0) / 2)
+    assert (measures["mrr"], measures["queries"], measures["unjudged"]) == (pytest.approx((1 + 1 / 2 + 1) / 3), 3, 0)
+    low, high = measures["intervals"]["ndcg@10"]
+    assert 1 / log2(3) <= low < measures["ndcg@10"] < high <= 1
+    json.dumps(measures, allow_nan=False)
+
+
+def test_a_ranking_without_a_wrong_pair_has_no_finite_pnr():
+    measures = evaluate(JUDGED, JUDGED["label"].to_numpy(float))
+    assert measures["pnr"] is None and measures["ndcg@10"] == 1.0
+    assert measures["intervals"]["pnr"][1] is None
+    json.dumps(measures, allow_nan=False)
+
+
+def test_the_order_of_the_rows_does_not_matter(judgments):
+    scores = np.random.default_rng(0).normal(size=len(judgments))
+    order = np.random.default_rng(1).permutation(len(judgments))
+    expected, shuffled = evaluate(judgments, scores), evaluate(judgments.iloc[order], scores[order])
+    assert shuffled == expected
+
+
+def test_a_run_is_looked_up_by_query_and_document(caplog):
+    with caplog.at_level(logging.WARNING, "hf_disranker"):
+        rows = join_run(JUDGED, scores_table(1, 2, 3, 4, 5, 6)[::-1])
+    assert rows["score"].tolist() == [1, 2, 3, 4, 5, 6] and not rows["missing"].any()
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("offset", [0, -3e8])  # in float32, -3e8 - 1 is -3e8
+def test_a_judged_document_without_a_score_ranks_last_and_is_counted(caplog, offset):
+    table = scores_table(*(np.array([1, 2, 3, 4, 5, 6]) * 64 + offset)).drop(index=[1, 3])
+    with caplog.at_level(logging.WARNING, "hf_disranker"):
+        rows = join_run(JUDGED, table)
+    scores = rows["score"]
+    assert scores[[1, 3]].max() < scores[[0, 2, 4, 5]].min()
+    assert caplog.messages == ["2 of 6 judged documents are not in the run; they rank last."]
+
+
+def test_an_unjudged_document_is_grade_0_in_ndcg_and_no_pair(caplog):
+    # In a, an unjudged document ranks first: 2, then 1, then 0 move down one place. That of query z is nobody's.
+    extra = pd.DataFrame({"query_id": ["a", "z"], "doc_id": ["9", "9"], "teacher_score": [99.0, 99.0]})
+    rows = join_run(JUDGED, pd.concat([scores_table(3, 2, 1, 1, 0, 1), extra]))
+    assert "1 documents of the run are not judged" in caplog.text
+    measures = evaluate(rows, rows["score"].to_numpy())
+    a = (3 / log2(3) + 1 / log2(4)) / (3 + 1 / log2(3))
+    assert measures["ndcg@10"] == pytest.approx((a + 1 + 1) / 3)
+    assert measures["mrr"] == pytest.approx((1 / 2 + 1 + 1) / 3)
+    assert (measures["concordant"], measures["discordant"], measures["unjudged"]) == (4, 0, 1)
+    # Of the judged ones: relevant 3, 2, 1, 1 against irrelevant 1 and 0, two of the eight pairs tied.
+    assert (measures["documents"], measures["auc"]) == (6, 7 / 8)
+
+
+def test_unjudged_documents_count_as_in_ir_measures(judgments):
+    rng = np.random.default_rng(0)
+    kept = judgments[rng.uniform(size=len(judgments)) < 0.6]
+    run = judgments.assign(teacher_score=rng.permutation(len(judgments)).astype(float))
+    run = run[run["query_id"].isin(kept["query_id"])]
+    rows = join_run(kept, run)
+    found = per_query(rows, rows["score"].to_numpy(), ["nDCG@10", "RR", "AP", "P@2"])
+    keys = list(zip(run["query_id"], run["doc_id"], strict=True))
+    scored = [ir_measures.ScoredDoc(*key, score) for key, score in zip(keys, run["teacher_score"], strict=True)]
+    triples = zip(kept["query_id"], kept["doc_id"], kept["label"], strict=True)
+    # pytrec_eval's gain is the grade; grades 0, 1 and 3 are ours of 0, 1 and 2.
+    qrels = [ir_measures.Qrel(query, doc, int(2**label - 1)) for query, doc, label in triples]
+    for name, measure in [("ndcg@10", "nDCG@10"), ("mrr", "RR"), ("map", "AP"), ("P@2", "P@2")]:
+        theirs = {
+            one.query_id: one.value
+            for one in ir_measures.iter_calc([ir_measures.parse_measure(measure)], qrels, scored)
+        }
+        ours = found.set_index("query_id")[name].dropna()
+        assert_allclose(ours, [theirs[query] for query in ours.index], err_msg=name)
+
+
+def test_scores_of_other_documents_are_refused():
+    with pytest.raises(TableError, match=r"No judged \(query_id, doc_id\) is in the run"):
+        join_run(JUDGED, scores_table(1, 2, 3, 4, 5, 6).assign(doc_id="other"))
+
+
+def test_any_measure_by_its_ir_measures_name():
+    scores = np.array([1.0, 2.0, 0.0, 0.0, 1.0, 5.0])
+    measures = evaluate(JUDGED, scores, ["P@1", "ERR@10"])
+    # First documents: grade 1, 0, 1. ERR with grades up to 4: a stops with (2^1 - 1) / 16, then (2^2 - 1) / 16.
+    assert measures["P@1"] == pytest.approx(2 / 3)
+    a = 1 / 16 + 15 / 16 * 3 / 16 / 2
+    assert measures["ERR@10"] == pytest.approx((a + 1 / 16 / 2 + 1 / 16) / 3, abs=1e-4)
+    assert measures["intervals"]["P@1"] == [0.0, 1.0]
+    with pytest.raises(ValueError, match="no such measure"):
+        evaluate(JUDGED, scores, ["nDGC@10"])
+
+
+def test_slices_are_measured_apart(judgments):
+    rows = judgments.assign(market=np.where(judgments["query_id"] < "q3", "de", "en"))
+    scores = np.random.default_rng(0).normal(size=len(rows))
+    slices = evaluate(rows, scores, by="market")["slices"]
+    assert list(slices) == ["de", "en"]
+    part = (rows["market"] == "de").to_numpy()
+    assert slices["de"] == evaluate(rows[part], scores[part]) | {"few": True}
+    many = pd.concat([rows.assign(query_id=rows["query_id"] + f"-{n}") for n in range(12)], ignore_index=True)
+    assert not evaluate(many, np.tile(scores, 12), by="market")["slices"]["de"]["few"]
+    by_length = evaluate(rows, scores, by="query_words")["slices"]
+    assert list(by_length) == ["2"] and by_length["2"]["queries"] == 12
+    with pytest.raises(TableError, match="no column 'country'"):
+        evaluate(rows, scores, by="country")
+
+
+def test_the_best_passage_stands_for_its_document():
+    passages = pd.DataFrame(
+        {
+            "query_id": ["a", "a", "a", "a"],
+            "doc_id": ["x-0", "x-1", "y-0", "lone"],
+            "page": ["x", "x", "y", None],
+            "label": [0, 2, 1, 0],
+            "score": [3.0, -1.0, 2.0, 1.0],
+        }
+    )
+    rows = best_passages(passages, "page")
+    assert rows[["doc_id", "label", "score"]].values.tolist() == [["x", 2, 3.0], ["y", 1, 2.0], ["lone", 0, 1.0]]
+    assert evaluate(rows, rows["score"].to_numpy())["pnr"] is None  # no wrong pair
+    with pytest.raises(TableError, match="no column 'url'"):
+        best_passages(passages, "url")
+
+
+def test_scoring_for_evaluation_counts_each_cut_once(student_ranker, judgments):
+    rows = judgments.assign(query="read " * 40)
+    scored = score_with(student_ranker, rows, progress=False)
+    assert np.array_equal(scored.scores, student_ranker.predict(pair_texts(rows)))
+    assert scored.pairs_per_s > 0
+    assert student_ranker.queries_cut == 2 * len(rows)  # once by score_with, once above
+
+
+def test_training_evaluation_and_evaluator_agree(student_ranker, student_dir, judgments):
+    expected = evaluate(judgments, student_ranker.predict(pair_texts(judgments)))
+    evaluator = RankingEvaluator(judgments, "dev")
+    for model in (student_ranker, CrossEncoder(student_dir)):
+        found = evaluator(model)
+        assert found[evaluator.primary_metric] == pytest.approx(expected["ndcg@10"])
+        for name in ("pnr", "mrr", "map", "auc", "ndcg@1", "cross_query_pair_accuracy"):
+            assert found[f"dev_{name}"] == pytest.approx(expected[name])
+    # What RankingTrainer hands over: columns of queries and documents, filled up with NaN.
+    groups = [part for _, part in judgments.groupby("query_id")]
+    shape = len(groups), max(map(len, groups))
+    labels, scores = np.full(shape, np.nan), np.full(shape, np.nan)
+    for place, part in enumerate(groups):
+        labels[place, : len(part)] = part["label"]
+        scores[place, : len(part)] = student_ranker.predict(pair_texts(part))
+    logged = ranking_metrics(EvalPrediction(scores, labels))
+    assert logged == pytest.approx({name: expected[name] for name in logged})
+
+
+def test_an_evaluation_is_read_as_it_was_written(tmp_path, judgments):
+    source = tmp_path / "judgments.parquet"
+    judgments.to_parquet(source)
+    rng = np.random.default_rng(0)
+    table = judgments.assign(teacher_score=rng.normal(size=len(judgments)))
+    extra = table.iloc[:2].assign(doc_id=["n1", "n2"])
+    rows = join_run(judgments, pd.concat([table.drop(index=3), extra]))
+    written = Evaluation.of("my ranker", rows, ["P@5"], judgments=str(source), split="", role="run")
+    written.save(tmp_path / "eval" / "one.json")
+    (read,) = load_evaluations([tmp_path / "eval"])
+    assert (read.name, read.measures, read.about) == (written.name, written.measures, written.about)
+    pd.testing.assert_frame_equal(read.queries, written.queries)
+    assert evaluate(read.rows, read.rows["score"].to_numpy())["ndcg@10"] == written.measures["ndcg@10"]
+    run = (tmp_path / "eval" / "one.run").read_text().splitlines()
+    assert len(run) == len(judgments) + 1  # without the judged document that the run lacked
+    query, q0, doc, rank, score, tag = run[0].split()
+    assert (q0, rank, tag) == ("Q0", "1", "my_ranker") and query in set(judgments["query_id"])
+
+
+def test_evaluations_of_other_judgments_are_refused(tmp_path, judgments):
+    judgments.to_parquet(tmp_path / "judgments.parquet")
+    for name, split in (("a", "dev"), ("b", "train")):
+        rows = judgments[judgments["split"] == split].assign(score=1.0)
+        about = {"judgments": str(tmp_path / "judgments.parquet"), "split": split}
+        Evaluation.of(name, rows, **about).save(tmp_path / "eval" / f"{name}.json")
+    with pytest.raises(ValueError, match="not of the same judgments"):
+        load_evaluations([tmp_path / "eval"])
+    with pytest.raises(ValueError, match="need names of their own"):
+        load_evaluations([tmp_path / "eval" / "a.json"] * 2)
+    with pytest.raises(ValueError, match="no json"):
+        load_evaluations([tmp_path])
+
+
+def test_compared_evaluations_tell_whose_top_changed(judgments):
+    good = Evaluation.of("good", judgments.assign(score=judgments["label"].astype(float)))
+    rows = judgments.assign(score=judgments["label"].astype(float))
+    rows.loc[rows["query_id"].isin(["q0", "q1", "q2"]), "score"] *= -1
+    (one,) = compare_evaluations([Evaluation.of("bad", rows), good])
+    assert (one.first, one.second, one.queries) == ("good", "bad", 12)
+    assert one.changed[1] == one.changed[10] == pytest.approx(3 / 12)
+    assert one.difference == pytest.approx(1 - evaluate(rows, rows["score"].to_numpy())["ndcg@10"])
+    with pytest.raises(ValueError, match="has no P@5 by query"):
+        compare_evaluations([good, good], "P@5")
+
+
+def test_a_million_rows_with_intervals_take_seconds():
+    rng = np.random.default_rng(0)
+    rows = 1_000_000
+    frame = pd.DataFrame(
+        {"query_id": np.arange(rows) // 20, "doc_id": np.arange(rows), "label": rng.integers(4, size=rows)}
+    )
+    start = time.process_time()
+    measures = evaluate(frame, rng.normal(size=rows))
+    assert time.process_time() - start < 30
+    low, high = measures["intervals"]["pair_accuracy"]
+    assert low < 0.5 < high and high - low < 0.002
+    assert_array_equal(measures["queries"], rows // 20)

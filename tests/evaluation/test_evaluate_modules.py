@@ -1,0 +1,80 @@
+"""metrics/pnr and metrics/ndcg: the measures of this package as modules of `evaluate`."""
+
+import math
+import runpy
+import time
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import yaml
+from gradio_client import Client
+from huggingface_hub import HfApi, snapshot_download
+
+from hf_disranker.evaluation import metrics
+
+FOLDER = Path(__file__).parents[2] / "metrics"
+
+
+@pytest.fixture(scope="module", params=["pnr", "ndcg"])
+def measure(request):
+    return evaluate.load(str(FOLDER / request.param))
+
+
+def test_hand_examples():
+    # a: labels 2 1 0, ranked 2 0 1: pairs (2,0) (2,1) right, (1,0) wrong. b: tied.
+    rows = {"predictions": [3, 1, 2, 5, 5], "references": [2, 1, 0, 1, 0], "query_ids": ["a", "a", "a", "b", "b"]}
+    found = evaluate.load(str(FOLDER / "pnr")).compute(**rows)
+    assert found == {
+        **{"pnr": 2.0, "pair_accuracy": pytest.approx(2 / 3), "pair_accuracy_per_query": pytest.approx(2 / 3)},
+        **{"concordant": 2, "discordant": 1, "tied": 1},
+    }
+    found = evaluate.load(str(FOLDER / "ndcg")).compute(**rows, ks=[3])
+    a = (3 + 1 / math.log2(4)) / (3 + 1 / math.log2(3))
+    b = (1 + 1 / math.log2(3)) / 2
+    assert found == {"ndcg@3": pytest.approx((a + b) / 2), "queries": 2, "queries_without_relevant": 0}
+
+
+def test_a_million_rows_stream_through(measure):
+    rng = np.random.default_rng(0)
+    rows = 1_000_000
+    scores, labels, queries = rng.normal(size=rows), rng.integers(0, 4, rows), np.arange(rows) // 20
+    begin = time.perf_counter()
+    for start in range(0, rows, 100_000):
+        part = slice(start, start + 100_000)
+        ids = queries[part].astype(str)
+        measure.add_batch(predictions=scores[part], references=labels[part], query_ids=ids)
+    found = measure.compute()
+    print(f"{time.perf_counter() - begin:.1f} s")
+    expected = metrics.evaluate(labels, scores, queries, ks=(5, 10))
+    shared = found.keys() & expected.keys()
+    assert len(shared) >= 4
+    assert {name: found[name] for name in shared} == pytest.approx({name: expected[name] for name in shared})
+
+
+@pytest.mark.parametrize("name", ["pnr", "ndcg"])
+def test_the_folders_are_spaces(name, hub, tmp_path, monkeypatch):
+    _, front, text = (FOLDER / name / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    space = yaml.safe_load(front)
+    assert space["sdk"] == "gradio" and {"evaluate", "metric"} <= set(space["tags"])
+    assert (FOLDER / name / "requirements.txt").read_text().split() == ["hf-disranker", "evaluate", "gradio"]
+    snippet = text.split("```python\n")[1].split("```")[0].replace("metrics/", f"{FOLDER}/")
+    exec(snippet, {})
+
+    repo = f"tester/{name}"
+    HfApi().create_repo(repo, repo_type="space", space_sdk="gradio", exist_ok=True)
+    HfApi().upload_folder(repo_id=repo, repo_type="space", folder_path=FOLDER / name)
+    rows = {"predictions": [3, 1, 2], "references": [2, 1, 0], "query_ids": ["a", "a", "a"]}
+    expected = evaluate.load(str(FOLDER / name)).compute(**rows)
+    assert evaluate.load(repo).compute(**rows) == expected
+
+    # The page as a Space starts it, and a visitor who asks it.
+    monkeypatch.chdir(snapshot_download(repo, repo_type="space", local_dir=tmp_path))
+    page = runpy.run_path(space["app_file"])["page"]
+    _, address, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    try:
+        table = {"headers": list(rows), "data": list(map(list, zip(*rows.values(), strict=True)))}
+        assert Client(address, verbose=False).predict(table, api_name="/compute") == expected
+    finally:
+        page.close()

@@ -1,0 +1,134 @@
+"""The Auto classes with our package, and the same checkpoints without it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    pipeline,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_disranker import BertDistilledRanker, LLMForLastTokenRanking, Ranker
+from hf_disranker.models import auto
+from hf_disranker.models.teacher import FAMILIES
+from hf_disranker.recipes.quickstart.from_scratch import small_bert
+
+PAIRS = [("read a json file", "json.load read a document"), ("plot", "os.remove delete a file")]
+
+# Our import first, transformers later: the registration has to wait for it.
+# Every entrance to transformers must leave the registration whole: some import the Auto classes half-way.
+ENTRANCES = {
+    "AutoModel": "from transformers import AutoModel",
+    "a stock model": "from transformers import BertModel",
+    "our student": "from hf_disranker import BertDistilledRanker",
+    "AutoConfig": "from transformers import AutoConfig",
+}
+IMPORTED_FIRST = """
+import json, sys, time
+start = time.perf_counter()
+import hf_disranker
+seconds = time.perf_counter() - start
+heavy = [name for name in ("torch", "transformers") if name in sys.modules]
+exec(sys.argv[2])
+from transformers import AutoModel
+print(json.dumps({"seconds": seconds, "heavy": heavy, "class": type(AutoModel.from_pretrained(sys.argv[1])).__name__}))
+from transformers import BertForMaskedLM, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+"""
+
+
+def run_python(code, *arguments):
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert "[ERROR]" not in run.stdout  # transformers complains so of config classes it cannot document
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_importing_this_package_first_is_light_and_still_registers(student_dir, entrance):
+    result = run_python(IMPORTED_FIRST, str(student_dir), ENTRANCES[entrance])
+    assert result["heavy"] == [] and result["seconds"] < 1
+    assert result["class"] == "BertDistilledRanker"
+
+
+def test_auto_classes_give_rankers_for_marked_checkpoints(student_dir, teacher_dir):
+    assert type(AutoModel.from_pretrained(student_dir)) is BertDistilledRanker
+    assert type(AutoModelForSequenceClassification.from_pretrained(student_dir)) is BertDistilledRanker
+    assert isinstance(AutoModel.from_pretrained(teacher_dir), LLMForLastTokenRanking)
+    assert isinstance(AutoModelForSequenceClassification.from_pretrained(teacher_dir), LLMForLastTokenRanking)
+
+
+def test_saving_what_an_auto_class_gave_keeps_the_checkpoint_stock(student_dir, tmp_path):
+    AutoModel.from_pretrained(student_dir).save_pretrained(tmp_path)
+    before, after = (json.loads(Path(folder, "config.json").read_text()) for folder in (student_dir, tmp_path))
+    assert before == after
+
+
+def test_ordinary_checkpoints_load_as_without_us(tmp_path, student_dir):
+    bert = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    llama = LlamaConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    BertModel(bert).save_pretrained(tmp_path / "bert")
+    BertForSequenceClassification(bert).save_pretrained(tmp_path / "classifier")
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
+    assert type(AutoConfig.from_pretrained(tmp_path / "bert")) is BertConfig
+    assert type(AutoConfig.from_pretrained(tmp_path / "llama")) is LlamaConfig
+    assert type(AutoModel.from_pretrained(tmp_path / "bert")) is BertModel
+    assert type(AutoModel.from_pretrained(tmp_path / "llama")) is LlamaModel
+    assert type(AutoModel.from_config(BertConfig())) is BertModel
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "llama")) is LlamaForCausalLM
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
+    assert type(classifier) is BertForSequenceClassification and classifier.num_labels == 2
+
+
+def test_the_text_classification_pipeline_serves_a_student(student_dir):
+    classify = pipeline("text-classification", model=str(student_dir), device="cpu")
+    inputs = [{"text": query, "text_pair": document} for query, document in PAIRS]
+    scores = [answer["score"] for answer in classify(inputs, function_to_apply="none")]
+    assert scores == pytest.approx(Ranker.from_pretrained(student_dir).predict(PAIRS).tolist(), abs=1e-5)
+
+
+def test_auto_tokenizer_gives_the_same_ids(student_dir, teacher_dir):
+    for folder, kind in ((student_dir, BertDistilledRanker), (teacher_dir, LLMForLastTokenRanking)):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert isinstance(kind.from_pretrained(folder), kind)
+        ids = tokenizer("read a json file")["input_ids"]
+        assert len(ids) > 4 and tokenizer.is_fast
+
+
+def test_it_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("HF_DISRANKER_NO_AUTO", "1")
+    monkeypatch.setattr(auto, "_set_gates", lambda configs: pytest.fail("registered all the same"))
+    auto.install()
+
+
+def test_a_registration_without_effect_is_an_error(monkeypatch):
+    monkeypatch.setattr(AutoConfig, "register", lambda *args, **kwargs: None)
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "bert", BertConfig)
+    with pytest.raises(RuntimeError, match="ignores the registration of BertDistilledRanker"):
+        auto.register()
+
+
+def test_every_family_has_a_gate():
+    assert set(auto.MODEL_TYPES) == {"bert", *FAMILIES}
+
+
+def test_a_ranker_without_a_trained_head_is_refused(tmp_path, tiny_student):
+    _, tokenizer = tiny_student
+    small_bert(tokenizer, layers=1, size=32).bert.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is no trained ranker: it lacks"):
+        Ranker.from_pretrained(tmp_path)

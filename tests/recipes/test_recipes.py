@@ -1,0 +1,170 @@
+"""The stages by their recipes, on tiny models: LoRA, growing vocabularies, resuming, and what they leave behind."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForSequenceClassification, PreTrainedTokenizerFast, Qwen3Config
+from transformers import Qwen3ForCausalLM as Qwen3
+
+from hf_disranker import LLMForLastTokenRanking, Ranker
+from hf_disranker.data.tables import pair_texts
+from hf_disranker.recipes.quickstart.from_scratch import small_llama
+
+SHORT = ["--max_length", "48", "--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none"]
+
+
+def run(recipe, *arguments):
+    module = importlib.import_module(f"hf_disranker.recipes.{recipe}")
+    return module.main(*module.make_parser().parse_args_and_config([str(argument) for argument in arguments]))
+
+
+@pytest.fixture
+def tables(tmp_path, judgments, clicks, candidates, corpus):
+    frames = {"judgments": judgments, "clicks": clicks, "candidates": candidates, "corpus": corpus}
+    for name, frame in frames.items():
+        frame.to_parquet(tmp_path / f"{name}.parquet")
+    return tmp_path
+
+
+@pytest.fixture
+def language_model(tmp_path, tiny_teacher):
+    """A Llama and its tokenizer as a folder."""
+    tokenizer = tiny_teacher[1]
+    torch.manual_seed(0)
+    small_llama(tokenizer, layers=1, size=64).save_pretrained(tmp_path / "decoder")
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    return tmp_path / "decoder"
+
+
+LORA = ["--use_peft", "true", "--lora_r", 4, "--lora_target_modules", "q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])
+def test_cpt_and_fit_teacher_leave_stock_checkpoints(tables, language_model, lora):
+    steps = [*SHORT, "--max_steps", 3, "--learning_rate", 0.01, "--save_strategy", "no", *lora]
+    clicks = ["--clicks", tables / "clicks.parquet", "--eval_clicks", tables / "clicks.parquet"]
+    run("cpt", "--model_name_or_path", language_model, *clicks, "--output_dir", tables / "cpt", *steps)
+    losses = json.loads((tables / "cpt" / "cpt.json").read_text())
+    assert losses["loss_after"] < losses["loss_before"]
+    assert losses["perplexity_after"] == pytest.approx(np.exp(losses["loss_after"]))
+    for part in ("title", "summary"):
+        assert losses[f"{part}_perplexity_after"] < losses[f"{part}_perplexity_before"]
+    assert set(json.loads((tables / "cpt" / "run.json").read_text())["data"]) == {"clicks", "eval_clicks"}
+
+    judgments = ["--judgments", tables / "judgments.parquet"]
+    run("fit_teacher", "--model_name_or_path", tables / "cpt", *judgments, "--output_dir", tables / "teacher", *steps)
+    assert "eval_pnr" in json.loads((tables / "teacher" / "eval.json").read_text())
+    assert not (tables / "teacher" / "adapter_config.json").exists()
+    ranker = Ranker.from_pretrained(tables / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(tables / "teacher")
+    stock = LlamaForSequenceClassification.from_pretrained(tables / "teacher").eval()
+    texts = ["query: read json document: json load", "query: plot document: os remove file"]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = stock(**inputs).logits.squeeze(-1).numpy()
+    scores = ranker.predict([("read json", "json load"), ("plot", "os remove file")])
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def test_a_teacher_of_four_bits_leaves_a_stock_checkpoint(tables, language_model):
+    pytest.importorskip("bitsandbytes")
+    # bitsandbytes passes no gradients on a CPU after an evaluation, so there is none.
+    steps = [*SHORT, *LORA, "--load_in_4bit", "true", "--max_steps", 3, "--learning_rate", 0.01, "--logging_steps", 1]
+    inputs = ["--model_name_or_path", language_model, "--judgments", tables / "judgments.parquet"]
+    run("fit_teacher", *inputs, "--output_dir", tables / "teacher", "--eval_strategy", "no", *steps)
+    (state,) = (tables / "teacher").glob("checkpoint-*/trainer_state.json")
+    logged = json.loads(state.read_text())["log_history"]
+    assert logged[-1]["grad_norm"] > 0
+    stock, info = LlamaForSequenceClassification.from_pretrained(tables / "teacher", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and stock.dtype == torch.float32
+
+
+def test_a_tokenizer_that_pads_with_its_end_token_gets_a_pad_of_its_own(tables, tiny_teacher):
+    backend = tiny_teacher[1].backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Qwen3(Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=16, **shape))
+    model.save_pretrained(tables / "qwen")
+    tokenizer.save_pretrained(tables / "qwen")
+    judgments = ["--judgments", tables / "judgments.parquet", "--output_dir", tables / "teacher"]
+    run("fit_teacher", "--model_name_or_path", tables / "qwen", *judgments, *SHORT, "--max_steps", 2)
+    config = json.loads((tables / "teacher" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForSequenceClassification"]
+    saved = AutoTokenizer.from_pretrained(tables / "teacher")
+    assert saved.pad_token_id == config["pad_token_id"] != saved.eos_token_id
+    assert saved("read a json file")["input_ids"][-1] == saved.eos_token_id
+    assert config["vocab_size"] == len(saved)
+    assert isinstance(LLMForLastTokenRanking.from_pretrained(tables / "teacher"), LLMForLastTokenRanking)
+
+
+def test_a_teacher_learns_by_label_expectation_in_bf16_with_lora_and_recomputed_activations(tables, language_model):
+    steps = [*SHORT, "--max_steps", 3, "--learning_rate", 0.01, "--save_strategy", "no", *LORA]
+    large = ["--bf16", "true", "--gradient_checkpointing", "true"]
+    head = ["--head", "label_expectation", "--label_words", "close", "read", "write"]
+    inputs = ["--model_name_or_path", language_model, "--judgments", tables / "judgments.parquet"]
+    run("fit_teacher", *inputs, "--output_dir", tables / "teacher", *steps, *large, *head)
+    config = json.loads((tables / "teacher" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["disranker"]["head"] == "label_expectation" and config["disranker"]["ending"] == " relevance:"
+    scores = Ranker.from_pretrained(tables / "teacher").predict([("read json", "json load"), ("plot", "remove file")])
+    assert ((scores > 0) & (scores < 2)).all() and scores[0] != scores[1]
+
+
+def losses(checkpoint):
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_distill_resumes_and_keeps_the_chosen_layers(tables, student_dir, teacher_dir, judgments, capsys):
+    pairs = ["--pairs", tables / "candidates.parquet", "--corpus", tables / "corpus.parquet"]
+    run("score", "--model", teacher_dir, *pairs, "--out", tables / "scores", "--shard_rows", 20)
+    assert f"Scored {len(judgments)} of {len(judgments)} pairs" in capsys.readouterr().out
+    inputs = ["--student", student_dir, "--student_layers", "1", "--scores", tables / "scores"]
+    inputs += ["--judgments", tables / "judgments.parquet", "--output_dir", tables / "student", *SHORT]
+    inputs += ["--save_strategy", "steps", "--save_steps", 1, "--logging_steps", 1]
+    run("distill", *inputs, "--max_steps", 2)
+    first = losses(tables / "student" / "checkpoint-2")
+    run("distill", *inputs, "--max_steps", 4)
+    whole = losses(tables / "student" / "checkpoint-4")
+    assert len(first) == 2 and len(whole) == 4 and whole[:2] == first  # went on, did not begin again
+    config = json.loads((tables / "student" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1
+    assert config["disranker"]["teacher"] == {"id": teacher_dir, "revision": None}
+
+    out = tables / "eval.json"
+    measured = run(
+        "evaluate", "--model", tables / "student", "--judgments", tables / "judgments.parquet", "--out", out
+    )
+    assert json.loads(out.read_text())["ndcg@10"] == measured.measures["ndcg@10"]
+    dev = judgments[judgments["split"] == "dev"]
+    assert np.isfinite(Ranker.from_pretrained(tables / "student").predict(pair_texts(dev))).all()
+
+
+def test_distill_streams_samples_and_averages_teachers(tables, student_dir, judgments):
+    scored = judgments.assign(teacher_score=np.arange(len(judgments), dtype=np.float32))
+    scored.to_parquet(tables / "one.parquet")
+    scored.assign(teacher_score=-scored["teacher_score"]).to_parquet(tables / "two.parquet")
+    common = ["--student", student_dir, *SHORT, "--max_steps", 2, "--save_strategy", "no", "--eval_strategy", "no"]
+    sampled = ["--document_sampling", "stratified", "--documents_per_query", 3, "--score_transform", "affine"]
+    one = ["--scores", tables / "one.parquet", "--output_dir", tables / "student"]
+    run("distill", *common, *one, *sampled, "--streaming", "true", "--token_budget", 200)
+    record = json.loads((tables / "student" / "run.json").read_text())
+    assert record["options"]["ScriptArguments"]["document_sampling"] == "stratified"
+    assert record["options"]["DistillationConfig"]["token_budget"] == 200
+    assert set(record["data"]) == {"scores_0"} and len(record["data"]["scores_0"]["fingerprint"]) == 64
+    transform = json.loads((tables / "student" / "config.json").read_text())["disranker"]["score_transform"]
+    assert transform["kind"] == "affine" and transform["scale"] > 1
+    with pytest.raises(ValueError, match="no order to learn"):  # the two teachers cancel
+        run("distill", *common, *one, "--more_scores", tables / "two.parquet")
+
+
+def test_distill_refuses_an_unfinished_store(tables, student_dir, teacher_dir):
+    pairs = ["--pairs", tables / "candidates.parquet", "--corpus", tables / "corpus.parquet"]
+    run("score", "--model", teacher_dir, *pairs, "--out", tables / "scores", "--shard_rows", 20)
+    (tables / "scores" / "part-000001.parquet").unlink()
+    with pytest.raises(ValueError, match="still lacks the scores of 20 pairs"):
+        run("distill", "--student", student_dir, "--scores", tables / "scores", "--output_dir", tables / "student")

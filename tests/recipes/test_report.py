@@ -1,0 +1,227 @@
+"""The HTML report, and the quickstart's text."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hf_disranker.evaluation.rankings import Evaluation
+from hf_disranker.recipes.report import charts
+from hf_disranker.recipes.report.page import results_picture, results_table, search_examples, write_report
+
+INTERVALS = {"ndcg@5": [0.1, 0.2], "ndcg@10": [0.601, 0.673], "pnr": [2.36, None]}
+BM25 = {"name": "bm25", "parameters": None, "ndcg@5": 0.619, "ndcg@10": 0.638, "pnr": 2.79, "pairs_per_s": None}
+STUDENT = {"name": "student", "parameters": 912_345, "ndcg@5": 0.5, "ndcg@10": 1.0, "pnr": None, "pairs_per_s": 1704.4}
+HOSTILE = """<script>alert("x")</script><img src=http://evil.example/a.png onerror='x()'>&amp;"'"""
+VOID = {"meta", "br", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """The elements of a page, and whether they are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.texts = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.texts.append(text)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture
+def evaluations(judgments, tmp_path):
+    """BM25, a teacher, and a student of it whose folder holds a log and a record; everywhere hostile texts."""
+    rows = judgments.assign(
+        query=judgments["query"] + HOSTILE, title=HOSTILE + judgments["title"], summary=judgments["summary"] + HOSTILE
+    )
+    rng = np.random.default_rng(0)
+    teacher = rows["label"] + rng.normal(0, 0.5, len(rows))
+    scores = {"bm25": rng.normal(size=len(rows)), "teacher": teacher, "student<b>": 0.5 * teacher - 3}
+    student = tmp_path / "student"
+    (student / "checkpoint-20").mkdir(parents=True)
+    log = [{"step": step, "loss": 1.0, "point_mse": 9 / step, "margin_mse": 8 / step} for step in (1, 2, 3)]
+    (student / "checkpoint-20" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    (student / "run.json").write_text(json.dumps({"options": HOSTILE}))
+    about = {"bm25": {"role": "bm25"}, "teacher": {"role": "teacher", "source": "t", "pairs_per_s": 2000.0}}
+    about["student<b>"] = {"role": "student", "source": str(student), "teacher": "t", "parameters": 1_500_000}
+    about["student<b>"] |= {"documents_cut": 7, "queries_cut": 1}
+    facts = {"judgments": "judgments.parquet", "split": "dev"}
+    return [
+        Evaluation.of(name, rows.assign(score=values), by="split", **about[name], **facts)
+        for name, values in scores.items()
+    ]
+
+
+def test_the_report_is_whole_and_tells_everything(evaluations, tmp_path):
+    write_report(evaluations, tmp_path / "report.html", titles={"teacher": "LLM teacher"})
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    shown = html.unescape(text)
+    assert "<title>Ranking report</title>" in text and len(page.all("table")) == 3
+    assert len(page.all("svg")) == 2 + 1 + 3 + 1  # measures, scatter, scores by grade, learning curve
+    # The student is the teacher's scores, times 0.5, less 3.
+    facts = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", text))
+    assert (facts["scale"], facts["offset"], facts["Kendall tau"]) == ("0.50", "-3.00", "1.000")
+    assert facts["Cut by student&lt;b&gt;"] == "7 documents, 1 queries"
+    assert facts["Queries"].startswith("12,") and facts["Documents"].startswith(f"{len(evaluations[0].rows)} judged")
+    assert "12 queries are fewer than 200" in shown and "point_mse" in shown and "1.5M" in shown and "8 min" in shown
+    assert 'class="few"' in text  # the slices have 4 and 8 queries
+
+
+def test_the_report_reaches_for_nothing_and_runs_nothing(evaluations, tmp_path):
+    write_report(evaluations, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert {tag for tag, _ in page.elements} & {"script", "img", "link", "iframe", "b", "object", "form"} == set()
+    for tag, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "xlink:href", "action"):
+            assert attributes.get(name, "#").startswith("#"), (tag, attributes)
+    assert "url(" not in text and "@import" not in text
+    assert text.count("&lt;script&gt;alert(") >= 10  # and the texts are there
+
+
+def test_the_report_can_be_used_by_keyboard_and_read_aloud(evaluations, tmp_path):
+    write_report(evaluations, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.all("html")[0]["lang"] == "en" and len(page.all("h1")) == len(page.all("main")) == 1
+    assert page.all("a")[0] == {"class": "skip", "href": "#main"}
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {link["href"][1:] for link in page.all("a")} <= set(ids)
+    assert text.count("<caption>") == len(page.all("table"))
+    assert all("scope" in cell for cell in page.all("th"))
+    assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.all("svg"))
+    scrolling = [part for part in page.all("div") if part.get("class") == "scroll"]
+    assert all(part["tabindex"] == "0" and part["aria-label"] for part in scrolling) and scrolling
+    for rule in (":focus-visible", "prefers-color-scheme: dark", "@media print"):
+        assert rule in text
+
+
+def test_gains_and_losses_stand_in_order(evaluations, tmp_path):
+    write_report(evaluations, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    changes = [float(b) - float(a) for a, b in re.findall(r"</span> ([0-9.]+) → ([0-9.]+)<", text)]
+    gains, losses = ([c for c in changes if c * sign > 0] for sign in (1, -1))
+    assert gains == sorted(gains, reverse=True) and losses == sorted(losses) and len(gains) > 2
+    values = evaluations[2].queries["ndcg@10"] - evaluations[0].queries["ndcg@10"]
+    assert gains[0] == pytest.approx(values.max(), abs=0.02)
+
+
+def test_without_texts_there_are_ids_alone(evaluations, tmp_path, judgments):
+    write_report(evaluations, tmp_path / "report.html", texts=False)
+    shown = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    lead = shown.split("How student<b> was made")[0]
+    assert "alert(" not in lead and not any(query in lead for query in judgments["query"])
+    assert judgments["doc_id"].iloc[0] in lead or "d1-0" in lead
+
+
+def test_one_ranker_alone_has_a_report(judgments, tmp_path):
+    one = Evaluation.of("one", judgments.drop(columns=["title", "summary"]).assign(score=1.0), role="run")
+    write_report([one], tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert len(page.all("table")) == 1 and "Gains and losses" not in page.texts
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_no_sideways_scrolling(evaluations, tmp_path, width):
+    write_report(evaluations, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    probe = "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth</script></body>"
+    (tmp_path / "probed.html").write_text(text.replace("</body>", probe), encoding="utf-8")
+    frame = f'<iframe src="probed.html" style="width:{width}px;height:900px;border:0"></iframe>'
+    listen = "<script>onload = () => document.title = frames[0].document.title</script>"
+    (tmp_path / "frame.html").write_text(frame + listen)
+    command = ["chromium", "--headless", "--no-sandbox", "--allow-file-access-from-files", "--dump-dom"]
+    shown = subprocess.run([*command, f"file://{tmp_path}/frame.html"], capture_output=True, text=True, timeout=120)
+    page, window = map(int, re.search(r"<title>(\d+) (\d+)</title>", shown.stdout).groups())
+    assert page <= window == width
+
+
+# Pictures
+
+
+def test_ticks_are_round_numbers():
+    assert charts.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert charts.ticks(-7.3, 4) == [-6, -4, -2, 0, 2, 4]
+    assert charts.ticks(0.0, 0.0) == [0.0]
+
+
+def test_points_land_where_the_axes_say():
+    svg = charts.lines({"a<b": (np.array([0.0, 10.0]), np.array([0.0, 1.0]))}, "x", "y", "spoken")
+    root = ElementTree.fromstring(svg)
+    (line,) = root.findall(".//polyline")
+    (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in line.attrib["points"].split())
+    texts = {text.text: text for text in root.findall(".//text")}
+    assert x2 - x1 == pytest.approx(charts.WIDTH - 44 - 12)
+    assert float(texts["10"].attrib["x"]) == x2 and float(texts["0.2"].attrib["y"]) - 4 == pytest.approx(
+        y1 + 0.2 * (y2 - y1), abs=0.11
+    )
+    assert "a<b" in texts
+
+
+def test_the_picture_of_results_is_a_file_of_its_own(evaluations):
+    evaluations[2].name = "student"
+    root = ElementTree.fromstring(results_picture(evaluations))
+    circles = root.findall(".//{*}circle")
+    assert len(circles) == 3 and circles[2].attrib["class"] == "f0" and circles[0].attrib["class"] == "f5"
+    assert "2,000 pairs/s" in [text.text for text in root.findall(".//{*}text")]
+
+
+# Plain text
+
+
+def test_table_shows_every_number_in_aligned_columns():
+    head, bm25, student = results_table([BM25 | {"intervals": INTERVALS}, STUDENT | {"intervals": INTERVALS}]).split(
+        "\n"
+    )
+    assert bm25.split() == ["BM25", "-", "0.619", "0.638", "[0.601,", "0.673]", "2.79", "[2.36,", "inf]", "-"]
+    assert student.split()[-7:] == ["1.000", "[0.601,", "0.673]", "inf", "[2.36,", "inf]", "1,704"]
+    assert "0.9M" in student and student.startswith("BERT, distilled")
+    assert len(head) == len(bm25) == len(student)
+    assert bm25.index("0.638") + 5 == head.index("NDCG@10") + 7
+
+
+def test_a_search_shows_what_the_ranker_makes_of_the_first_documents():
+    class ByLength:
+        def predict(self, pairs):
+            return np.array([float(len(document["title"])) for _, document in pairs])
+
+    corpus = pd.DataFrame(
+        {
+            "doc_id": ["1", "2", "3", "4"],
+            "title": ["json", "json.load", "json.load.everything", "smtplib.sendmail.with.a.long.name"],
+            "summary": ["json json", "read json", "read a json file", "send mail"],
+        }
+    )
+    first, second = search_examples(["read json", "send"], corpus, ByLength(), top=2)
+    assert "send mail" not in first and second.startswith("Query: send\n")
+    lines = first.split("\n")
+    assert lines[0] == "Query: read json" and lines[1].split() == ["BM25", "BERT,", "distilled"]
+    # The mail shares no word with the query, so BM25 never finds it, long as its name is.
+    assert [line.split()[2] for line in lines[2:]] == ["json.load.everything", "json.load"]
+    assert lines[2].split()[1] == "json.load"

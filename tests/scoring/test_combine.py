@@ -1,0 +1,96 @@
+"""Several stores to one."""
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from hf_disranker.data.schema import TableError
+from hf_disranker.data.tables import load_groups
+from hf_disranker.scoring.combine import average, merge
+from hf_disranker.scoring.store import ScoreStore, teacher_of
+
+
+@pytest.fixture
+def stored(tmp_path, judgments):
+    """Make a finished store of some judgments."""
+
+    def stored(name, rows, scores, shard_rows=10, **manifest):
+        store = ScoreStore(tmp_path / name)
+        about = {"teacher": "a", "revision": None, "weights": name, "input": f"{rows.index[0]}-{rows.index[-1]}"}
+        store.open({**about, "pairs": len(rows), "shard_rows": shard_rows, **manifest})
+        rows = rows.assign(teacher_score=np.asarray(scores, np.float32))
+        for shard, start in enumerate(range(0, len(rows), shard_rows)):
+            store.write(shard, rows[start : start + shard_rows])
+        return store
+
+    return stored
+
+
+def test_merged_stores_hold_all_pairs_in_order(stored, judgments, tmp_path):
+    scores = np.arange(57) / 8
+    parts = [
+        stored("may", judgments[:30], scores[:30], weights="w"),
+        stored("june", judgments[30:], scores[30:], 7, weights="w"),
+    ]
+    merged = merge(parts, tmp_path / "all", shard_rows=25)
+    assert merged.missing() == 0 and merged.shards() == {0, 1, 2} and merged.manifest()["pairs"] == 57
+    read = merged.read()
+    assert (
+        read["doc_id"].tolist() == judgments["doc_id"].tolist() and read["teacher_score"].tolist() == scores.tolist()
+    )
+    assert merged.summary().scored == 57 and merged.manifest()["weights"] == "w"
+    (tmp_path / "all" / "part-000001.parquet").unlink()  # as if it had been cut off
+    pd.testing.assert_frame_equal(merge(parts, tmp_path / "all", shard_rows=25).read(), read)
+
+
+def test_what_does_not_go_together_is_not_merged(stored, judgments, tmp_path):
+    parts = [stored("may", judgments[:30], np.zeros(30), weights="w"), stored("june", judgments[30:], np.zeros(27))]
+    with pytest.raises(ValueError, match="do not go together.\n  weights: 'w' there, 'june' now"):
+        merge(parts, tmp_path / "all")
+    twice = [parts[0], stored("again", judgments[29:], np.zeros(28), weights="w")]
+    with pytest.raises(TableError, match=r"1 row\(s\) repeat a \(query_id, doc_id\) .* First: row 30"):
+        merge(twice, tmp_path / "all")
+    (tmp_path / "may" / "part-000002.parquet").unlink()
+    with pytest.raises(ValueError, match="may still lacks the scores of 10 pairs: finish it first"):
+        merge(parts[:1], tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+
+
+def test_the_average_of_teachers_of_different_scales(stored, judgments, tmp_path):
+    draw = np.random.default_rng(0)
+    scores = [draw.normal(5, 10, 57).astype(np.float32), draw.normal(0, 0.1, 57).astype(np.float32)]
+    stores = [stored("big", judgments, scores[0], teacher="big"), stored("small", judgments, scores[1], teacher="s")]
+    mean = average(stores, tmp_path / "mean")
+    standard = [(one.astype(np.float64) - one.mean(dtype=np.float64)) / one.std(dtype=np.float64) for one in scores]
+    np.testing.assert_allclose(mean.read()["teacher_score"], np.mean(standard, axis=0), atol=1e-6)
+    manifest = mean.manifest()
+    assert teacher_of(mean.path) == {"id": "big + s", "revision": None}
+    assert [one["weights"] for one in manifest["teachers"]] == ["big", "small"]
+    assert manifest["scales"][0] == pytest.approx([scores[0].mean(dtype=np.float64), scores[0].std(dtype=np.float64)])
+    assert len(load_groups(mean.path)) == 12
+
+    plain = average(stores, tmp_path / "plain", standardise=False)
+    np.testing.assert_allclose(plain.read()["teacher_score"], np.mean(scores, axis=0), atol=1e-5)
+    with pytest.raises(ValueError, match="holds the scores of another run.*\n  scales: "):
+        average(stores, tmp_path / "plain")
+
+
+def test_a_pair_that_one_teacher_could_not_score_is_set_apart(stored, judgments, tmp_path):
+    stores = [stored("a", judgments, np.arange(57)), stored("b", judgments, 2 * np.arange(57))]
+    apart = pa.Table.from_pandas(judgments[3:4], preserve_index=False)
+    apart = apart.append_column("reason", pa.array(["empty document"], pa.string()))
+    lacking = judgments[:10].assign(teacher_score=np.arange(10, dtype=np.float32))
+    stores[0].write(0, lacking.drop(index=3), apart)
+    stores[1].write(0, lacking.drop(index=[5, 7]).assign(teacher_score=lambda rows: 2 * rows["teacher_score"]))
+    mean = average(stores, tmp_path / "mean", standardise=False)
+    read = mean.read()
+    assert read["teacher_score"].tolist() == [1.5 * at for at in range(57) if at not in (3, 5, 7)]
+    assert mean.summary().quarantined == {"empty document": 1, "not scored by every teacher": 2}
+    assert mean.quarantined(0)["doc_id"].to_pylist() == [judgments["doc_id"][at] for at in (3, 5, 7)]
+
+
+def test_stores_of_other_inputs_have_no_average(stored, judgments, tmp_path):
+    stores = [stored("a", judgments, np.zeros(57)), stored("b", judgments[:50], np.zeros(50))]
+    with pytest.raises(ValueError, match="do not go together.\n  input: '0-56' there, '0-49' now\n  pairs: 57"):
+        average(stores, tmp_path / "mean")

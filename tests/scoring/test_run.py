@@ -1,0 +1,382 @@
+"""Scoring shard by shard: every pair once, whatever happens on the way."""
+
+import copy
+import json
+import logging
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hf_disranker.cli import main
+from hf_disranker.data.bm25 import mine_candidates
+from hf_disranker.data.candidates import Candidates
+from hf_disranker.data.schema import TableError
+from hf_disranker.data.tables import load_groups, pair_texts
+from hf_disranker.models.ranker import Ranker
+from hf_disranker.scoring.engines import RankerEngine, load_engine, weights_digest
+from hf_disranker.scoring.run import MAX_CHARACTERS, OldScores, Progress, ScoringRun, verify
+from hf_disranker.scoring.store import ScoreStore
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ScoreStore(tmp_path / "scores")
+
+
+@pytest.fixture
+def engine(teacher_ranker):
+    return RankerEngine(teacher_ranker, "teacher")
+
+
+def run(engine, pairs, store, shard_rows=10, old=None, worker=(0, 1)):
+    return ScoringRun(engine, Candidates(pairs), store, shard_rows, old).run(*worker)
+
+
+class Stub:
+    """An engine whose scores are the lengths of the documents; it keeps what it was asked."""
+
+    tokens = 0
+
+    def __init__(self, scores=lambda pair: len(pair[1]["summary"])):
+        self.scores, self.asked = scores, []
+
+    def describe(self):
+        return {"teacher": "stub", "weights": "w", "engine": "stub"}
+
+    def predict(self, pairs):
+        self.asked += pairs
+        self.tokens += 5 * len(pairs)
+        return np.array([self.scores(pair) for pair in pairs], np.float32)
+
+
+def test_every_pair_gets_the_rankers_score_and_keeps_its_columns(engine, judgments, store):
+    pairs = judgments.assign(market="fr", rank=np.arange(57, dtype=np.int16))
+    assert run(engine, pairs, store) == len(pairs)
+    scores = store.read()
+    pd.testing.assert_frame_equal(scores[pairs.columns], pairs, check_dtype=False)
+    assert scores["rank"].dtype == np.int16
+    expected = engine.ranker.predict(pair_texts(pairs))
+    assert scores["teacher_score"].dtype == np.float32
+    assert np.allclose(scores["teacher_score"], expected, rtol=0, atol=1e-5)
+
+
+def test_only_missing_shards_are_scored(engine, judgments, store, tmp_path):
+    assert len(judgments) == 57
+    run(engine, judgments, store)
+    before = store.read()
+    (tmp_path / "scores" / "part-000002.parquet").unlink()
+    (tmp_path / "scores" / "part-000005.parquet").unlink()
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "scores").glob("*t")}
+    assert run(engine, judgments, store) == 10 + 7
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    pd.testing.assert_frame_equal(store.read(), before)
+    assert run(engine, judgments, store) == 0
+
+
+def test_another_teacher_input_or_limit_is_refused(engine, student_ranker, judgments, store):
+    run(engine, judgments, store)
+    shorter = Ranker(engine.ranker.model, engine.ranker.collator.tokenizer)
+    shorter.collator.max_length = 48
+    other_title = judgments.assign(title=["changed", *judgments["title"][1:]])
+    for other, pairs, shard_rows, names in (
+        (engine, other_title, 10, {"input"}),
+        (engine, judgments[::-1], 10, {"input"}),
+        (engine, judgments[:50], 10, {"input", "pairs"}),
+        (engine, judgments, 20, {"shard_rows"}),
+        (RankerEngine(student_ranker, "teacher"), judgments, 10, {"weights", "templates"}),
+        (RankerEngine(shorter, "teacher"), judgments, 10, {"max_length"}),
+        (Stub(), judgments, 10, {*engine.describe(), "engine"} - {"teacher", "revision", "versions"}),
+    ):
+        with pytest.raises(ValueError) as error:
+            run(other, pairs, store, shard_rows)
+        assert {line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]} == names
+
+
+def test_the_manifest_tells_weights_apart(engine, judgments, store):
+    run(engine, judgments, store)
+    weights = store.manifest()["weights"]
+    other = copy.deepcopy(engine.ranker.model)
+    assert weights_digest(other) == weights
+    with torch.no_grad():
+        other.score.weight[0, 0] += 1e-3
+    assert weights_digest(other) != weights
+
+
+# Rows that cannot be scored
+
+
+def test_poisoned_rows_go_to_the_quarantine_with_their_reason(judgments, store, tmp_path):
+    rows = judgments.copy()
+    rows.loc[3, ["title", "summary"]] = [" ", ""]
+    rows.loc[14, "summary"] = "word " * 200_000
+    rows.loc[40, "summary"] = "nan"
+    engine = Stub(lambda pair: float("nan") if pair[1]["summary"] == "nan" else len(pair[1]["summary"]))
+    assert run(engine, rows, store) == 57
+    assert len(engine.asked) == 55 and store.missing() == 0
+    apart = pd.read_parquet(tmp_path / "scores" / "quarantine.parquet")
+    reasons = {
+        judgments["doc_id"][3]: "empty document",
+        judgments["doc_id"][14]: f"document of more than {MAX_CHARACTERS:,} characters",
+        judgments["doc_id"][40]: "the teacher gave no finite score",
+    }
+    assert dict(zip(apart["doc_id"], apart["reason"], strict=True)) == reasons
+    assert store.summary().quarantined == dict.fromkeys(reasons.values(), 1)
+    trained = load_groups(store.path)
+    assert sum(len(group["doc_ids"]) for group in trained) == 54
+    assert not set(reasons) & {doc for group in trained for doc in group["doc_ids"]}
+
+
+def test_a_teacher_that_scores_nothing_stops_the_run(judgments, store):
+    bad = set(judgments["query"][20:30])
+    engine = Stub(lambda pair: float("inf") if pair[0] in bad else 1.0)
+    with pytest.raises(TableError, match=r"1 shard\(s\) failed; run again for them.\nshard 2: .* any of 10 pairs"):
+        run(engine, judgments, store)
+    assert 2 not in store.shards() and "no finite score" in store.status().failures[2]
+
+
+def test_a_few_poisoned_rows_at_the_end_do_not_keep_a_run_from_finishing(judgments, store):
+    last = set(judgments["query"][53:])
+    run(Stub(lambda pair: float("nan") if pair[0] in last else 1.0), judgments, store, shard_rows=9)
+    assert store.missing() == 0 and store.summary().quarantined == {"the teacher gave no finite score": 4}
+
+
+# Several workers
+
+
+def test_workers_share_the_shards_and_any_number_of_them_may_go_on(judgments, store):
+    engines = [Stub() for _ in range(3)]
+    done = [run(engine, judgments, store, worker=(at, 3)) for at, engine in enumerate(engines[:2])]
+    assert done == [20, 20] and store.shards() == {0, 3, 1, 4}
+    assert run(engines[2], judgments, store, worker=(0, 1)) == 17
+    asked = [pair for engine in engines for pair in engine.asked]
+    assert len(asked) == 57 and sorted(map(str, asked)) == sorted(map(str, pair_texts(judgments)))
+    assert store.read()["doc_id"].tolist() == judgments["doc_id"].tolist()
+
+
+def test_the_log_tells_who_scored_what(judgments, store, tmp_path):
+    run(Stub(), judgments, store, worker=(1, 4))
+    record = json.loads((tmp_path / "scores" / "log" / "part-000005.json").read_text())
+    assert (record["shard"], record["pairs"], record["tokens"], record["worker"]) == (5, 7, 35, "1 of 4")
+    assert record["ended"] >= record["started"] > time.time() - 60
+    assert f"last       shard {record['shard']} by worker 1 of 4" in str(store.status())
+
+
+# Scores that are there
+
+
+def test_only_new_and_changed_texts_are_scored_again(judgments, store, tmp_path):
+    old = ScoreStore(tmp_path / "old")
+    run(Stub(), judgments[:50], old)
+    rows = judgments[::-1].reset_index(drop=True).assign(doc_id=lambda rows: "new-" + rows["doc_id"])
+    rows.loc[20, "summary"] = "changed text"
+    engine = Stub(lambda pair: len(pair[1]["summary"]))
+    run(engine, rows, store, old=OldScores(old))
+    assert len(engine.asked) == 7 + 1 and "changed text" in str(engine.asked)
+    assert store.read()["teacher_score"].tolist() == [len(text) for text in rows["summary"]]
+    assert store.summary().reused == 49 and "reused     49" in str(store.status())
+
+
+def test_scores_of_another_teacher_are_not_taken_over(engine, judgments, store, tmp_path):
+    old = ScoreStore(tmp_path / "old")
+    run(Stub(), judgments, old)
+    with pytest.raises(ValueError, match="The old scores are those of another teacher.\n  dtype: None there"):
+        run(engine, judgments, store, old=OldScores(old))
+    assert not store.is_store()
+
+
+def test_verify_finds_a_changed_score(engine, judgments, store, tmp_path):
+    run(engine, judgments, store)
+    assert verify(engine, store) < 1e-5
+    path = tmp_path / "scores" / "part-000004.parquet"
+    rows = pd.read_parquet(path)
+    rows.loc[2, "teacher_score"] += 0.5
+    store.write(4, rows)
+    assert verify(engine, store) == pytest.approx(0.5, abs=1e-5)
+    with pytest.raises(ValueError, match="holds the scores of another teacher.\n  dtype: "):
+        verify(Stub(), store)
+
+
+def test_a_store_without_scores_has_none_to_verify_or_reuse(store):
+    store.open({"format": 2, **Stub().describe(), "pairs": 1, "shard_rows": 1})
+    for use in (lambda: verify(Stub(), store), lambda: OldScores(store)):
+        with pytest.raises(ValueError, match="scores holds no scores yet"):
+            use()
+
+
+# Progress
+
+
+def test_a_log_file_gets_few_lines(judgments, store, caplog, monkeypatch):
+    with caplog.at_level(logging.INFO, "hf_disranker"):
+        run(Stub(), judgments, store, shard_rows=2)
+    (line,) = caplog.messages
+    assert line.startswith("100.0% of 57 pairs, ") and line.endswith(" 0 s to go, last shard 28")
+    assert " pairs/s, " in line and " tokens/s, " in line
+
+
+def test_progress_speaks_once_a_minute(caplog, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("hf_disranker.scoring.run.time.monotonic", lambda: clock[0])
+    progress = Progress(1000, started=clock[0])
+    with caplog.at_level(logging.INFO, "hf_disranker"):
+        for shard in range(10):
+            clock[0] += 25
+            progress.update(shard, 50, 4000)
+    assert caplog.messages == [
+        "15.0% of 1,000 pairs, 2.0 pairs/s, 160 tokens/s, 7 min to go, last shard 2",
+        "30.0% of 1,000 pairs, 2.0 pairs/s, 160 tokens/s, 6 min to go, last shard 5",
+        "45.0% of 1,000 pairs, 2.0 pairs/s, 160 tokens/s, 5 min to go, last shard 8",
+    ]
+    assert not Progress(10, shown=False).update(0, 10, 0) and len(caplog.messages) == 3
+
+
+# Crashes
+
+
+@pytest.fixture
+def tables(judgments, corpus, tmp_path):
+    """2,000 candidates in two files: many spellings of the queries, each with every document that shares a word."""
+    queries = judgments.drop_duplicates("query_id")["query"]
+    spellings = pd.DataFrame(
+        {"query": [f"{query} {extra}" for query in queries for extra in queries if extra != query]}
+    )
+    spellings["query_id"] = spellings.index.astype(str)
+    pairs = mine_candidates(spellings, judgments, top_k=16)[:2000]
+    (tmp_path / "pairs").mkdir()
+    pairs[:1100].to_parquet(tmp_path / "pairs" / "a.parquet", row_group_size=150)
+    pairs[1100:].to_parquet(tmp_path / "pairs" / "b.parquet")
+    corpus.to_parquet(tmp_path / "corpus.parquet")
+    return tmp_path
+
+
+def command(tables, teacher_dir, *more):
+    command = [sys.executable, "-m", "hf_disranker.cli", "score", "--model", teacher_dir, "--pairs", tables / "pairs"]
+    command += ["--corpus", tables / "corpus.parquet", "--shard_rows", 100, "--token_budget", 64, *more]
+    return [str(part) for part in command]
+
+
+@pytest.fixture
+def restored_argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["disranker"])
+
+
+def undisturbed(tables, teacher_dir, out):
+    """The same run in this process, which has the same number of threads."""
+    run = ScoringRun(
+        load_engine(teacher_dir, token_budget=64),
+        Candidates(tables / "pairs", tables / "corpus.parquet"),
+        ScoreStore(out),
+        100,
+    )
+    assert run.run() == 2000
+    return shard_bytes(out)
+
+
+def shard_bytes(out):
+    return {file.name: file.read_bytes() for file in out.glob("*.parquet")}
+
+
+def kill_within(seconds, more_shards, command, out):
+    """Start a command and kill it, as a power cut would, some time after it has written some more shards."""
+    before = len(shard_bytes(out))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 400
+    while len(shard_bytes(out)) < before + more_shards and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, seconds))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    return shard_bytes(out)
+
+
+def test_kill_twice_and_resume_scores_every_pair_once(teacher_dir, tables):
+    out = tables / "scores"
+    first = kill_within(0.05, 2, command(tables, teacher_dir, "--out", out), out)
+    second = kill_within(0.05, 3, command(tables, teacher_dir, "--out", out), out)
+    assert 2 <= len(first) < len(second) < 20
+    assert {name: second[name] for name in first} == first
+    again = subprocess.run(command(tables, teacher_dir, "--out", out), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"Scored {2000 - 100 * len(second)} of 2000 pairs" in again.stdout
+
+    assert shard_bytes(out) == undisturbed(tables, teacher_dir, tables / "undisturbed")
+    scores = ScoreStore(out).read()
+    assert len(scores) == 2000 and not scores.duplicated(["query_id", "doc_id"]).any()
+    assert scores["teacher_score"].std() > 0.1
+
+
+def test_two_processes_of_accelerate_launch_share_a_run(teacher_dir, tables):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "--module", "hf_disranker.recipes.score"]
+    out = tables / "scores"
+    ended = subprocess.run(
+        launch + command(tables, teacher_dir, "--out", out)[4:], capture_output=True, text=True, timeout=400
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.stdout.count("Scored 1000 of 2000 pairs") == 2
+    workers = {json.loads(file.read_text())["worker"] for file in (out / "log").iterdir()}
+    assert workers == {"0 of 2", "1 of 2"}
+    assert shard_bytes(out) == undisturbed(tables, teacher_dir, tables / "undisturbed")
+
+
+def test_a_job_array_takes_its_part(teacher_dir, tables, restored_argv):
+    out = tables / "scores"
+    main(command(tables, teacher_dir, "--out", out, "--num_shards", 10, "--shard_index", 3)[3:])
+    assert ScoreStore(out).shards() == {3, 13}
+    with pytest.raises(SystemExit, match="--shard_index 10 of --num_shards 10: they count from 0"):
+        main(command(tables, teacher_dir, "--out", out, "--num_shards", 10, "--shard_index", 10)[3:])
+
+
+@pytest.mark.parametrize("limit", [15_000, 100])
+def test_a_full_disk_leaves_no_half_shard(engine, judgments, store, tmp_path, limit):
+    """A limit on the size of files fails a write in the middle, as a full disk does."""
+    wide = judgments.assign(noise=[random.Random(at).randbytes(4000 if at >= 20 else 0).hex() for at in range(57)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError):
+            run(engine, wide, store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list((tmp_path / "scores").rglob("*.tmp"))
+    assert store.is_store() == (limit > 100)
+    if store.is_store():
+        assert store.shards() == {0, 1} and "large" in store.status().failures[2]
+    assert run(engine, wide, store) == 57 - 10 * (2 if limit > 100 else 0)
+    assert len(store.read()) == 57 and store.status().failures == {}
+
+
+def test_input_that_is_damaged_on_the_way_costs_only_its_shards(judgments, store, tmp_path):
+    judgments.to_parquet(tmp_path / "pairs.parquet", index=False, row_group_size=10)
+    candidates = Candidates(tmp_path / "pairs.parquet")
+    candidates.check()
+    content = (tmp_path / "pairs.parquet").read_bytes()
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    middle = (len(content) - footer) // 2
+    (tmp_path / "pairs.parquet").write_bytes(content[: middle - 300] + bytes(600) + content[middle + 300 :])
+    with pytest.raises(TableError, match=r"shard\(s\) failed; run again for them.\nshard \d: .*: cannot be read"):
+        ScoringRun(Stub(), candidates, store, 10).run()
+    assert 3 <= len(store.shards()) < 6 and set(store.status().failures) == set(range(6)) - store.shards()
+    (tmp_path / "pairs.parquet").write_bytes(content)
+    ScoringRun(Stub(), Candidates(tmp_path / "pairs.parquet"), store, 10).run()
+    assert store.missing() == 0 and store.status().failures == {}
+
+
+def test_a_truncated_input_file_is_named_before_the_model_loads(tables, restored_argv):
+    path = tables / "pairs" / "b.parquet"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(SystemExit) as end:
+        main(command(tables, "no/model", "--out", tables / "scores")[3:])
+    assert end.value.code.startswith(f"disranker score: {path}: cannot be read as parquet: ")
+    assert not (tables / "scores").exists()

@@ -1,0 +1,198 @@
+"""ScoreStore: whole shards or none, and never two runs in one folder."""
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from huggingface_hub import HfApi
+
+from hf_disranker.scoring.store import ScoreStore, teacher_of
+
+MANIFEST = {
+    "teacher": "runs/teacher",
+    "revision": None,
+    "weights": "a1",
+    "pairs": 5,
+    "shard_rows": 2,
+    "templates": {"query": "{query}"},
+}
+
+
+@pytest.fixture
+def rows(judgments):
+    """A scores table of 5 pairs."""
+    return judgments[:5].assign(teacher_score=[0.5, -1.0, 2.0, 3.25, 0.0])
+
+
+@pytest.fixture(params=["folder", "url"])
+def store(request, tmp_path):
+    path = tmp_path / "runs" / "scores" if request.param == "folder" else f"memory://{tmp_path.name}/scores/"
+    return ScoreStore(path)
+
+
+def test_shards_read_back_as_one_table_in_their_order(store, rows):
+    store.open(MANIFEST)
+    for shard in (2, 0, 1):
+        store.write(shard, rows[2 * shard : 2 * shard + 2])
+    read = store.read()
+    assert read["doc_id"].tolist() == rows["doc_id"].tolist()
+    assert read["teacher_score"].tolist() == [0.5, -1.0, 2.0, 3.25, 0.0]
+    assert read["split"].tolist() == rows["split"].tolist()
+
+
+def test_what_is_missing_is_known_and_told(store, rows, caplog):
+    store.open(MANIFEST)
+    assert store.missing() == 5 and store.shards() == set()
+    store.write(1, rows[2:4])
+    assert store.shards() == {1} and store.missing() == 3
+    with caplog.at_level(logging.WARNING, "hf_disranker"):
+        assert len(store.read()) == 2
+    assert caplog.messages == [f"{store.path} lacks the scores of 3 pairs: the run is not finished."]
+    store.write(2, rows[4:])
+    assert store.missing() == 2
+
+
+def test_the_same_run_may_go_on(store, rows):
+    store.open(MANIFEST)
+    store.write(0, rows[:2])
+    again = ScoreStore(store.path)
+    again.open(dict(MANIFEST))
+    assert again.shards() == {0} and again.manifest() == MANIFEST
+    # The same weights from another place, or after an upgrade of this package, are the same teacher.
+    again.open({**MANIFEST, "teacher": "org/teacher", "versions": {"torch": "9"}, "hf_disranker": "9.9"})
+    assert again.shards() == {0}
+
+
+def test_without_a_digest_of_weights_the_name_tells_teachers_apart(store):
+    served = {**MANIFEST, "weights": None, "engine": "tei"}
+    store.open(served)
+    with pytest.raises(ValueError, match="teacher: 'runs/teacher' there, 'org/other' now"):
+        store.open({**served, "teacher": "org/other"})
+
+
+def test_another_run_is_refused_with_the_differences(store):
+    store.open(MANIFEST)
+    with pytest.raises(ValueError) as error:
+        store.open({**MANIFEST, "weights": "b2", "templates": {"query": "Q {query}"}, "dtype": "bfloat16"})
+    assert str(error.value).splitlines() == [
+        f"{store.path} holds the scores of another run; use a new folder.",
+        "  dtype: None there, 'bfloat16' now",
+        "  templates: {'query': '{query}'} there, {'query': 'Q {query}'} now",
+        "  weights: 'a1' there, 'b2' now",
+    ]
+    assert store.manifest() == MANIFEST
+
+
+def test_a_folder_with_other_tables_is_refused(tmp_path, rows):
+    rows.to_parquet(tmp_path / "candidates.parquet")
+    with pytest.raises(ValueError, match="holds parquet files and no manifest.json; use a new folder"):
+        ScoreStore(tmp_path).open(MANIFEST)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_torn_file_of_a_crash_is_no_shard(tmp_path, rows):
+    store = ScoreStore(tmp_path)
+    store.open(MANIFEST)
+    store.write(0, rows[:2])
+    (tmp_path / "part-000001.parquet.0a1b.tmp").write_bytes(b"PAR1 torn")
+    assert store.shards() == {0} and len(store.read()) == 2
+    store.write(1, rows[2:4])
+    assert len(store.read()) == 4
+    assert sorted(file.name for file in tmp_path.glob("*t")) == ["part-000000.parquet", "part-000001.parquet"]
+
+
+def test_a_shard_that_cannot_be_written_does_not_appear(tmp_path, rows):
+    store = ScoreStore(tmp_path)
+    store.open(MANIFEST)
+    with pytest.raises(Exception, match="Conversion failed|Expected bytes|cannot be converted"):
+        store.write(0, rows.assign(title=["text", 1, [2], {}, None]))
+    assert store.shards() == set()
+
+
+QUARANTINED = pa.table({"query_id": ["q0"], "doc_id": ["d0-9"], "reason": ["empty document"]})
+
+
+def test_the_quarantine_is_kept_apart_from_what_trains(store, rows):
+    store.open(MANIFEST)
+    store.write(0, rows[:1], QUARANTINED)
+    store.write(1, rows[2:4])
+    store.write(2, rows[4:4], QUARANTINED.slice(0, 0))
+    assert store.missing() == 0 and len(store.read()) == 3
+    assert [group["query_id"] for group in store.groups()] == ["q0", "q1"]
+    apart = pd.read_parquet(f"{store.path}/quarantine.parquet")
+    assert apart.to_dict("records") == [{"query_id": "q0", "doc_id": "d0-9", "reason": "empty document"}]
+    assert store.quarantined(0).equals(QUARANTINED) and store.quarantined(1) is None
+    assert store.summary().quarantined == {"empty document": 1}
+
+
+def test_a_pair_that_gets_its_score_at_last_leaves_the_quarantine(store, rows):
+    store.open(MANIFEST)
+    store.write(0, rows[:1], QUARANTINED)
+    store.write(0, rows[:2])
+    assert store.quarantined(0) is None and store.summary().quarantined == {}
+
+
+def test_the_footers_add_up(store, judgments):
+    scores = np.random.default_rng(0).normal(2, 3, 57).astype(np.float32)
+    store.open({**MANIFEST, "pairs": 57, "shard_rows": 20})
+    for shard, reused in enumerate((3, 0, 4)):
+        part = slice(20 * shard, 20 * shard + 20)
+        store.write(shard, judgments[part].assign(teacher_score=scores[part]), None, reused)
+    summary = store.summary()
+    assert (summary.scored, summary.reused, summary.quarantined) == (57, 7, {})
+    assert summary.mean == pytest.approx(scores.mean(), abs=1e-6)
+    assert summary.std == pytest.approx(scores.std(), abs=1e-6)
+
+
+def record(shard, started, ended, worker="0 of 1"):
+    return {"shard": shard, "pairs": 2, "tokens": 40, "started": started, "ended": ended, "worker": worker}
+
+
+def test_the_status_tells_progress_rate_and_failures(store, rows):
+    store.open(MANIFEST)
+    assert str(store.status()).splitlines() == [
+        f"{store.path}: 0 of 5 pairs, 0.0%",
+        "teacher    runs/teacher, engine not known",
+    ]
+    store.write(0, rows[:2], None, reused=1)
+    store.log(0, record(0, 100.0, 110.0))
+    store.log(1, {"error": "no memory"})
+    store.log(2, {"error": "no disk"})
+    store.write(2, rows[4:], QUARANTINED)
+    store.log(2, record(2, 110.0, 120.0, "1 of 2"))
+    assert store.status().failures == {1: "no memory"}
+    lines = str(store.status()).splitlines()[2:]
+    assert lines.pop(3).startswith("quantiles  1% -0.9")
+    assert lines == [
+        "rate       0.2 pairs/s, 4 tokens/s, 10 s to go",
+        "last       shard 2 by worker 1 of 2",
+        "scores     3, mean -0.167, std 0.624",
+        "reused     1",
+        "quarantine 1: empty document",
+        "failed     shard 1: no memory",
+    ]
+
+
+def test_a_store_on_the_hub(hub, rows):
+    HfApi().create_repo("org/scores-store", repo_type="dataset", private=True, exist_ok=True)
+    store = ScoreStore("hf://datasets/org/scores-store/run")
+    store.open(MANIFEST)
+    store.write(0, rows[:2])
+    again = ScoreStore(store.path)
+    assert again.shards() == {0} and again.missing() == 3 and again.manifest() == MANIFEST
+    again.write(1, rows[2:4])
+    assert len(again.read()) == 4
+
+
+def test_the_teacher_of_scores_is_known_where_a_manifest_tells(tmp_path, rows):
+    store = ScoreStore(tmp_path / "scores")
+    store.open(MANIFEST)
+    with pytest.raises(ValueError, match="still lacks the scores of 5 pairs"):
+        teacher_of(store.path)
+    for shard in range(3):
+        store.write(shard, rows[2 * shard : 2 * shard + 2])
+    assert teacher_of(store.path) == {"id": "runs/teacher", "revision": None}
+    rows.to_parquet(tmp_path / "scores.parquet")
+    assert teacher_of(tmp_path / "scores.parquet") is None

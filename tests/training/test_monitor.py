@@ -1,0 +1,128 @@
+"""What goes wrong is said in one line."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from two_processes import make_trainer, ragged_groups
+
+from hf_disranker import DistillationConfig, RankingConfig
+from hf_disranker.data.collators import GroupCollator
+from hf_disranker.models.ranker import pair_collator
+from hf_disranker.training.monitor import TrainingWatch, sample_groups, warn_cut, warn_squashed
+
+
+def lines(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("hf_disranker")]
+
+
+def test_scores_that_become_equal_are_said_once(caplog):
+    watch = TrainingWatch(target_spread=2.0)
+    for step, spread in enumerate([0.5, 1.8, 0.9, 0.1, 0.0]):
+        watch.look(step, {"loss": 1.0, "score_spread": spread})
+    assert len(lines(caplog)) == 1 and "Step 3: The scores within a query collapse" in lines(caplog)[0]
+    assert "learning_rate" in lines(caplog)[0]
+
+
+def test_a_fresh_student_and_a_teacher_of_small_scale_are_no_collapse(caplog):
+    for target, spreads in ((2.0, [0.01, 0.05, 0.9]), (0.1, [3.0, 0.5, 0.1])):
+        watch = TrainingWatch(target)
+        for spread in spreads:
+            watch.look(1, {"score_spread": spread})
+    assert lines(caplog) == []
+
+
+def test_equal_scores_are_said_at_once(caplog):
+    TrainingWatch(2.0).look(10, {"score_spread": 0.0})
+    assert "Step 10: The model gives all documents of a query the same score" in lines(caplog)[0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(value):
+    with pytest.raises(FloatingPointError, match="Step 7: point_mse not finite. Lower --learning_rate"):
+        TrainingWatch(1.0).look(7, {"loss": 0.0, "point_mse": value, "score_spread": 1.0})
+
+
+def test_a_broken_model_stops_its_trainer(student_dir, tmp_path):
+    trainer = make_trainer("scores", student_dir, tmp_path, ragged_groups(8, 5), max_steps=3, logging_steps=1)
+    trainer.model.classifier.bias.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="Step 1: .*point_mse"):
+        trainer.train()
+
+
+def test_squashed_teacher_scores_are_said(caplog):
+    warn_squashed(np.array([0.2, 1.2]))
+    assert lines(caplog) == []
+    warn_squashed(np.array([0.2, 0.9]))
+    assert "between 0 and 1" in lines(caplog)[0] and "raw logits" in lines(caplog)[0]
+
+
+def test_truncation_of_more_than_a_few_percent_is_said(tiny_student, caplog):
+    model, tokenizer = tiny_student
+    collate = GroupCollator(pair_collator(model, tokenizer))
+    groups = ragged_groups(20, 5)
+    warn_cut(groups, collate)
+    assert lines(caplog) == []
+    collate.pairs.max_length = 14
+    warn_cut(groups, collate)
+    assert len(lines(caplog)) == 1
+    assert "% of documents lose their end at max_length 14: raise --max_length" in lines(caplog)[0]
+
+
+def test_streams_are_checked_by_their_beginning(student_dir, tmp_path):
+    stream = ragged_groups(20, 5).to_iterable_dataset()
+    assert len(sample_groups(stream)) == 20
+    with pytest.raises(ValueError, match="learns from 'labels'"):
+        make_trainer("labels", student_dir, tmp_path, stream.remove_columns("labels"), max_steps=1)
+
+
+def test_a_loss_on_labels_needs_labels(student_dir, tmp_path):
+    with pytest.raises(ValueError, match="A loss on labels weighs, but the rows have none"):
+        make_trainer("scores", student_dir, tmp_path, ragged_groups(8).remove_columns("labels"), max_steps=1)
+
+
+def test_weights_that_make_no_loss_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="not negative"):
+        RankingConfig(str(tmp_path), hinge_weight=0.0)
+    with pytest.raises(ValueError, match="not negative"):
+        DistillationConfig(str(tmp_path), point_weight=-1.0)
+
+
+@pytest.mark.parametrize("metric", ["ndcg@10", "pnr"])
+def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(student_dir, tmp_path, metric):
+    trainer = make_trainer(
+        "labels",
+        student_dir,
+        tmp_path,
+        ragged_groups(8, 5),
+        eval_dataset=ragged_groups(8, 5),
+        max_steps=30,
+        learning_rate=0.0,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        early_stopping_patience=2,
+    )
+    trainer.train()
+    # Without learning the first evaluation stays the best: two more, and it ends.
+    assert trainer.state.global_step == 6
+    assert trainer.state.best_global_step == 2
+    first = next(entry for entry in trainer.state.log_history if f"eval_{metric}" in entry)
+    assert trainer.state.best_metric == first[f"eval_{metric}"] and trainer.args.greater_is_better
+
+
+@pytest.mark.parametrize(("tracker", "files"), [("tensorboard", "events.out.tfevents.*"), ("trackio", "*.db")])
+def test_trackers_receive_the_terms(student_dir, tmp_path, monkeypatch, tracker, files):
+    pytest.importorskip(tracker)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
+    options = {"report_to": tracker, "max_steps": 2, "logging_steps": 1}
+    make_trainer("scores", student_dir, tmp_path, ragged_groups(8, 5), **options).train()
+    folder = tmp_path if tracker == "tensorboard" else Path(os.environ["HF_HOME"], "trackio")
+    found = list(folder.rglob(files))
+    assert found and b"margin_mse" in b"".join(path.read_bytes() for path in found)
