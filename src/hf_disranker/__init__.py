@@ -15,7 +15,6 @@ from hf_disranker.version import __version__
 if TYPE_CHECKING:
     from hf_disranker.data.bm25 import mine_candidates
     from hf_disranker.data.tables import load_groups, read_table
-    from hf_disranker.models.hub_data import push_table
     from hf_disranker.models.ranker import Ranker
     from hf_disranker.models.student import BertDistilledRanker
     from hf_disranker.models.teacher import LLMForLastTokenRanking
@@ -28,7 +27,6 @@ _MODULES = {
     "training.cpt": ("ClickTrainer", "CptConfig", "click_dataset"),
     "data.tables": ("load_groups", "read_table"),
     "training.distillation": ("DistillationConfig", "DistillationTrainer", "RankDistillationTrainer"),
-    "models.hub_data": ("push_table",),
     "data.bm25": ("mine_candidates",),
     "models.ranker": ("Ranker",),
     "training.ranking_trainer": ("RankingConfig", "RankingTrainer"),
@@ -54,7 +52,6 @@ __all__ = [
     "click_dataset",
     "load_groups",
     "mine_candidates",
-    "push_table",
     "read_table",
 ]
 

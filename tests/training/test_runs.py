@@ -6,11 +6,12 @@ import subprocess
 
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
-from hf_disranker import DistillationConfig, LLMForLastTokenRanking, push_table
+from hf_disranker import DistillationConfig, LLMForLastTokenRanking
 from hf_disranker.recipes import distill
 from hf_disranker.recipes.quickstart.from_scratch import small_llama
 from hf_disranker.training.runs import (
@@ -70,10 +71,10 @@ def test_a_record_holds_options_data_versions_and_revision(tmp_path, monkeypatch
 
 
 def test_the_fingerprint_of_a_hub_data_set_is_its_commit(hub, judgments):
-    push_table(judgments, "judgments", "tester/fingerprint")
+    Dataset.from_pandas(judgments).push_to_hub("tester/fingerprint")
     first = fingerprint("tester/fingerprint")
     assert first == HfApi().dataset_info("tester/fingerprint").sha
-    push_table(judgments[:5], "judgments", "tester/fingerprint")
+    Dataset.from_pandas(judgments[:5]).push_to_hub("tester/fingerprint")
     assert fingerprint("tester/fingerprint") not in (first, None)
 
 

@@ -1,16 +1,13 @@
-"""Tables as data sets on the Hub."""
+"""Tables that are data sets on the Hub, and streams of them."""
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from datasets import load_dataset
-from hub_server import Handler
-from huggingface_hub import DatasetCard, HfApi
+from datasets import Dataset, DatasetDict
 
-from hf_disranker import load_groups, push_table, read_table
+from hf_disranker import load_groups, read_table
 from hf_disranker.data.schema import TableError
-from hf_disranker.models.hub import PushError
 
 
 @pytest.fixture
@@ -24,29 +21,30 @@ def tables(judgments, clicks, corpus, candidates, scores):
     return {"judgments": judgments, "clicks": clicks, "corpus": corpus, "candidates": candidates, "scores": scores}
 
 
+def push(frame, repo):
+    Dataset.from_pandas(frame, preserve_index=False).push_to_hub(repo, private=True)
+
+
 @pytest.mark.parametrize("table", ["judgments", "clicks", "corpus", "candidates", "scores"])
 def test_a_table_comes_back_with_its_types(tables, table, corpus, hub):
     repo, frame = f"tester/{table}", tables[table].reset_index(drop=True)
-    push_table(frame, table, repo, private=None)
+    push(frame, repo)
     texts = corpus if table == "candidates" else None
     expected = read_table(frame, table, corpus=texts)
-    found = read_table(repo, table, corpus=texts)[list(expected.columns)]
-    pd.testing.assert_frame_equal(found, expected)
-    assert HfApi().dataset_info(repo).private is (table in ("clicks", "scores"))
-    push_table(frame, table, f"{repo}-open", private=False)
-    assert not HfApi().dataset_info(f"{repo}-open").private
-    features = next(iter(load_dataset(repo).values())).features
-    wanted = {"label": "int64", "teacher_score": "float32", "weight": "float64", "rank": "int64"}
-    assert {name: kind.dtype for name, kind in features.items()} == {
-        name: wanted.get(name, "string") for name in frame.columns
-    }
-    card = DatasetCard.load(repo)
-    assert {"hf-disranker", table} <= set(card.data.tags) and card.data.task_categories == ["text-ranking"]
-    assert card.data["dataset_info"]["features"] and f'read_table("{repo}", "{table}")' in card.text
+    pd.testing.assert_frame_equal(read_table(repo, table, corpus=texts)[list(expected.columns)], expected)
+
+
+def test_splits_become_a_column(judgments, hub):
+    parts = {name: rows.drop(columns="split") for name, rows in judgments.groupby("split")}
+    parts = {name: Dataset.from_pandas(rows, preserve_index=False) for name, rows in parts.items()}
+    DatasetDict(parts).push_to_hub("tester/splits")
+    dev = judgments[judgments["split"] == "dev"].reset_index(drop=True)
+    found = read_table("tester/splits", "judgments", split="dev")[list(judgments.columns)]
+    pd.testing.assert_frame_equal(found, read_table(dev, "judgments"))
 
 
 def test_groups_load_by_split_and_streaming(judgments, hub):
-    push_table(judgments, "judgments", "tester/groups")
+    push(judgments, "tester/groups")
     whole = load_groups(judgments, split="dev")
     loaded = load_groups("tester/groups", split="dev")
     assert loaded.to_list() == whole.to_list() and loaded.info.dataset_name == "tester/groups"
@@ -57,7 +55,7 @@ def test_groups_load_by_split_and_streaming(judgments, hub):
 def test_streaming_reads_parquet_and_hub_addresses_in_chunks(scores, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_disranker.data.tables._CHUNK", 10)
     scores.to_parquet(tmp_path / "scores.parquet")
-    push_table(scores, "scores", "tester/streamed")
+    push(scores, "tester/streamed")
     expected = load_groups(scores).to_list()
     address = "hf://datasets/tester/streamed/data/train-00000-of-00001.parquet"
     for source in (tmp_path, tmp_path / "scores.parquet", "tester/streamed", address):
@@ -101,20 +99,3 @@ def test_what_cannot_be_streamed_is_said(scores, tmp_path, monkeypatch):
         load_groups(scores, streaming=True)
     with pytest.raises(TableError, match="no row has split 'nowhere'"):
         list(load_groups(tmp_path / "apart.parquet", split="nowhere", streaming=True))
-
-
-def test_a_wrong_table_is_not_pushed(judgments, hub):
-    with pytest.raises(TableError, match="needs the column"):
-        push_table(judgments.drop(columns="label"), "judgments", "tester/wrong")
-    assert ("dataset", "tester/wrong") not in hub.repos
-
-
-def test_a_push_that_is_cut_off_leaves_the_last_rows(scores, hub, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    push_table(scores, "scores", "tester/rows")
-    with monkeypatch.context() as context:
-        context.setattr(Handler, "do_PUT", lambda self: self.connection.close())
-        with pytest.raises(PushError, match="rows was cut off .* loads as before. To go on, push again") as error:
-            push_table(scores.assign(teacher_score=1.0), "scores", "tester/rows", token=hub.token)
-    assert hub.token not in str(error.value)
-    assert read_table("tester/rows", "scores")["teacher_score"].tolist() == scores["teacher_score"].tolist()
