@@ -44,8 +44,6 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
     held_out = (
         read_table(script_args.eval_clicks, "clicks")[: script_args.eval_rows] if script_args.eval_clicks else None
     )
-    if held_out is None:
-        training_args.eval_strategy = "no"
 
     set_seed(training_args.seed)  # new LoRA weights are random: the same in every run and process
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
@@ -57,11 +55,9 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
         quantization_config=get_quantization_config(model_args),  # QLoRA: --load_in_4bit --use_peft
     )
     model.config.click_templates = templates.to_dict()
-    max_length = training_args.max_length or tokenizer.model_max_length
+    max_length = training_args.max_length or min(tokenizer.model_max_length, model.config.max_position_embeddings)
     train_dataset = click_dataset(clicks, tokenizer, max_length, templates)
     eval_dataset = click_dataset(held_out, tokenizer, max_length, templates) if held_out is not None else None
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
 
     trainer = ClickTrainer(
         model=model,
@@ -80,7 +76,7 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
             parts = click_losses(trainer.model, tokenizer, held_out, max_length, templates)
             losses |= {f"{part}_loss_{moment}": value for part, value in parts.items()}
     if trainer.is_world_process_zero():
-        save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
+        save_model(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, training_args.output_dir)
         tables = {"clicks": script_args.clicks, "eval_clicks": script_args.eval_clicks}
         save_record(training_args.output_dir, (script_args, training_args, model_args), tables)
         if losses:

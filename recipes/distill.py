@@ -66,9 +66,7 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
         train_dataset, script_args.documents_per_query, script_args.document_sampling, training_args.seed
     )
     eval_dataset = None
-    if not script_args.judgments:
-        training_args.eval_strategy = "no"
-    if training_args.eval_strategy != "no":
+    if script_args.judgments and training_args.eval_strategy != "no":
         eval_dataset = load_groups(script_args.judgments, split=script_args.eval_split)
 
     set_seed(training_args.seed)  # a new head is random: the same in every run and process
@@ -93,14 +91,16 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     trainer.train(resume_from_checkpoint=resume_point(training_args.output_dir))
     measures = trainer.evaluate() if eval_dataset else {}
     if trainer.is_world_process_zero():
-        student = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
+        student = save_model(
+            trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, training_args.output_dir
+        )
         if measures:
             save_json(measures, f"{training_args.output_dir}/eval.json")
         tables = {"corpus": script_args.corpus, "judgments": script_args.judgments}
         tables |= {f"scores_{number}": path for number, path in enumerate(sources)}
         save_record(training_args.output_dir, (script_args, training_args), tables)
         if training_args.push_to_hub:
-            publish(trainer, student, tokenizer)
+            publish(trainer, student, trainer.processing_class)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ goes on from its last checkpoint.
 
 from dataclasses import dataclass, field
 
-from peft import get_peft_model
 from transformers import AutoConfig, AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -19,7 +18,7 @@ from hf_disranker.hub import publish
 from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
 from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model, save_record
 from hf_disranker.student import BertDistilledRanker
-from hf_disranker.teacher import LABEL_EXPECTATION, LLMForLastTokenRanking, expect_labels, prepare_tokenizer
+from hf_disranker.teacher import LABEL_EXPECTATION, LLMForLastTokenRanking, expect_labels
 
 
 @dataclass
@@ -58,10 +57,9 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     source, revision = model_args.model_name_or_path, model_args.model_revision
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     config = AutoConfig.from_pretrained(source, revision=revision)
-    is_bert = config.model_type == "bert"
     if script_args.head == LABEL_EXPECTATION:
         config = expect_labels(config, tokenizer, script_args.label_words)
-    kind = BertDistilledRanker if is_bert else LLMForLastTokenRanking
+    kind = BertDistilledRanker if config.model_type == "bert" else LLMForLastTokenRanking
     model = kind.from_pretrained(
         source,
         config=config,
@@ -70,14 +68,7 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
         attn_implementation=model_args.attn_implementation,
         quantization_config=get_quantization_config(model_args),  # QLoRA: --load_in_4bit --use_peft
     )
-    if not is_bert:
-        prepare_tokenizer(tokenizer, model.config.disranker.get("ending"))
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
-        model.config.pad_token_id = tokenizer.pad_token_id
     model_args.lora_task_type = "SEQ_CLS"  # trains and keeps the score row too
-    if peft_config := get_peft_config(model_args):
-        model = get_peft_model(model, peft_config)
 
     trainer = RankingTrainer(
         model=model,
@@ -85,17 +76,20 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
     )
     trainer.train(resume_from_checkpoint=resume_point(training_args.output_dir))
     measures = trainer.evaluate() if eval_dataset else {}
     if trainer.is_world_process_zero():
-        model = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
+        model = save_model(
+            trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, training_args.output_dir
+        )
         if measures:
             save_json(measures, f"{training_args.output_dir}/eval.json")
         tables = {"judgments": script_args.judgments, "eval_judgments": script_args.eval_judgments}
         save_record(training_args.output_dir, (script_args, training_args, model_args), tables)
         if training_args.push_to_hub:
-            publish(trainer, model, tokenizer)
+            publish(trainer, model, trainer.processing_class)
 
 
 if __name__ == "__main__":

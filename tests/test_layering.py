@@ -27,6 +27,9 @@ GROUPS = {
     "judging": ["significance", "evaluation", "rankings", "hub_data"],
     "stages": [
         "runs",
+        "arguments",
+        "trainer_setup",
+        "evaluation_loss",
         "cpt",
         "guards",
         "ranking_trainer",

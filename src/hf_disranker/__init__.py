@@ -15,7 +15,12 @@ from hf_disranker.version import __version__
 if TYPE_CHECKING:
     from hf_disranker.cpt import ClickTrainer, CptConfig, click_dataset
     from hf_disranker.data import load_groups, read_table
-    from hf_disranker.distillation import DistillationConfig, DistillationTrainer, RankDistillationTrainer
+    from hf_disranker.distillation import (
+        DistillationConfig,
+        DistillationTrainer,
+        RankDistillationConfig,
+        RankDistillationTrainer,
+    )
     from hf_disranker.hub_data import push_table
     from hf_disranker.mining import mine_candidates
     from hf_disranker.ranker import Ranker
@@ -27,7 +32,12 @@ if TYPE_CHECKING:
 _MODULES = {
     "cpt": ("ClickTrainer", "CptConfig", "click_dataset"),
     "data": ("load_groups", "read_table"),
-    "distillation": ("DistillationConfig", "DistillationTrainer", "RankDistillationTrainer"),
+    "distillation": (
+        "DistillationConfig",
+        "DistillationTrainer",
+        "RankDistillationConfig",
+        "RankDistillationTrainer",
+    ),
     "hub_data": ("push_table",),
     "mining": ("mine_candidates",),
     "ranker": ("Ranker",),
@@ -45,6 +55,7 @@ __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
     "LLMForLastTokenRanking",
+    "RankDistillationConfig",
     "RankDistillationTrainer",
     "Ranker",
     "RankingConfig",

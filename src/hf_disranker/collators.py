@@ -162,13 +162,27 @@ class GroupCollator:
 
     def __call__(self, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Collate groups of any sizes, tokenised by `encode` or not."""
-        encoded = groups if "rows" in groups[0] else self.encode(groups)
+        encoded = groups if all("rows" in group for group in groups) else self.encode(groups)
         batch = self.pairs.pad([row for group in encoded for row in group["rows"]])
         sizes = torch.tensor([len(group["doc_ids"]) for group in groups])
         mask = torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
         batch["mask"] = mask
         for key in ("labels", "teacher_scores"):
-            batch[key] = torch.full(mask.shape, torch.nan)
-            if groups[0].get(key) is not None:
-                batch[key][mask] = torch.tensor([value for group in groups for value in group[key]]).float()
+            values = [value for group in groups for value in _values(group, key)]
+            batch[key] = torch.full(mask.shape, torch.nan).masked_scatter(
+                mask, torch.tensor(values, dtype=torch.float)
+            )
         return batch
+
+
+def _values(group: dict[str, Any], key: str) -> list[float]:
+    """A value for each document of a group, NaN where none is known."""
+    documents = len(group["doc_ids"])
+    found = group.get(key)
+    if found is None:
+        return [torch.nan] * documents
+    if len(found) != documents:
+        raise ValueError(
+            f"Query {group.get('query_id', group['query'])!r}: {len(found)} {key} for {documents} documents."
+        )
+    return [torch.nan if value is None else value for value in found]
