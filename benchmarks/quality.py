@@ -104,7 +104,9 @@ def train(cell: dict[str, Any], config: dict[str, Any], rows: Dataset, start: Pa
         tokenizer = AutoTokenizer.from_pretrained(start)
         student = BertDistilledRanker.from_pretrained(start, attn_implementation="eager")
         args = config_kind(**options, eval_strategy="no")
-        trainer_kind(model=student, args=args, train_dataset=rows, processing_class=tokenizer).train()
+        trainer = trainer_kind(model=student, args=args, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        tokenizer = trainer.processing_class
     elif cell["system"] == "sentence-transformers":
         stock = shutil.copytree(start, folder / "work" / "stock", dirs_exist_ok=True)
         make_stock(stock)

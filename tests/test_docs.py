@@ -4,6 +4,7 @@ A block that cannot run here carries the comment `<!-- not run: reason -->` in t
 that stand there are parsed all the same.
 """
 
+import copy
 import importlib.util
 import os
 import re
@@ -92,8 +93,10 @@ def small_models(tiny_student, tiny_teacher):
     for name, count in layers.items():
         BertModel(BertConfig(vocab_size=len(tiny_student[1]), num_hidden_layers=count, **size)).push_to_hub(name)
         tiny_student[1].push_to_hub(name)
-    small_llama(tiny_teacher[1], layers=2, size=32).push_to_hub("Qwen/Qwen3-0.6B-Base")
-    tiny_teacher[1].push_to_hub("Qwen/Qwen3-0.6B-Base")
+    tokenizer = copy.deepcopy(tiny_teacher[1])
+    tokenizer.model_max_length = 512
+    for part in (small_llama(tokenizer, layers=2, size=32), tokenizer):
+        part.push_to_hub("Qwen/Qwen3-0.6B-Base")
 
 
 def test_the_page_about_a_billion_pairs(tables, capsys):

@@ -136,7 +136,8 @@ class ClickTrainer(WholeSetLoss, SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """See `Trainer.compute_loss`."""
-        kind = Trainer if self.args.device.type == "cpu" else SFTTrainer
+        own = self.args.device.type == "cpu" and self.args.loss_type == "nll"
+        kind = Trainer if own else SFTTrainer
         return kind.compute_loss(self, model, inputs, *args, **kwargs)
 
     def prediction_step(

@@ -74,7 +74,9 @@ def check_target(groups: Dataset, target: str, reader: str) -> float:
     """
     values = known_values(groups, target)
     if not any(values):
-        raise ValueError(f"{reader} learns from '{target}'; the rows have {groups.column_names}.")
+        raise ValueError(
+            f"{reader} learns from '{target}', of which the rows hold none; they have {groups.column_names}."
+        )
     idle = sum(len(set(row)) < 2 for row in values)
     if idle == len(groups):
         raise ValueError(f"In every query all documents have the same {target}: there is no order to learn.")

@@ -144,13 +144,13 @@ class RankingTrainer(WholeSetLoss, TrainerHubMixin, Trainer):
             train_dataset = train_dataset.repeat(None).shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
         set_seed(args.seed)  # a new head or adapter is random: the same in every run and process
         self.model_init, self.peft_config, self.processing_class = model_init, peft_config, processing_class
-        self._own_tokenizer: PreTrainedTokenizerBase | None = None
-        model = self.call_model_init() if model is None else self._prepare_model(model)
-        collator = GroupCollator(pair_collator(model, self._own_tokenizer))
+        self._own_tokenizer: Any = None
+        ranker = self.call_model_init() if model is None else self._prepare_model(model)
+        collator = GroupCollator(pair_collator(ranker, self._own_tokenizer))
         if sample is not None:
             warn_cut(sample, collator)
         super().__init__(
-            model=model,
+            model=ranker,
             args=args,
             data_collator=collator,
             train_dataset=train_dataset,
