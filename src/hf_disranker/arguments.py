@@ -49,6 +49,31 @@ class StageArguments(TokenFreeArguments):
         super().__post_init__()  # type: ignore[misc]
 
 
+def check_arguments(trainer: str, model: Any, model_init: Any, optimizers: Any, refused: list[Any]) -> None:
+    """Refuse what a trainer of rankers cannot honour.
+
+    Args:
+        trainer: name of the trainer, for messages.
+        model: as passed.
+        model_init: as passed.
+        optimizers: as passed.
+        refused: `data_collator` and `compute_loss_func`, as passed.
+
+    Raises:
+        TypeError: a collator or a loss function.
+        ValueError: not one of model and model_init, or optimizers for a model that is still to be made.
+    """
+    if any(argument is not None for argument in refused):
+        raise TypeError(
+            f"{trainer} takes no data_collator and no compute_loss_func: it scores whole queries. Override loss_terms "
+            "for a loss of your own; the model's templates say what a pair reads like."
+        )
+    if (model is None) == (model_init is None):
+        raise ValueError(f"{trainer} needs a model or a model_init, one of them.")
+    if model_init is not None and optimizers != (None, None):
+        raise ValueError("optimizers belong to one model: with model_init pass optimizer_cls_and_kwargs.")
+
+
 def settle_arguments(args: Any, kind: Any, trainer: str, has_eval_dataset: bool) -> Any:
     """Fill in default arguments and decide whether the trainer evaluates.
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_disranker import metrics
-from hf_disranker.arguments import RankingConfig, settle_arguments
+from hf_disranker.arguments import RankingConfig, check_arguments, settle_arguments
 from hf_disranker.batching import BudgetStream, EpochOrder, TokenBudgetSampler, group_lengths
 from hf_disranker.collators import GroupCollator
 from hf_disranker.evaluation_loss import WholeSetLoss
@@ -123,15 +123,7 @@ class RankingTrainer(WholeSetLoss, TrainerHubMixin, Trainer):
         compute_loss_func: None = None,
     ) -> None:
         name = type(self).__name__
-        if data_collator is not None or compute_loss_func is not None:
-            raise TypeError(
-                f"{name} takes no data_collator and no compute_loss_func: it scores whole queries. Override "
-                "loss_terms for a loss of your own; the model's templates say what a pair reads like."
-            )
-        if (model is None) == (model_init is None):
-            raise ValueError(f"{name} needs a model or a model_init, one of them.")
-        if model_init is not None and optimizers != (None, None):
-            raise ValueError("optimizers belong to one model: with model_init pass optimizer_cls_and_kwargs.")
+        check_arguments(name, model, model_init, optimizers, [data_collator, compute_loss_func])
         self.args = args = settle_arguments(args, self.config_class, name, eval_dataset is not None)
         if args.batch_eval_metrics and compute_metrics is ranking_metrics:
             raise ValueError("batch_eval_metrics needs a compute_metrics of your own: ours reads the whole set.")

@@ -146,10 +146,14 @@ def cast_weights(model: nn.Module, dtype: str) -> None:
                 cast = True
         if partly and cast and isinstance(module, nn.Linear):
             # A trained head gets the hidden states of frozen layers in their type.
-            module.register_forward_pre_hook(lambda layer, inputs: (inputs[0].to(layer.weight.dtype), *inputs[1:]))
+            module.register_forward_pre_hook(_cast_input)
     if found:
         logger.warning(
             "The weights are %s and are trained in %s; choose by weights_dtype.", " and ".join(sorted(found)), dtype
         )
     else:
         logger.info("%d weights are trained in %s.", count, dtype)
+
+
+def _cast_input(layer: nn.Linear, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return inputs[0].to(layer.weight.dtype), *inputs[1:]
