@@ -33,10 +33,8 @@ from hf_disranker import (
 from hf_disranker.from_scratch import small_bert, small_llama
 
 SETTINGS = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
-STRATEGIES = ["group_by_length"]
-STRATEGIES += (
-    ["batch_rebalance"] if hasattr(transformers.trainer, "BatchRebalanceSampler") else []
-)  # not in all versions
+# Not every version of transformers has the second one.
+STRATEGIES = ["group_by_length"] + ["batch_rebalance"] * hasattr(transformers.trainer, "BatchRebalanceSampler")
 SHORT = {"max_length": 48, "max_query_length": 16, **SETTINGS}
 
 

@@ -122,7 +122,7 @@ def to_n_tuples(groups: Dataset, documents: int, templates: Templates = STUDENT_
         raise ValueError(f"No query has {documents} documents with a score.")
     if short:
         logger.warning(
-            "%d of %d queries have fewer than %d scored documents: left out.", short, len(groups), documents
+            "%d of %d queries have fewer than %d documents with a score: left out.", short, len(groups), documents
         )
     return Dataset.from_list(rows)
 
