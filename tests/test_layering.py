@@ -33,6 +33,8 @@ GROUPS = {
         "summary",
         "store",
         "combine",
+        "provenance",
+        "heads",
         "engines",
         "scoring",
         "cluster",
