@@ -25,6 +25,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    LlamaForSequenceClassification,
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
 )
@@ -179,7 +180,7 @@ def test_a_checkpoint_without_a_ranking_head_is_refused(tmp_path, tiny_student, 
         with pytest.raises(ValueError, match=f"--generative is for a causal language model; .* is a {kind}"):
             load_engine(name, generative=True)
     BertForSequenceClassification(small_encoder(tokenizer, num_labels=2)).save_pretrained(path)
-    with pytest.raises(ValueError, match="gives 2 scores for a pair; .*fit_teacher.*difference of its two logits"):
+    with pytest.raises(ValueError, match="gives 2 scores for a pair; .*difference of two logits.*fit_teacher"):
         load_engine(path)
 
 
@@ -280,6 +281,18 @@ def test_a_stock_decoder_with_a_score_row_is_a_ranker(tmp_path, teacher_dir, jud
     (tmp_path / "config.json").write_text(json.dumps(config))
     ours, same = (load_engine(name).predict(pair_texts(judgments)) for name in (teacher_dir, str(tmp_path)))
     np.testing.assert_allclose(same, ours, atol=1e-6)
+
+
+def test_a_decoder_that_pads_with_its_end_token_is_described_alike_at_every_load(tmp_path, tiny_teacher, judgments):
+    tokenizer = copy.deepcopy(tiny_teacher[1])
+    tokenizer.pad_token = tokenizer.eos_token
+    config = small_llama(tokenizer, layers=1, size=32).config
+    config.num_labels = 1
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    first = load_engine(str(tmp_path)).describe()
+    torch.rand(1)  # whatever is drawn at loading must not count
+    assert load_engine(str(tmp_path)).describe() == first
 
 
 def out_of_memory():

@@ -18,6 +18,7 @@ import pytest
 import torch
 from tokenizers import normalizers
 from tqdm.auto import tqdm
+from transformers import BertConfig, BertModel
 
 from hf_disranker.candidates import Candidates
 from hf_disranker.cli import main
@@ -350,6 +351,25 @@ def test_the_bar_moves_within_a_shard_and_back_when_it_fails(judgments, store, c
     with pytest.raises(TableError, match="shard 0: "):
         run(Stub(score), judgments[:40], store, shard_rows=20)
     assert places == [*range(20), 20, *range(1, 20)] and bars[0].n == 20
+
+
+# Models that are no rankers
+
+
+def test_no_stage_scores_with_a_model_without_a_ranking_head(tmp_path, tiny_student, judgments, restored_argv):
+    tokenizer = tiny_student[1]
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    for part in (BertModel(config), tokenizer):
+        part.save_pretrained(tmp_path / "bert")
+    judgments.to_parquet(tmp_path / "pairs.parquet")
+    model, pairs = (["--model", str(tmp_path / "bert")], str(tmp_path / "pairs.parquet"))
+    for stage in (
+        ["score", *model, "--pairs", pairs, "--out", str(tmp_path / "scores")],
+        ["evaluate", *model, "--judgments", pairs],
+    ):
+        with pytest.raises(SystemExit, match=f"^disranker {stage[0]}: .*bert has no ranking head .BertModel.*distill"):
+            main(stage)
+    assert not (tmp_path / "scores").exists()
 
 
 # Crashes

@@ -53,8 +53,9 @@ def check_labels(model: str, labels: int) -> None:
     """Refuse, with a ValueError, a model that gives several scores for a pair."""
     if labels != 1:
         raise ValueError(
-            f"{model} gives {labels} scores for a pair; a ranker gives one. Train it with one label (disranker "
-            "fit_teacher), or make a table of scores of your own, such as the difference of its two logits."
+            f"{model} gives {labels} scores for a pair; a ranker gives one. Score with it elsewhere and go on with that "
+            "table of scores, such as the difference of two logits; or load it with num_labels=1 and "
+            "ignore_mismatched_sizes=True, save it, and train the new head with disranker fit_teacher."
         )
 
 
