@@ -53,7 +53,7 @@ def check_labels(model: str, labels: int) -> None:
     """Refuse, with a ValueError, a model that gives several scores for a pair."""
     if labels != 1:
         raise ValueError(
-            f"{model} gives {labels} scores for a pair; a ranker gives one. Score with it elsewhere and go on with that "
+            f"{model} gives {labels} scores for a pair; a ranker gives one. Score with it elsewhere and go on with a "
             "table of scores, such as the difference of two logits; or load it with num_labels=1 and "
             "ignore_mismatched_sizes=True, save it, and train the new head with disranker fit_teacher."
         )
@@ -139,4 +139,6 @@ def _stored_names(model: str) -> set[str] | None:
 
 def _file(model: str, name: str) -> str | None:
     """A file of a folder or Hub repository; None where it has none of that name."""
-    return cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    # Offline, a file that is not in the cache counts as missing.
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(model, name, **quiet)

@@ -33,8 +33,9 @@ def of_model(model: torch.nn.Module, config: PreTrainedConfig) -> dict[str, Any]
 
 def of_module(module: Any) -> list[Any]:
     """What a module of sentence-transformers does; of the model's own, what its config and tokenizer do not say."""
-    transformer = isinstance(module, Transformer)
-    return [type(module).__name__, _plain(module.processing_kwargs if transformer else module.get_config_dict())]
+    if isinstance(module, Transformer):
+        return [type(module).__name__, _plain(module.processing_kwargs)]
+    return [type(module).__name__, _plain(getattr(module, "get_config_dict", dict)())]
 
 
 def weights_digest(model: torch.nn.Module) -> str:

@@ -225,9 +225,9 @@ def verify(engine: Engine, store: ScoreStore, pairs: int = 256, seed: int = 0) -
     Raises:
         ValueError: the store is another teacher's; the differences are spelled out. Or it holds no shard.
     """
-    there = store.manifest()
-    unknown = {name for name in ("config", "tokenizer") if name not in there}  # an earlier version wrote it
-    if lines := differences(there, {"format": 2, **engine.describe()}, INPUT | unknown):
+    there, now = store.manifest(), {"format": 2, **engine.describe()}
+    unknown = set() if "tokenizer" in there else now.keys() - there.keys()  # an earlier version wrote it
+    if lines := differences(there, now, INPUT | unknown):
         raise ValueError("\n".join([f"{store.path} holds the scores of another teacher.", *lines]))
     draw = np.random.default_rng(seed)
     shards = sorted(store.shards())
