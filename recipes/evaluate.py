@@ -36,6 +36,9 @@ class EvaluateArguments:
     model: str | None = field(
         default=None, metadata={"help": "A student, a teacher or any CrossEncoder: folder or Hub id."}
     )
+    generative: bool = field(
+        default=False, metadata={"help": "The model is a causal language model that answers yes or no."}
+    )
     run: str | None = field(default=None, metadata={"help": "A ranking in TREC's format."})
     scores: str | None = field(default=None, metadata={"help": "A score store or a table of scores."})
     bm25: bool = field(default=False, metadata={"help": "Rank by BM25 over the corpus, or the judged documents."})
@@ -103,7 +106,7 @@ def rank(args: EvaluateArguments, judgments: pd.DataFrame) -> tuple[pd.DataFrame
     if "title" not in rows.columns:
         raise TableError(f"{args.judgments} holds no texts to rank: name --corpus and --queries.")
     if args.model:
-        engine = load_engine(args.model)
+        engine = load_engine(args.model, generative=args.generative)
         ranker = getattr(engine, "ranker", engine)
         scores, speed = score_with(ranker, rows)
         about = describe(ranker) | {"source": args.model, "pairs_per_s": speed}

@@ -36,6 +36,8 @@ GROUPS = {
         "summary",
         "store",
         "combine",
+        "provenance",
+        "heads",
         "engines",
         "scoring",
         "cluster",

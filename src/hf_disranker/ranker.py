@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,9 @@ class Ranker(PairRanker):
             head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
 
-    def predict(self, pairs: Sequence[tuple[str, Document]], progress: bool = False) -> np.ndarray:
+    def predict(
+        self, pairs: Sequence[tuple[str, Document]], progress: bool | Callable[[int], None] = False
+    ) -> np.ndarray:
         """Score pairs.
 
         A score does not depend on which other pairs are scored with it, nor on their order, beyond rounding
@@ -97,7 +99,7 @@ class Ranker(PairRanker):
 
         Args:
             pairs: (query, document); a document is a string or a mapping with title and summary.
-            progress: show a progress bar.
+            progress: show a progress bar, or what to call with the number of pairs of each batch.
 
         Returns:
             Raw logits in the order of `pairs`, shape (len(pairs),), float32.
@@ -105,7 +107,7 @@ class Ranker(PairRanker):
         scores = np.zeros(len(pairs), dtype=np.float32)
         chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
         start = 0
-        with tqdm(total=len(pairs), desc="pairs", unit=" pairs", disable=not progress) as bar:
+        with tqdm(total=len(pairs), desc="pairs", unit=" pairs", disable=not progress or callable(progress)) as bar:
             for encoded in made_ahead(self._encode, chunks):
                 self.queries_cut += encoded.queries_cut
                 self.documents_cut += encoded.documents_cut
@@ -116,6 +118,8 @@ class Ranker(PairRanker):
                     queries = [pairs[start + row][0] for row in rows]
                     scores[start + rows] = self._forward([encoded.rows[row] for row in rows], queries)
                     bar.update(len(rows))
+                    if callable(progress):
+                        progress(len(rows))
                 start += len(lengths)
         return scores
 
