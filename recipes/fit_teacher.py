@@ -27,7 +27,7 @@ from hf_disranker.teacher import LABEL_EXPECTATION, LLMForLastTokenRanking, expe
 class ScriptArguments:
     """What the stage reads."""
 
-    judgments: str = field(metadata={"help": "Table of judgments: file, URL or Hub data set id."})
+    judgments: str = field(metadata={"help": "Table of judgments: file, URL, Hub data set id or BEIR folder."})
     train_split: str = field(default="train", metadata={"help": "Split to train on; '' for all rows."})
     eval_judgments: str | None = field(
         default=None, metadata={"help": "Judgments to evaluate on, if in another table."}
