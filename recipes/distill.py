@@ -15,7 +15,7 @@ from trl import TrlParser
 
 from hf_disranker.data import load_groups
 from hf_disranker.distillation import DistillationConfig, DistillationTrainer
-from hf_disranker.guards import sample_groups
+from hf_disranker.guards import sample_groups, warn_shared_queries
 from hf_disranker.hub import publish
 from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model, save_record
 from hf_disranker.sampling import KINDS, sample_documents
@@ -68,6 +68,7 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     eval_dataset = None
     if script_args.judgments and training_args.eval_strategy != "no":
         eval_dataset = load_groups(script_args.judgments, split=script_args.eval_split)
+        warn_shared_queries(sample_groups(train_dataset)["query"], eval_dataset["query"])
 
     set_seed(training_args.seed)  # a new head is random: the same in every run and process
     tokenizer = AutoTokenizer.from_pretrained(script_args.student, revision=script_args.revision)

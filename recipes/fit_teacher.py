@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_disranker.data import load_groups
+from hf_disranker.guards import warn_shared_queries
 from hf_disranker.hub import publish
 from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
 from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model, save_record
@@ -25,7 +26,7 @@ from hf_disranker.teacher import LABEL_EXPECTATION, LLMForLastTokenRanking, expe
 class ScriptArguments:
     """What the stage reads."""
 
-    judgments: str = field(metadata={"help": "Table of judgments: file, URL or Hub data set id."})
+    judgments: str = field(metadata={"help": "Table of judgments: file, URL, Hub data set id or BEIR folder."})
     train_split: str = field(default="train", metadata={"help": "Split to train on; '' for all rows."})
     eval_judgments: str | None = field(
         default=None, metadata={"help": "Judgments to evaluate on, if in another table."}
@@ -52,6 +53,7 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     eval_dataset = None
     if training_args.eval_strategy != "no":
         eval_dataset = load_groups(script_args.eval_judgments or script_args.judgments, split=script_args.eval_split)
+        warn_shared_queries(train_dataset["query"], eval_dataset["query"])
 
     set_seed(training_args.seed)  # a new head is random: the same in every run and process
     source, revision = model_args.model_name_or_path, model_args.model_revision

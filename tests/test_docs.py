@@ -204,7 +204,7 @@ def test_the_first_tutorial(page, workshop, tiny_student, judgments, capsys):
 
 
 def raw_tables(folder):
-    """A click log and judgments, as somebody else would bring them: 40 queries, 30 of them judged."""
+    """A click log and judgments, as somebody else would bring them: 40 queries in several spellings, 30 judged."""
     rng = np.random.default_rng(0)
     words = np.array(
         ["read", "write", "json", "file", "sort", "plot", "open", "list", "table", "date", "path", "number"]
@@ -218,9 +218,11 @@ def raw_tables(folder):
             texts = {"url": url, "title": " ".join(text[:2]), "summary": " ".join(text[2:])}
             rows.append({"query": f"{query[0]} {query[1]} {number}", **texts, "grade": [2, 1, 0, 0, 0][place]})
     pairs = pd.DataFrame(rows)
-    pairs[:150].to_csv(folder / "judgments.csv", index=False)
+    judged = pairs[:150].assign(query=[q.title() if at % 5 == 1 else q for at, q in enumerate(pairs["query"][:150])])
+    pd.concat([judged, judged[:1]]).to_csv(folder / "judgments.csv", index=False)
     clicked = pairs[pairs["grade"] == 2].drop(columns="grade")
-    log = pd.concat([clicked.assign(user=f"u{number}") for number in range(3)])
+    log = pd.concat([clicked.assign(user=f"u{number}") for number in range(3)], ignore_index=True)
+    log.loc[log["user"] == "u1", "query"] = log["query"].str.upper().str.replace(" ", "  ") + " "
     log.to_csv(folder / "click_log.csv", index=False)
 
 
@@ -233,10 +235,15 @@ def test_the_tutorial_from_a_click_log_to_a_student(page, workshop, small_models
     printed = capsys.readouterr().out
     assert re.search(r"^\d+ clicks, 150 judged pairs, \d+ queries to measure on$", printed, flags=re.M)
     judged = pd.read_csv("judgments_table.csv")
-    dev = judged.loc[judged["split"] == "dev", "query"].unique()
+    dev = {" ".join(query.lower().split()) for query in judged.loc[judged["split"] == "dev", "query"]}
     assert 2 <= len(dev) <= 12
     for table in ("clicks.csv", "candidates.csv"):
-        assert not pd.read_csv(table)["query"].isin(dev).any(), f"{table} holds queries of the development side"
+        queries = {" ".join(query.lower().split()) for query in pd.read_csv(table)["query"]}
+        assert queries and not queries & dev, f"{table} holds queries of the development side"
+    assert set(pd.read_csv("clicks.csv")["users"]) == {3}
+    names = {"bm25", "teacher", "student", "labels_alone"}
+    assert {path.stem for path in Path("runs/eval").glob("*.run")} == names
+    assert re.search(r"^b - a ", printed, flags=re.M)
     assert "numpy.histogram Bins of a data set" in printed
     assert Path("runs/labels_alone/eval.json").exists()
 

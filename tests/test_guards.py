@@ -11,7 +11,7 @@ from two_processes import make_trainer, ragged_groups
 
 from hf_disranker import DistillationConfig, RankingConfig
 from hf_disranker.collators import GroupCollator
-from hf_disranker.guards import TrainingWatch, sample_groups, warn_cut, warn_squashed
+from hf_disranker.guards import TrainingWatch, sample_groups, warn_cut, warn_shared_queries, warn_squashed
 from hf_disranker.ranker import pair_collator
 
 
@@ -126,3 +126,13 @@ def test_trackers_receive_the_terms(student_dir, tmp_path, monkeypatch, tracker,
     folder = tmp_path if tracker == "tensorboard" else Path(os.environ["HF_HOME"], "trackio")
     found = list(folder.rglob(files))
     assert found and b"margin_mse" in b"".join(path.read_bytes() for path in found)
+
+
+def test_queries_on_both_sides_are_counted_up_to_case_and_blanks(caplog):
+    warn_shared_queries(["GPS  watch ", "kettle", "kettle"], ["gps watch", "Toaster", "cable", "cable"])
+    assert len(lines(caplog)) == 1
+    assert lines(caplog)[0].startswith(
+        "1 of 3 queries to measure on are trained on too, up to case and blanks, first 'gps"
+    )
+    warn_shared_queries(["kettle"], ["kettles"])
+    assert len(lines(caplog)) == 1

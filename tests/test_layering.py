@@ -12,6 +12,8 @@ PACKAGE = Path(hf_disranker.__file__).parent
 GROUPS = {
     "leaves": ["version", "schema", "texts", "pair_ranker", "metrics", "losses"],
     "data": [
+        "files",
+        "beir",
         "data",
         "mining",
         "readers",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -83,6 +83,25 @@ def check_target(groups: Dataset, target: str, reader: str) -> float:
     if idle:
         logger.warning("%d of %d queries hold no pair of different %s.", idle, len(groups), target)
     return float(np.mean([np.std(row) for row in values if row]))
+
+
+def warn_shared_queries(train: Iterable[str], held_out: Iterable[str]) -> None:
+    """Warn of queries that are trained on and measured on, in whatever case and with whatever blanks."""
+    seen = set(map(_spelling, train))
+    measured = {_spelling(query): query for query in held_out}
+    shared = [query for spelling, query in measured.items() if spelling in seen]
+    if shared:
+        logger.warning(
+            "%d of %d queries to measure on are trained on too, up to case and blanks, first '%.100s': the measures "
+            "will flatter. Split by query.strip().casefold().",
+            len(shared),
+            len(measured),
+            shared[0],
+        )
+
+
+def _spelling(query: str) -> str:
+    return " ".join(query.casefold().split())
 
 
 def warn_squashed(scores: np.ndarray) -> None:

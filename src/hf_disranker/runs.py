@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
+from hf_disranker.beir import beir_files
 from hf_disranker.data import parquet_files
 
 logger = logging.getLogger(__name__)
@@ -110,9 +111,9 @@ def save_record(output_dir: str, arguments: Sequence[Any], sources: Mapping[str,
 
 
 def fingerprint(source: str) -> str | None:
-    """SHA-256 of a local file or of a folder's parquet files, the commit of a Hub data set; else None."""
+    """SHA-256 of a local file or of a folder's parquet or BEIR files, the commit of a Hub data set; else None."""
     fs, path = url_to_fs(source)
-    files = [path] if fs.isfile(path) else parquet_files(source)
+    files = [path] if fs.isfile(path) else beir_files(source) or parquet_files(source)
     if "file" in fs.protocol and files:
         digest = hashlib.sha256()
         for name in files:
