@@ -249,7 +249,7 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path, judgments):
     assert (read.name, read.measures, read.about) == (written.name, written.measures, written.about)
     pd.testing.assert_frame_equal(read.queries, written.queries)
     assert evaluate(read.rows, read.rows["score"].to_numpy())["ndcg@10"] == written.measures["ndcg@10"]
-    run = (tmp_path / "eval" / "one.run").read_text().splitlines()
+    run = (tmp_path / "eval" / "one.json.run").read_text().splitlines()
     assert len(run) == len(judgments) + 1  # without the judged document that the run lacked
     query, q0, doc, rank, score, tag = run[0].split()
     assert (q0, rank, tag) == ("Q0", "1", "my_ranker") and query in set(judgments["query_id"])

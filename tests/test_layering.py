@@ -12,6 +12,7 @@ PACKAGE = Path(hf_disranker.__file__).parent
 GROUPS = {
     "leaves": ["version", "schema", "texts", "pair_ranker", "metrics", "losses"],
     "data": [
+        "outputs",
         "data",
         "mining",
         "readers",

@@ -71,7 +71,10 @@ def test_every_stage_leaves_what_the_next_one_needs(run, capsys):
         assert store.missing() == 0 and store.manifest()["teacher"] == str(teacher)
     marker = json.loads((folder / "student" / "config.json").read_text())["disranker"]
     assert marker["teacher"] == {"id": f"{both[0]} + {both[1]}", "revision": None}
-    assert "Scores of BERT, distilled against mean of both teachers" in (folder / "report" / "report.html").read_text()
+    assert (
+        "Scores of BERT, distilled against mean of both teachers, rescaled"
+        in (folder / "report" / "report.html").read_text()
+    )
     picture = ElementTree.parse(folder / "report" / "results.svg").getroot()
     assert len(picture.findall(".//{*}circle")) == len(quickstart.SHOWN)
     assert all(

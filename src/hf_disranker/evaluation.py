@@ -75,6 +75,7 @@ def describe(ranker: Any) -> dict[str, Any]:
     model = ranker.model
     marker = getattr(model.config, MARKER, {})
     about = {"role": marker.get("role", "model"), "teacher": (marker.get("teacher") or {}).get("id")}
+    about["score_transform"] = marker.get("score_transform")
     about["parameters"] = sum(weight.numel() for weight in model.parameters())
     return about | {name: getattr(ranker, name) for name in ("queries_cut", "documents_cut") if hasattr(ranker, name)}
 
@@ -172,7 +173,7 @@ def _ir_measures(rows: pd.DataFrame, scores: np.ndarray, names: Sequence[str]) -
     try:
         import ir_measures
     except ImportError as error:
-        raise ImportError("Further measures need ir_measures: pip install hf-disranker[eval]") from error
+        raise ValueError("Further measures need ir_measures: pip install hf-disranker[eval]") from error
     try:
         wanted = [ir_measures.parse_measure(name) for name in dict.fromkeys(names)]
     except (NameError, ValueError, SyntaxError, AssertionError) as error:
@@ -189,7 +190,8 @@ def _ir_measures(rows: pd.DataFrame, scores: np.ndarray, names: Sequence[str]) -
     try:
         found = pd.DataFrame(ir_measures.iter_calc(wanted, qrels, run))
     except ValueError as error:
-        raise ValueError(f"ir_measures cannot compute {', '.join(names)} here: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"ir_measures cannot compute {', '.join(names)} here: {reason}") from error
     found = found.assign(query_id=ids[found["query_id"].astype(int).to_numpy()], measure=found["measure"].map(str))
     return found.pivot(index="query_id", columns="measure", values="value")
 

@@ -303,7 +303,8 @@ def _read(
 ) -> _Rows:
     grades, values, query = _columns(groups, labels=labels, scores=scores)
     _refuse("labels", (grades < 0) | (grades % 1 != 0), "not whole numbers >= 0")
-    return _sort(grades.astype(np.int64), values, query, np.ones(query.shape, bool) if retrieved is None else retrieved)
+    everything = np.ones(query.shape, np.bool_)
+    return _sort(grades.astype(np.int64), values, query, everything if retrieved is None else retrieved)
 
 
 def _sort(labels: Ints, scores: Floats, query: Ints, retrieved: NDArray[np.bool_]) -> _Rows:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from hf_disranker.data import Source, join_texts, read_table, refuse_unknown_documents
+from hf_disranker.data import Source, join_texts, read_table, refuse_unknown_documents, usual_split
 from hf_disranker.schema import TableError, validate
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,15 @@ def read_judgments(
         return read_table(source, "judgments", split=split)
     rows = _read_columns(path, _QRELS).drop(columns="iteration")
     return _with_texts(rows, str(path), None if corpus is None else read_table(corpus, "corpus"), _queries(queries))
+
+
+def judged_split(source: Source, named: str | None, usual: str = "dev") -> str | None:
+    """The split of judgments to read, as `data.usual_split`; of a BEIR folder the usual one where it is there."""
+    if named is not None or _trec_file(source) is not None:
+        return named
+    if isinstance(source, str | os.PathLike) and Path(source, "qrels").is_dir():
+        return usual if Path(source, "qrels", f"{usual}.tsv").is_file() else "test"
+    return usual_split(source, named, usual)
 
 
 def read_corpus(source: Source) -> pd.DataFrame:
@@ -107,16 +116,21 @@ def write_run(rows: pd.DataFrame, path: str | os.PathLike[str], tag: str) -> Non
     """
     if "missing" in rows.columns:
         rows = rows[~rows["missing"]]
-    for name in KEY:
-        blank = rows[name].str.contains(r"\s")
-        if blank.any():
-            raise TableError(f"A TREC run holds no {name} with a blank, such as {rows[name][blank].iloc[0]!r}.")
+    check_run_ids(rows)
     places = pd.factorize(rows["query_id"])[0]
     rows = rows.assign(place=places).sort_values(["place", "score", "doc_id"], ascending=[True, False, True])
     rank = rows.groupby("place").cumcount() + 1
     columns = {"query_id": rows["query_id"], "q0": "Q0", "doc_id": rows["doc_id"], "rank": rank}
     run = pd.DataFrame(columns | {"score": rows["score"], "tag": "_".join(tag.split()) or "run"})
     run.to_csv(path, sep=" ", header=False, index=False)
+
+
+def check_run_ids(table: pd.DataFrame) -> None:
+    """Raise TableError where a query_id or doc_id cannot stand in a TREC run."""
+    for name in KEY:
+        blank = table[name].str.contains(r"\s")
+        if blank.any():
+            raise TableError(f"A TREC run holds no {name} with a blank, such as {table[name][blank].iloc[0]!r}.")
 
 
 def _trec_file(source: Source) -> Path | None:
