@@ -40,7 +40,6 @@ class NDCG(evaluate.Metric):
                 )
                 for kind in ("string", "int64")
             ],
-            format="numpy",
         )
 
     def _compute(self, predictions, references, query_ids, ks=(5, 10), gain="exp2"):

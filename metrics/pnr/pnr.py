@@ -37,7 +37,6 @@ class PNR(evaluate.Metric):
                 )
                 for kind in ("string", "int64")
             ],
-            format="numpy",
         )
 
     def _compute(self, predictions, references, query_ids):
