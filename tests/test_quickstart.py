@@ -104,6 +104,13 @@ def test_every_stage_leaves_what_the_next_one_needs(run, capsys):
     assert capsys.readouterr().out.count("finished before, skipped") == 7
 
 
+def test_a_folder_with_models_of_another_origin_is_refused(tmp_path):
+    (tmp_path / "student" / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(ValueError, match="student exists and is of no quickstart"):
+        run_quickstart("--out", tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["student", "checkpoint-5"]
+
+
 def test_the_hub_preset_takes_checkpoints_through_the_same_stages(configs, small_data, tmp_path, capsys):
     texts = ["read a json file", "plot a histogram", "sort a dict by value"] * 10
     tokens = from_scratch.train_bpe(texts, vocab_size=400, max_length=256)
