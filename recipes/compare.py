@@ -8,14 +8,13 @@ paired randomisation test and the same corrected for all tests (Holm), the effec
 difference needs, and the share of queries whose first 1, 5 and 10 documents changed.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trl import TrlParser
 
-from hf_disranker.outputs import check_output
+from hf_disranker.outputs import check_output, json_in
 from hf_disranker.rankings import compare_evaluations, load_evaluations
 from hf_disranker.runs import recipe_parser, save_json
 from hf_disranker.significance import Comparison, bootstrap, marks, refusal
@@ -66,10 +65,7 @@ def main(args: CompareArguments) -> list[Comparison]:
 
 def is_comparison(path: Path) -> bool:
     """Whether a file was written by this command."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
+    found = json_in(path)
     return isinstance(found, list) and all(
         isinstance(one, dict) and {"first", "p_holm"} <= one.keys() for one in found
     )

@@ -61,13 +61,14 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     train_split = usual_split(script_args.judgments, script_args.train_split, "train")
     train_dataset = load_groups(script_args.judgments, split=train_split)
     eval_dataset = None
-    eval_judgments = script_args.eval_judgments or script_args.judgments
-    eval_split = usual_split(eval_judgments, script_args.eval_split, "dev")
-    if script_args.eval_judgments is None and eval_split is None:
-        logger.warning("%s has no splits: trained on as a whole, without evaluation.", script_args.judgments)
-        training_args.eval_strategy = "no"
     if training_args.eval_strategy != "no":
-        eval_dataset = load_groups(eval_judgments, split=eval_split)
+        eval_judgments = script_args.eval_judgments or script_args.judgments
+        eval_split = usual_split(eval_judgments, script_args.eval_split, "dev")
+        if script_args.eval_judgments is None and eval_split is None:
+            logger.warning("%s has no splits: trained on as a whole, without evaluation.", script_args.judgments)
+            training_args.eval_strategy = "no"
+        else:
+            eval_dataset = load_groups(eval_judgments, split=eval_split)
 
     set_seed(training_args.seed)  # a new head is random: the same in every run and process
     source, revision = model_args.model_name_or_path, model_args.model_revision

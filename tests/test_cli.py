@@ -261,6 +261,10 @@ def test_expected_measures_are_checked(run, tmp_path, evaluated):
     with pytest.raises(SystemExit) as end:
         run(*where, "--expect", expected)
     head, ndcg, unknown = end.value.code.splitlines()
+    exact = tmp_path / "exact.yaml"
+    exact.write_text(f"tolerance: 0\nndcg@10: {ours['ndcg@10'] * 1.001}\n")
+    with pytest.raises(SystemExit, match="1 measure"):
+        run(*where, "--expect", exact)
     assert head == f"{expected}: 2 measure(s) differ."
     assert ndcg.startswith("  ndcg@10: expected ") and "found None" in unknown
 

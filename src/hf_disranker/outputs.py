@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 # What a model's folder holds, and what is written into one.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "README.md", "onnx/*", "openvino/*")
+
+
+def json_in(path: str | os.PathLike[str]) -> Any:
+    """What a json file holds; None where there is no such file, or another kind of file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return None
 
 
 def check_output(

@@ -35,6 +35,7 @@ from pathlib import Path
 import pandas as pd
 
 from hf_disranker.mining import mine_candidates
+from hf_disranker.outputs import json_in
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def build(
     settings = {"train_queries": train_queries, "dev_queries": dev_queries, "unlabelled_queries": unlabelled_queries}
     sizes = {name: sum(path.stat().st_size for _, path in _package_files(name)) for name in packages}
     manifest = {"builder": _BUILDER, "python": platform.python_version(), "sizes": sizes, **settings, "top_k": top_k}
-    found = json.loads((out / _MANIFEST).read_text()) if (out / _MANIFEST).is_file() else {}
+    found = json_in(out / _MANIFEST) or {}
     if "builder" not in found and (foreign := [*out.glob("*.parquet"), *out.glob(_MANIFEST)]):
         raise ValueError(f"{foreign[0]} exists and was not written by this command: choose another folder.")
     rows = found.pop("rows", {})

@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 
 from hf_disranker.evaluation import best_passages, join_run, measure_slices, per_query, summarise
-from hf_disranker.outputs import check_output
+from hf_disranker.outputs import check_output, json_in
 from hf_disranker.readers import KEY, read_judgments, read_run, write_run
 from hf_disranker.schema import TableError
 from hf_disranker.significance import Comparison, changed_tops, compare
@@ -90,7 +90,7 @@ def check_evaluation_output(path: str | os.PathLike[str], inputs: Iterable[str |
     Raises:
         ValueError, OSError: as `outputs.check_output`.
     """
-    replaces = os.path.isfile(path) and _is_evaluation(path)
+    replaces = _is_evaluation(path)
     for file in (path, *_side_files(path)):
         check_output(file, lambda _: replaces, inputs)
 
@@ -101,10 +101,8 @@ def _side_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 
 def _is_evaluation(path: str | os.PathLike[str]) -> bool:
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError):
-        return False
+    """Whether a file was written by `Evaluation.save`."""
+    found = json_in(path)
     return isinstance(found, dict) and {"name", "about", "intervals"} <= found.keys()
 
 
@@ -200,7 +198,7 @@ def read_expected(path: str) -> dict[str, float | None]:
         try:
             expected = yaml.safe_load(file)
         except yaml.YAMLError as error:
-            raise TableError(f"{path}: is no yaml: {error}") from error
+            raise TableError(f"{path}: is no yaml: {' '.join(str(error).split())}") from error
     if not isinstance(expected, dict):
         raise TableError(f"{path}: holds no measures.")
     for name, value in expected.items():
@@ -212,7 +210,8 @@ def read_expected(path: str) -> dict[str, float | None]:
 def differences(measures: Mapping[str, Any], expected: Mapping[str, float | None]) -> list[str]:
     """What differs from expected measures by more than their `tolerance` (a share; by default 0.01)."""
     expected = dict(expected)
-    tolerance = expected.pop("tolerance", None) or 0.01
+    tolerance = expected.pop("tolerance", None)
+    tolerance = 0.01 if tolerance is None else tolerance
     lines = []
     for name, wanted in expected.items():
         found: Any = measures.get(name)

@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from hf_disranker.data import parquet_files
-from hf_disranker.outputs import check_output_folder
+from hf_disranker.outputs import check_output_folder, json_in
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,9 @@ def check_output_dir(training_args: TrainingArguments, model: str) -> None:
         ValueError: the folder is refused.
     """
     folder = Path(training_args.output_dir)
-    if (record := folder / "run.json").is_file():
-        is_ours = type(training_args).__name__ in json.loads(record.read_text(encoding="utf-8")).get("options", {})
+    if (folder / "run.json").is_file():
+        record = json_in(folder / "run.json")
+        is_ours = isinstance(record, dict) and type(training_args).__name__ in record.get("options", {})
     else:
         is_ours = (folder / "started.json").is_file() or any(folder.glob("checkpoint-*/trainer_state.json"))
     check_output_folder(folder, is_ours, [model])
