@@ -111,7 +111,7 @@ def show(args: argparse.Namespace) -> None:
     files = {head: sorted((args.out / head).glob("*/eval.json")) for head in HEADS}
     found = {head: [json.loads(file.read_text()) for file in paths] for head, paths in files.items() if paths}
     values = {
-        head: np.mean([pd.read_parquet(file.with_suffix(".parquet"))["ndcg@10"] for file in files[head]], axis=0)
+        head: np.mean([pd.read_parquet(f"{file}.parquet")["ndcg@10"] for file in files[head]], axis=0)
         for head in found
     }
     tests = {one.first: one for one in compare(values, [(head, HEADS[0]) for head in list(found)[1:]])}

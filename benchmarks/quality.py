@@ -236,7 +236,7 @@ def cell_results(folder: Path) -> list[tuple[dict[str, Any], np.ndarray]]:
 
 def read_result(path: Path) -> tuple[dict[str, Any], np.ndarray]:
     """What `Evaluation.save` wrote, without the ranking."""
-    return json.loads(path.read_text()), pd.read_parquet(path.with_suffix(".parquet"))["ndcg@10"].to_numpy()
+    return json.loads(path.read_text()), pd.read_parquet(f"{path}.parquet")["ndcg@10"].to_numpy()
 
 
 def mean_by_query(results: list[tuple[dict[str, Any], np.ndarray]]) -> np.ndarray:

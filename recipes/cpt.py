@@ -15,7 +15,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_disranker.cpt import ClickTrainer, CptConfig, click_dataset, click_losses, prepare_clicks
 from hf_disranker.data import read_table
-from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model, save_record
+from hf_disranker.runs import check_output_dir, recipe_parser, resume_point, save_json, save_model, save_record
 from hf_disranker.texts import TEACHER_TEMPLATES, Templates
 
 
@@ -39,6 +39,7 @@ def make_parser() -> TrlParser:
 
 def main(script_args: ScriptArguments, training_args: CptConfig, model_args: ModelConfig) -> None:
     """Read the clicks, train, measure the held-out loss before and after, save."""
+    check_output_dir(training_args, model_args.model_name_or_path)
     clicks = prepare_clicks(read_table(script_args.clicks, "clicks"), script_args.min_users, training_args.seed)
     templates = Templates(text=script_args.text_template)
     held_out = (

@@ -13,11 +13,11 @@ import numpy as np
 from transformers import AutoTokenizer, set_seed
 from trl import TrlParser
 
-from hf_disranker.data import load_groups
+from hf_disranker.data import load_groups, usual_split
 from hf_disranker.distillation import DistillationConfig, DistillationTrainer
 from hf_disranker.guards import sample_groups, warn_shared_queries
 from hf_disranker.hub import publish
-from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model, save_record
+from hf_disranker.runs import check_output_dir, recipe_parser, resume_point, save_json, save_model, save_record
 from hf_disranker.sampling import KINDS, sample_documents
 from hf_disranker.store import teacher_of
 from hf_disranker.student import BertDistilledRanker
@@ -45,7 +45,10 @@ class ScriptArguments:
     )
     documents_per_query: int = field(default=32, metadata={"help": "How many, unless all."})
     judgments: str | None = field(default=None, metadata={"help": "Judgments to evaluate on."})
-    eval_split: str = field(default="dev", metadata={"help": "Split to evaluate on; '' for all rows."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to evaluate on, by default dev where there are splits; '' for all rows."},
+    )
     student_layers: str | None = field(default=None, metadata={"help": "Layers to keep, from 0: for example 0,3,6,9."})
     revision: str = field(default="main", metadata={"help": "Revision of the student on the Hub."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention: sdpa, eager ..."})
@@ -58,6 +61,7 @@ def make_parser() -> TrlParser:
 
 def main(script_args: ScriptArguments, training_args: DistillationConfig) -> None:
     """Read the scores, train, evaluate, save."""
+    check_output_dir(training_args, script_args.student)
     sources = [script_args.scores, *script_args.more_scores]
     teachers = [teacher for teacher in map(teacher_of, sources) if teacher]
     source = sources if script_args.more_scores else script_args.scores
@@ -67,7 +71,8 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     )
     eval_dataset = None
     if script_args.judgments and training_args.eval_strategy != "no":
-        eval_dataset = load_groups(script_args.judgments, split=script_args.eval_split)
+        eval_split = usual_split(script_args.judgments, script_args.eval_split, "dev")
+        eval_dataset = load_groups(script_args.judgments, split=eval_split)
         warn_shared_queries(sample_groups(train_dataset)["query"], eval_dataset["query"])
 
     set_seed(training_args.seed)  # a new head is random: the same in every run and process

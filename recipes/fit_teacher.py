@@ -8,18 +8,21 @@ teacher. With `--use_peft` LoRA weights and the score row are trained and merged
 goes on from its last checkpoint.
 """
 
+import logging
 from dataclasses import dataclass, field
 
 from transformers import AutoConfig, AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from hf_disranker.data import load_groups
+from hf_disranker.data import load_groups, usual_split
 from hf_disranker.guards import warn_shared_queries
 from hf_disranker.hub import publish
 from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
-from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model, save_record
+from hf_disranker.runs import check_output_dir, recipe_parser, resume_point, save_json, save_model, save_record
 from hf_disranker.student import BertDistilledRanker
 from hf_disranker.teacher import LABEL_EXPECTATION, LLMForLastTokenRanking, expect_labels
+
+logger = logging.getLogger("hf_disranker")
 
 
 @dataclass
@@ -27,11 +30,16 @@ class ScriptArguments:
     """What the stage reads."""
 
     judgments: str = field(metadata={"help": "Table of judgments: file, URL, Hub data set id or BEIR folder."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on; '' for all rows."})
+    train_split: str | None = field(
+        default=None, metadata={"help": "Split to train on, by default train where there are splits; '' for all rows."}
+    )
     eval_judgments: str | None = field(
         default=None, metadata={"help": "Judgments to evaluate on, if in another table."}
     )
-    eval_split: str = field(default="dev", metadata={"help": "Split to evaluate on; '' for all rows."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to evaluate on, by default dev where there are splits; '' for all rows."},
+    )
     head: str = field(
         default="last_token",
         metadata={"help": "How a decoder scores a text.", "choices": ["last_token", LABEL_EXPECTATION]},
@@ -49,11 +57,19 @@ def make_parser() -> TrlParser:
 
 def main(script_args: ScriptArguments, training_args: RankingConfig, model_args: ModelConfig) -> None:
     """Read the judgments, train, evaluate, save."""
-    train_dataset = load_groups(script_args.judgments, split=script_args.train_split)
+    check_output_dir(training_args, model_args.model_name_or_path)
+    train_split = usual_split(script_args.judgments, script_args.train_split, "train")
+    train_dataset = load_groups(script_args.judgments, split=train_split)
     eval_dataset = None
     if training_args.eval_strategy != "no":
-        eval_dataset = load_groups(script_args.eval_judgments or script_args.judgments, split=script_args.eval_split)
-        warn_shared_queries(train_dataset["query"], eval_dataset["query"])
+        eval_judgments = script_args.eval_judgments or script_args.judgments
+        eval_split = usual_split(eval_judgments, script_args.eval_split, "dev")
+        if script_args.eval_judgments is None and eval_split is None:
+            logger.warning("%s has no splits: trained on as a whole, without evaluation.", script_args.judgments)
+            training_args.eval_strategy = "no"
+        else:
+            eval_dataset = load_groups(eval_judgments, split=eval_split)
+            warn_shared_queries(train_dataset["query"], eval_dataset["query"])
 
     set_seed(training_args.seed)  # a new head is random: the same in every run and process
     source, revision = model_args.model_name_or_path, model_args.model_revision

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from trl import TrlParser
 
+from hf_disranker.outputs import check_output
 from hf_disranker.rankings import load_evaluations
-from hf_disranker.report import write_report
+from hf_disranker.report import is_report, write_report
 from hf_disranker.runs import recipe_parser
 
 
@@ -32,6 +33,7 @@ def make_parser() -> TrlParser:
 
 def main(args: ReportArguments) -> None:
     """Read the evaluations and write the page."""
+    check_output(args.out, is_report, args.runs)
     write_report(load_evaluations(args.runs), Path(args.out), args.texts)
     print(f"{args.out}: {Path(args.out).stat().st_size / 1024:.0f} KiB")
 

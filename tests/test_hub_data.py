@@ -103,6 +103,20 @@ def test_what_cannot_be_streamed_is_said(scores, tmp_path, monkeypatch):
         list(load_groups(tmp_path / "apart.parquet", split="nowhere", streaming=True))
 
 
+def test_a_card_of_another_origin_is_kept(judgments, hub):
+    HfApi().create_repo("tester/described", repo_type="dataset")
+    card = b"---\ntags: [mine]\n---\n# What we learned\n"
+    HfApi().upload_file(
+        repo_id="tester/described", repo_type="dataset", path_in_repo="README.md", path_or_fileobj=card
+    )
+    push_table(judgments, "judgments", "tester/described")
+    found = DatasetCard.load("tester/described")
+    assert "# What we learned" in found.text and found.data["dataset_info"]["features"]
+    for rows in (judgments, judgments[judgments["split"] == "dev"]):
+        push_table(rows, "judgments", "tester/described-here")
+    assert f"{len(rows):,} rows in dev. " in DatasetCard.load("tester/described-here").text
+
+
 def test_a_wrong_table_is_not_pushed(judgments, hub):
     with pytest.raises(TableError, match="needs the column"):
         push_table(judgments.drop(columns="label"), "judgments", "tester/wrong")

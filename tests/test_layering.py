@@ -14,6 +14,7 @@ GROUPS = {
     "data": [
         "files",
         "beir",
+        "outputs",
         "data",
         "mining",
         "readers",

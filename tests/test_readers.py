@@ -8,7 +8,15 @@ import pandas as pd
 import pytest
 
 from hf_disranker.data import load_groups, read_table
-from hf_disranker.readers import check_run_ids, read_candidates, read_corpus, read_judgments, read_run, write_run
+from hf_disranker.readers import (
+    check_run_ids,
+    judged_split,
+    read_candidates,
+    read_corpus,
+    read_judgments,
+    read_run,
+    write_run,
+)
 from hf_disranker.schema import TableError
 
 
@@ -184,3 +192,19 @@ def test_candidates_bring_texts_and_the_columns_of_the_query(tmp_path, judgments
     assert rows.loc["q0", "title"] == corpus.set_index("doc_id").loc["d5-1", "title"]
     with pytest.raises(TableError, match="no row is of a judged query"):
         read_candidates(tmp_path / "first.run", judged[judged["query_id"] == "q7"], corpus)
+
+
+def test_the_usual_split_is_read_where_there_are_splits(tmp_path, judgments):
+    whole = judgments.drop(columns="split")
+    for name, table, usual in (("split", judgments, "dev"), ("whole", whole, None)):
+        table.to_parquet(tmp_path / f"{name}.parquet")
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+        for source in (table, tmp_path / f"{name}.parquet", str(tmp_path / f"{name}.csv")):
+            assert judged_split(source, None) == usual
+            assert (judged_split(source, ""), judged_split(source, "test")) == ("", "test")
+    (tmp_path / "judged.qrels").write_text("q0 0 d0-0 1\n")
+    assert judged_split(tmp_path / "judged.qrels", None) is None
+    (tmp_path / "beir" / "qrels").mkdir(parents=True)
+    assert judged_split(tmp_path / "beir", None) == "test"
+    (tmp_path / "beir" / "qrels" / "dev.tsv").touch()
+    assert judged_split(tmp_path / "beir", None) == "dev"

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from hf_disranker import charts
+from hf_disranker.evaluation import join_run
 from hf_disranker.rankings import Evaluation
 from hf_disranker.report import results_picture, results_table, search_examples, write_report
 
@@ -88,6 +89,41 @@ def test_the_report_is_whole_and_tells_everything(evaluations, tmp_path):
     assert facts["Queries"].startswith("12,") and facts["Documents"].startswith(f"{len(evaluations[0].rows)} judged")
     assert "12 queries are fewer than 200" in shown and "point_mse" in shown and "1.5M" in shown and "8 min" in shown
     assert 'class="few"' in text  # the slices have 4 and 8 queries
+
+
+def test_a_standardised_student_is_drawn_against_standardised_teacher_scores(judgments, tmp_path):
+    # The teacher's scores have mean 4 and deviation 2; the student learned (t - 4) / 2, and is 0.5 above it.
+    teacher = 4 + 2 * np.tile([-1.0, 1.0], len(judgments))[: len(judgments)]
+    student = (teacher - 4) / 2 + 0.5
+    about = {"role": "student", "teacher": "t", "score_transform": {"kind": "affine", "shift": 4.0, "scale": 2.0}}
+    write_report(
+        [
+            Evaluation.of("teacher", judgments.assign(score=teacher), role="teacher", source="t"),
+            Evaluation.of("student", judgments.assign(score=student), **about),
+        ],
+        tmp_path / "report.html",
+    )
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    facts = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", text))
+    assert (facts["scale"], facts["offset"], facts["RMSE"]) == ("1.00", "+0.50", "0.50")
+    assert (facts["offset by query"], facts["order in a query"]) == ("0.50", "0.00")
+    assert "teacher, rescaled" in text
+
+
+def test_what_a_run_lacks_has_no_score_to_draw(judgments, tmp_path):
+    teacher = judgments.assign(teacher_score=np.arange(len(judgments)) % 7 + 1.0)
+    run = teacher.assign(teacher_score=2 * teacher["teacher_score"])[::2]
+    about = {"role": "student", "teacher": "t"}
+    write_report(
+        [
+            Evaluation.of("teacher", join_run(judgments, teacher), role="teacher", source="t"),
+            Evaluation.of("student", join_run(judgments, run), **about),
+        ],
+        tmp_path / "report.html",
+    )
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    facts = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", text))
+    assert facts["scale"] == "2.00" and float(facts["offset"]) == 0
 
 
 def test_the_report_reaches_for_nothing_and_runs_nothing(evaluations, tmp_path):

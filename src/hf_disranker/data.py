@@ -254,6 +254,25 @@ def _is_hub_id(source: str) -> bool:
     return bool(_HUB_ID.fullmatch(source)) and not os.path.exists(source) and not is_table_file(source)
 
 
+def column_names(source: Source) -> list[str]:
+    """The columns of a table as they stand; of parquet files without reading the rows."""
+    if files := parquet_files(source):
+        with _located(os.fspath(source))[0].open(files[0], "rb") as file:  # type: ignore[arg-type]
+            return pq.read_schema(file).names
+    return list(_read(source).columns)
+
+
+def usual_split(source: Source, named: str | None, usual: str) -> str | None:
+    """The split to read where none need be named.
+
+    Args:
+        source: see the module's text.
+        named: what the user chose; "" is all rows.
+        usual: the split of a table with a column `split` for which none was chosen; a table without one is read whole.
+    """
+    return named if named is not None else usual if "split" in column_names(source) else None
+
+
 def source_name(source: Source) -> str:
     """What errors call a source: its path or id, or what kind of table in memory it is."""
     return os.fspath(source) if isinstance(source, str | os.PathLike) else f"<{type(source).__name__}>"

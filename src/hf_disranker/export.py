@@ -40,6 +40,7 @@ from hf_disranker import metrics
 from hf_disranker.card import model_card
 from hf_disranker.data import pair_texts, read_table
 from hf_disranker.hub import check_padding
+from hf_disranker.outputs import check_output_folder
 from hf_disranker.ranker import Ranker
 from hf_disranker.runs import recipe_parser, save_json
 from hf_disranker.runtime import FILES
@@ -111,7 +112,12 @@ def make_parser() -> TrlParser:
 
 
 def main(args: ExportArguments) -> Parity:
-    """Export, check, write; raises ValueError where the format does not suit the model or moves its scores."""
+    """Export, check, write.
+
+    Raises:
+        ValueError: the format does not suit the model or moves its scores, or the folder holds other files.
+    """
+    check_output_folder(args.out, Path(args.out, "export.json").is_file(), [args.model])
     ranker = Ranker.from_pretrained(args.model, device="cpu", dtype=torch.float32)
     role = ranker.model.config.disranker["role"]
     if (args.format == "vllm") != (role == "teacher"):

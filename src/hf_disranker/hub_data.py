@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -16,6 +17,8 @@ _TYPES = {"label": "int64", "teacher_score": "float32", "weight": "float64", "us
 
 def push_table(source: Source, table: str, repo_id: str, *, private: bool | None = None, **options: Any) -> None:
     """Publish a table as a data set: parquet with typed features, a split for each value of `split`, and a card.
+
+    A card that is there and was not written here is kept.
 
     Args:
         source: what `read_table` reads.
@@ -40,11 +43,20 @@ def push_table(source: Source, table: str, repo_id: str, *, private: bool | None
         if revision:
             api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True)
         # The card first, to which `datasets` adds the features in the commit that brings the rows.
-        card = str(_card(repo_id, table, parts)).encode()
-        api.upload_file(
-            repo_id=repo_id, repo_type="dataset", path_in_repo="README.md", path_or_fileobj=card, revision=revision
-        )
+        if _is_our_card(api, repo_id, revision):
+            card = str(_card(repo_id, table, parts)).encode()
+            api.upload_file(
+                repo_id=repo_id, repo_type="dataset", path_in_repo="README.md", path_or_fileobj=card, revision=revision
+            )
         parts.push_to_hub(repo_id, **options)
+
+
+def _is_our_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Whether a repository has no card but one of `push_table`."""
+    if not api.file_exists(repo_id, "README.md", repo_type="dataset", revision=revision):
+        return True
+    path = api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision)
+    return " table of hf-disranker: " in Path(path).read_text(encoding="utf-8")
 
 
 def _typed(rows: pd.DataFrame) -> Dataset:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from hf_disranker.beir import is_beir
-from hf_disranker.data import Source, read_table
+from hf_disranker.data import Source, read_table, usual_split
 from hf_disranker.files import is_table_file
 from hf_disranker.schema import (
     TableError,
@@ -56,6 +56,15 @@ def read_judgments(
     if queries is not None:
         rows = join_queries(rows, read_table(queries, "queries"), str(path))
     return rows if corpus is None else join_texts(rows, read_table(corpus, "corpus"), str(path))
+
+
+def judged_split(source: Source, named: str | None, usual: str = "dev") -> str | None:
+    """The split of judgments to read, as `data.usual_split`; of a BEIR folder the usual one where it is there."""
+    if named is not None or _trec_file(source) is not None:
+        return named
+    if isinstance(source, str | os.PathLike) and Path(source, "qrels").is_dir():
+        return usual if Path(source, "qrels", f"{usual}.tsv").is_file() else "test"
+    return usual_split(source, named, usual)
 
 
 def read_corpus(source: Source) -> pd.DataFrame:
