@@ -7,12 +7,14 @@
 the student as it learns. A run that was cut off goes on from its last checkpoint.
 """
 
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from trl import TrlParser
 
+from hf_disranker.checkpoint import load_config, load_tokenizer
 from hf_disranker.data import load_groups
 from hf_disranker.distillation import DistillationConfig, DistillationTrainer
 from hf_disranker.guards import sample_groups
@@ -21,6 +23,8 @@ from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model
 from hf_disranker.sampling import KINDS, sample_documents
 from hf_disranker.store import teacher_of
 from hf_disranker.student import BertDistilledRanker
+
+logger = logging.getLogger("hf_disranker")
 
 
 @dataclass
@@ -48,6 +52,9 @@ class ScriptArguments:
     eval_split: str = field(default="dev", metadata={"help": "Split to evaluate on; '' for all rows."})
     student_layers: str | None = field(default=None, metadata={"help": "Layers to keep, from 0: for example 0,3,6,9."})
     revision: str = field(default="main", metadata={"help": "Revision of the student on the Hub."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Precision of the weights in training, however they are stored."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention: sdpa, eager ..."})
 
 
@@ -58,6 +65,7 @@ def make_parser() -> TrlParser:
 
 def main(script_args: ScriptArguments, training_args: DistillationConfig) -> None:
     """Read the scores, train, evaluate, save."""
+    load_config(script_args.student, revision=script_args.revision)  # a wrong name is seen before the tables are read
     sources = [script_args.scores, *script_args.more_scores]
     teachers = [teacher for teacher in map(teacher_of, sources) if teacher]
     source = sources if script_args.more_scores else script_args.scores
@@ -72,10 +80,14 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
         eval_dataset = load_groups(script_args.judgments, split=script_args.eval_split)
 
     set_seed(training_args.seed)  # a new head is random: the same in every run and process
-    tokenizer = AutoTokenizer.from_pretrained(script_args.student, revision=script_args.revision)
+    tokenizer = load_tokenizer(script_args.student, revision=script_args.revision)
     student = BertDistilledRanker.from_pretrained(
-        script_args.student, revision=script_args.revision, attn_implementation=script_args.attn_implementation
+        script_args.student,
+        revision=script_args.revision,
+        dtype=script_args.dtype,
+        attn_implementation=script_args.attn_implementation,
     )
+    logger.info("The student's weights are trained in %s.", script_args.dtype)
     if script_args.student_layers:
         student.keep_layers([int(layer) for layer in script_args.student_layers.split(",")])
     if not student.config.disranker.get("teacher") and training_args.score_transform == "none":

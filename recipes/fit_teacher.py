@@ -8,18 +8,28 @@ teacher. With `--use_peft` LoRA weights and the score row are trained and merged
 goes on from its last checkpoint.
 """
 
+import logging
 from dataclasses import dataclass, field
 
 from peft import get_peft_model
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from hf_disranker.checkpoint import load_config, load_tokenizer
 from hf_disranker.data import load_groups
 from hf_disranker.hub import publish
 from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
 from hf_disranker.runs import recipe_parser, resume_point, save_json, save_model, save_record
 from hf_disranker.student import BertDistilledRanker
-from hf_disranker.teacher import LABEL_EXPECTATION, LLMForLastTokenRanking, expect_labels, prepare_tokenizer
+from hf_disranker.teacher import (
+    LABEL_EXPECTATION,
+    LLMForLastTokenRanking,
+    expect_labels,
+    fit_embeddings,
+    prepare_tokenizer,
+)
+
+logger = logging.getLogger("hf_disranker")
 
 
 @dataclass
@@ -49,15 +59,15 @@ def make_parser() -> TrlParser:
 
 def main(script_args: ScriptArguments, training_args: RankingConfig, model_args: ModelConfig) -> None:
     """Read the judgments, train, evaluate, save."""
+    source, revision = model_args.model_name_or_path, model_args.model_revision
+    config = load_config(source, revision=revision)  # a wrong name is seen before the tables are read
     train_dataset = load_groups(script_args.judgments, split=script_args.train_split)
     eval_dataset = None
     if training_args.eval_strategy != "no":
         eval_dataset = load_groups(script_args.eval_judgments or script_args.judgments, split=script_args.eval_split)
 
     set_seed(training_args.seed)  # a new head is random: the same in every run and process
-    source, revision = model_args.model_name_or_path, model_args.model_revision
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    config = AutoConfig.from_pretrained(source, revision=revision)
+    tokenizer = load_tokenizer(source, revision=revision)
     is_bert = config.model_type == "bert"
     if script_args.head == LABEL_EXPECTATION:
         config = expect_labels(config, tokenizer, script_args.label_words)
@@ -70,11 +80,9 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
         attn_implementation=model_args.attn_implementation,
         quantization_config=get_quantization_config(model_args),  # QLoRA: --load_in_4bit --use_peft
     )
+    logger.info("The model's weights are trained in %s.", model_args.dtype)
     if not is_bert:
-        prepare_tokenizer(tokenizer, model.config.disranker.get("ending"))
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
-        model.config.pad_token_id = tokenizer.pad_token_id
+        fit_embeddings(model, prepare_tokenizer(tokenizer, model.config.disranker.get("ending")))  # before LoRA
     model_args.lora_task_type = "SEQ_CLS"  # trains and keeps the score row too
     if peft_config := get_peft_config(model_args):
         model = get_peft_model(model, peft_config)
