@@ -75,6 +75,15 @@ def test_a_shared_prefix_changes_no_score(config, tiny_teacher, judgments):
     assert padded.std() > 0.05 and tokens < 0.9 * ranker.tokens / 2  # of each of the two calls
 
 
+def test_another_attention_is_kept_and_shares_no_prefix(teacher_dir, judgments):
+    eager, shared = (
+        Ranker.from_pretrained(teacher_dir, device="cpu", attn_implementation=kind) for kind in ("eager", "sdpa")
+    )
+    eager.share_prefix = True
+    np.testing.assert_allclose(eager.predict(pair_texts(judgments)), shared.predict(pair_texts(judgments)), atol=1e-5)
+    assert eager.model.model.config._attn_implementation == "eager"
+
+
 def test_no_prefix_is_shared_where_attention_is_not_plain(tiny_teacher, student_ranker):
     tokenizer = tiny_teacher[1]
     window = {"sliding_window": 8, "vocab_size": len(tokenizer)}
@@ -122,7 +131,7 @@ def test_what_is_no_pair_or_document_is_refused(ranker):
 
 def test_threads_share_a_ranker(ranker):
     # Beside one another: packed and padded passes, cut and whole texts.
-    texts = [" ".join(["read", "json", "plot"][: 1 + n % 3] * (1 + n % 30)) for n in range(120)]
+    texts = [" ".join(["read", "json", "plot"][: 1 + n % 3] * (1 + n % 30)) for n in range(60)]
     jobs = [[(text, text), (text, "plot"), ("json", texts[-1 - n])] for n, text in enumerate(texts)]
     expected = [ranker.predict(job) for job in jobs]
     counted = ranker.queries_cut, ranker.documents_cut, ranker.tokens

@@ -19,7 +19,8 @@ from hf_disranker.texts import Templates
 
 # Room for a document behind the longest query allowed: special tokens, the template's words, and a few tokens of text.
 _DOCUMENT_ROOM = 16
-_ROW_KEYS = ("input_ids", "attention_mask", "token_type_ids")
+# Keys of a row, and how `tokenizers` calls them.
+_FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 
 @dataclass
@@ -90,14 +91,13 @@ class PairCollator:
             one, two = parts[query], parts[document]
             cut += len(one) + len(two) > room
             pair = self._cut.post_process(one, two)
-            rows.append(dict(zip(_ROW_KEYS, (pair.ids, pair.attention_mask, pair.type_ids), strict=True)))
+            rows.append({key: getattr(pair, field) for key, field in _FIELDS.items()})
         return rows, cut
 
     def _encode_texts(self, queries: list[str], documents: list[str]) -> tuple[list[dict[str, list[int]]], int]:
         texts = [self.templates.render_text(*pair) for pair in zip(queries, documents, strict=True)]
         encodings = self._cut.encode_batch_fast(texts)
-        fields = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-        read = {key: field for key, field in fields.items() if key in self.tokenizer.model_input_names}
+        read = {key: field for key, field in _FIELDS.items() if key in self.tokenizer.model_input_names}
         rows = [{key: getattr(encoding, field) for key, field in read.items()} for encoding in encodings]
         return rows, sum(1 for encoding in encodings if encoding.overflowing)
 

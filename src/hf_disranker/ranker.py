@@ -48,8 +48,8 @@ class Ranker(PairRanker):
             more of a small model's work, and 32,768 on a GPU.
 
     Attributes:
-        share_prefix: compute what neighbouring pairs with the same query have in common once, without padding; for a
-            teacher with full attention by sdpa. On at first on a CPU; what it gains on a GPU has not been measured.
+        share_prefix: compute what neighbouring pairs with the same query have in common once, without padding; only a
+            teacher with full attention by sdpa does. On at first on a CPU; the gain on a GPU has not been measured.
         queries_cut: queries beyond their limit so far.
         documents_cut: documents of which not all was read.
         tokens: read so far, without padding.
@@ -65,10 +65,9 @@ class Ranker(PairRanker):
         self.token_budget = token_budget or (2048 if model.device.type == "cpu" else 32_768)
         self.collator = pair_collator(model, tokenizer)
         self.templates = self.collator.templates
-        can_share = self._has_full_attention()
-        if can_share:
+        if self._has_full_attention():
             self.model.model.set_attn_implementation(PACKED)
-        self.share_prefix = can_share and model.device.type == "cpu"
+        self.share_prefix = model.device.type == "cpu" and self._can_share()
         self.queries_cut = 0
         self.documents_cut = 0
         self.tokens = 0
@@ -126,7 +125,7 @@ class Ranker(PairRanker):
             for encoded in made_ahead(self._encode, chunks):
                 lengths = np.array([len(row["input_ids"]) for row in encoded.rows])
                 self._count(encoded, int(lengths.sum()))
-                batches = runs_within if self.share_prefix else budget_batches
+                batches = runs_within if self.share_prefix and self._can_share() else budget_batches
                 for rows in batches(lengths, self.token_budget):
                     queries = [pairs[start + row][0] for row in rows]
                     scores[start + rows] = self._forward([encoded.rows[row] for row in rows], queries)
@@ -152,10 +151,14 @@ class Ranker(PairRanker):
         by_sdpa = self.model.model.config._attn_implementation in ("sdpa", PACKED)
         return by_sdpa and "gemma" not in config.model_type and window >= self.collator.max_length
 
+    def _can_share(self) -> bool:
+        decoder = self.model.model if isinstance(self.model, LLMForLastTokenRanking) else self.model
+        return decoder.config._attn_implementation == PACKED
+
     def _forward(self, rows: list[dict[str, list[int]]], queries: list[str]) -> np.ndarray:
         """Score tokenised rows together, or in halves when the memory does not hold them; then also what follows."""
         try:
-            return self._shared(rows, queries) if self.share_prefix else self._padded(rows)
+            return self._shared(rows, queries) if self.share_prefix and self._can_share() else self._padded(rows)
         except RuntimeError as error:
             if len(rows) == 1 or not should_reduce_batch_size(error):
                 raise
