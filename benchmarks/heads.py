@@ -32,7 +32,13 @@ from hf_disranker.ranking_trainer import RankingConfig, RankingTrainer
 from hf_disranker.rankings import Evaluation
 from hf_disranker.runs import bf16_is_faster
 from hf_disranker.significance import bootstrap, compare
-from hf_disranker.teacher import LlamaForLastTokenRanking, LLMForLastTokenRanking, expect_labels, prepare_tokenizer
+from hf_disranker.teacher import (
+    LlamaForLastTokenRanking,
+    LLMForLastTokenRanking,
+    expect_labels,
+    fit_embeddings,
+    prepare_tokenizer,
+)
 
 CONFIG = Path(hf_disranker.recipes.__path__[0]) / "configs" / "quickstart" / "teacher.yaml"
 HEADS = ("last token", "mean pooling", "label expectation")
@@ -61,10 +67,7 @@ def make(head: str, start: Path, seed: int, attention: str | None) -> tuple[LLMF
         config = expect_labels(config, tokenizer, WORDS)
     kind = MeanPooledLlama if head == "mean pooling" else LLMForLastTokenRanking
     model = kind.from_pretrained(start, config=config, attn_implementation=attention)
-    prepare_tokenizer(tokenizer, model.config.disranker.get("ending"))
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
+    fit_embeddings(model, prepare_tokenizer(tokenizer, model.config.disranker.get("ending")))
     return model, tokenizer
 
 

@@ -10,9 +10,10 @@ the student as it learns. A run that was cut off goes on from its last checkpoin
 from dataclasses import dataclass, field
 
 import numpy as np
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from trl import TrlParser
 
+from hf_disranker.checkpoint import load_config, load_tokenizer
 from hf_disranker.data import load_groups, usual_split
 from hf_disranker.distillation import DistillationConfig, DistillationTrainer
 from hf_disranker.guards import sample_groups, warn_shared_queries
@@ -62,6 +63,7 @@ def make_parser() -> TrlParser:
 def main(script_args: ScriptArguments, training_args: DistillationConfig) -> None:
     """Read the scores, train, evaluate, save."""
     check_output_dir(training_args, script_args.student)
+    load_config(script_args.student, revision=script_args.revision)  # a wrong name is seen before the tables are read
     sources = [script_args.scores, *script_args.more_scores]
     teachers = [teacher for teacher in map(teacher_of, sources) if teacher]
     source = sources if script_args.more_scores else script_args.scores
@@ -76,9 +78,12 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
         warn_shared_queries(sample_groups(train_dataset)["query"], eval_dataset["query"])
 
     set_seed(training_args.seed)  # a new head is random: the same in every run and process
-    tokenizer = AutoTokenizer.from_pretrained(script_args.student, revision=script_args.revision)
+    tokenizer = load_tokenizer(script_args.student, revision=script_args.revision)
     student = BertDistilledRanker.from_pretrained(
-        script_args.student, revision=script_args.revision, attn_implementation=script_args.attn_implementation
+        script_args.student,
+        revision=script_args.revision,
+        dtype=training_args.weights_dtype,
+        attn_implementation=script_args.attn_implementation,
     )
     if script_args.student_layers:
         student.keep_layers([int(layer) for layer in script_args.student_layers.split(",")])

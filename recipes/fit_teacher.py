@@ -11,9 +11,10 @@ goes on from its last checkpoint.
 import logging
 from dataclasses import dataclass, field
 
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from hf_disranker.checkpoint import load_config, load_tokenizer
 from hf_disranker.data import load_groups, usual_split
 from hf_disranker.guards import warn_shared_queries
 from hf_disranker.hub import publish
@@ -58,6 +59,8 @@ def make_parser() -> TrlParser:
 def main(script_args: ScriptArguments, training_args: RankingConfig, model_args: ModelConfig) -> None:
     """Read the judgments, train, evaluate, save."""
     check_output_dir(training_args, model_args.model_name_or_path)
+    source, revision = model_args.model_name_or_path, model_args.model_revision
+    config = load_config(source, revision=revision)  # a wrong name is seen before the tables are read
     train_split = usual_split(script_args.judgments, script_args.train_split, "train")
     train_dataset = load_groups(script_args.judgments, split=train_split)
     eval_dataset = None
@@ -72,9 +75,7 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
             warn_shared_queries(train_dataset["query"], eval_dataset["query"])
 
     set_seed(training_args.seed)  # a new head is random: the same in every run and process
-    source, revision = model_args.model_name_or_path, model_args.model_revision
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    config = AutoConfig.from_pretrained(source, revision=revision)
+    tokenizer = load_tokenizer(source, revision=revision)
     if script_args.head == LABEL_EXPECTATION:
         config = expect_labels(config, tokenizer, script_args.label_words)
     kind = BertDistilledRanker if config.model_type == "bert" else LLMForLastTokenRanking

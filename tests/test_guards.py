@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from two_processes import make_trainer, ragged_groups
 
-from hf_disranker import DistillationConfig, RankingConfig
+from hf_disranker import DistillationConfig, RankingConfig, collators
 from hf_disranker.collators import GroupCollator
 from hf_disranker.guards import TrainingWatch, sample_groups, warn_cut, warn_shared_queries, warn_squashed
 from hf_disranker.ranker import pair_collator
@@ -60,14 +61,14 @@ def test_squashed_teacher_scores_are_said(caplog):
     assert "between 0 and 1" in lines(caplog)[0] and "raw logits" in lines(caplog)[0]
 
 
-def test_truncation_of_more_than_a_few_percent_is_said(tiny_student, caplog):
+def test_truncation_of_more_than_a_few_percent_is_said(tiny_student, caplog, monkeypatch):
     model, tokenizer = tiny_student
     collate = GroupCollator(pair_collator(model, tokenizer))
     groups = ragged_groups(20, 5)
     warn_cut(groups, collate)
     assert lines(caplog) == []
-    collate.pairs.max_length = 14
-    warn_cut(groups, collate)
+    monkeypatch.setattr(collators, "_DOCUMENT_ROOM", 0)
+    warn_cut(groups, GroupCollator(replace(collate.pairs, max_length=14, max_query_length=14)))
     assert len(lines(caplog)) == 1
     assert "% of documents lose their end at max_length 14: raise --max_length" in lines(caplog)[0]
 

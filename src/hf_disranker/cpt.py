@@ -22,15 +22,14 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from trl import SFTConfig, SFTTrainer
 
 from hf_disranker.arguments import StageArguments, settle_arguments
+from hf_disranker.checkpoint import check_length
 from hf_disranker.evaluation_loss import WholeSetLoss
 from hf_disranker.losses import LossTerm
 from hf_disranker.schema import TableError
-from hf_disranker.teacher import prepare_tokenizer
+from hf_disranker.teacher import fit_embeddings, prepare_tokenizer
 from hf_disranker.texts import TEACHER_TEMPLATES, Templates
 from hf_disranker.trainer_setup import (
     cast_weights,
-    check_max_length,
-    fit_embeddings,
     own_tokenizer,
     with_own_config,
 )
@@ -127,7 +126,7 @@ class ClickTrainer(WholeSetLoss, SFTTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             peft_config=peft_config,
         )
-        check_max_length(self.model.config, args.max_length)
+        check_length(self.model.config, args.max_length or 1)
         fit_embeddings(self.model, tokenizer)
         if peft_config is None:  # trl chooses the type of an adapter that it makes
             cast_weights(self.model, args.weights_dtype)

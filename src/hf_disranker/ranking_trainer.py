@@ -26,19 +26,18 @@ from transformers import (
 from hf_disranker import metrics
 from hf_disranker.arguments import RankingConfig, check_arguments, settle_arguments
 from hf_disranker.batching import BudgetStream, EpochOrder, TokenBudgetSampler, group_lengths
+from hf_disranker.checkpoint import check_length
 from hf_disranker.collators import GroupCollator
 from hf_disranker.evaluation_loss import WholeSetLoss
 from hf_disranker.guards import TrainingWatch, check_columns, check_sampling, check_target, sample_groups, warn_cut
 from hf_disranker.hub import TrainerHubMixin
 from hf_disranker.losses import LossTerm, hinge, ranknet, softmax
 from hf_disranker.ranker import pair_collator
-from hf_disranker.teacher import prepare_tokenizer
+from hf_disranker.teacher import fit_embeddings, prepare_tokenizer
 from hf_disranker.trainer_setup import (
     add_adapter,
     as_ranker,
     cast_weights,
-    check_max_length,
-    fit_embeddings,
     own_tokenizer,
 )
 
@@ -179,7 +178,7 @@ class RankingTrainer(WholeSetLoss, TrainerHubMixin, Trainer):
     def _prepare_model(self, model: Any) -> Any:
         """The ranker that is trained, with its limits in its config; also prepares the tokenizer, once."""
         model = as_ranker(model, frozen=self.peft_config is not None)
-        check_max_length(model.config, self.args.max_length)
+        check_length(model.config, self.args.max_length or 1)
         if self._own_tokenizer is None:
             self._own_tokenizer = own_tokenizer(self.processing_class, model.config._name_or_path)
             # CrossEncoder and the servers cut at the tokenizer's limit.

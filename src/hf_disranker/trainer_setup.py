@@ -10,20 +10,13 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_disranker.checkpoint import RankerConfigMixin
+from hf_disranker.checkpoint import RankerConfigMixin, load_config, load_tokenizer
 from hf_disranker.student import BertDistilledRanker
 from hf_disranker.teacher import FAMILIES, LLMForLastTokenRanking
 
 logger = logging.getLogger(__name__)
-
-
-def check_max_length(config: Any, max_length: int | None) -> None:
-    """Raise ValueError for a limit beyond the positions that a model has."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if max_length and positions and max_length > positions:
-        raise ValueError(f"max_length {max_length} is beyond the model's {positions} positions: lower it.")
 
 
 def as_ranker(model: Any, frozen: bool = False) -> Any:
@@ -39,9 +32,7 @@ def as_ranker(model: Any, frozen: bool = False) -> Any:
         ValueError: a stock classifier with several labels, or of a family that is not known.
     """
     if isinstance(model, str | os.PathLike):
-        kind = (
-            BertDistilledRanker if AutoConfig.from_pretrained(model).model_type == "bert" else LLMForLastTokenRanking
-        )
+        kind = BertDistilledRanker if load_config(model).model_type == "bert" else LLMForLastTokenRanking
         model = kind.from_pretrained(model, dtype="auto" if frozen else torch.float32)
     elif not isinstance(getattr(model, "config", None), RankerConfigMixin):
         model = _shared(model)
@@ -95,16 +86,7 @@ def own_tokenizer(tokenizer: PreTrainedTokenizerBase | None, source: str | None)
         return copy.deepcopy(tokenizer)
     if not source:
         raise ValueError("The model was not loaded from a checkpoint: pass processing_class, its tokenizer.")
-    return AutoTokenizer.from_pretrained(source)
-
-
-def fit_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a decoder an embedding for every token of its prepared tokenizer, and its padding id."""
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
+    return load_tokenizer(source)
 
 
 def add_adapter(model: Any, peft_config: PeftConfig) -> Any:
