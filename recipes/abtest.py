@@ -57,7 +57,7 @@ def make_parser() -> TrlParser:
 def main(args: AbtestArguments) -> dict[str, Any]:
     """Analyse the log, print tables, write json; exits with 1 if nothing may be concluded."""
     refuse_foreign(args.out, MADE_BY)
-    shares = {name: float(share) for name, _, share in (text.partition("=") for text in args.shares)}
+    shares = meant(args.shares)
     log, excluded = read_log(args.log, args.slices, args.covariates, args.exclude_mixed_users)
     buckets, users = buckets_of(log, args.control), by_user(log, args.covariates)
     counts = {name: int((users["bucket"] == name).sum()) for name in buckets}
@@ -75,6 +75,14 @@ def main(args: AbtestArguments) -> dict[str, Any]:
     if found["refusal"]:
         sys.exit(f"Nothing is concluded: {found['refusal']}.")
     return found
+
+
+def meant(texts: Sequence[str]) -> dict[str, float]:
+    """The shares of --shares."""
+    try:
+        return {name: float(share) for name, share in (text.split("=") for text in texts)}
+    except ValueError:
+        raise SystemExit(f"--shares takes BUCKET=SHARE, such as old=0.9 new=0.1, not {' '.join(texts)}.") from None
 
 
 def analyse(args: AbtestArguments, log: pd.DataFrame, users: pd.DataFrame, buckets: list[str]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from trl import TrlParser
 
 from hf_disranker.online import draft_lists, preference, read_credit
 from hf_disranker.runs import recipe_parser, refuse_foreign, save_json
-from hf_disranker.schema import TableError
 
 MADE_BY = "disranker interleave"
 COLUMNS = ["query_id", "draft", "rank", "doc_id", "team"]
@@ -58,7 +57,7 @@ def main(args: InterleaveArguments) -> Any:
 def make_lists(a: str, b: str, out: str, depth: int, drafts: int) -> pd.DataFrame:
     """Write the lists of all queries that both rank."""
     if os.path.exists(out) and columns_of(out) != COLUMNS:
-        raise TableError(f"{out}: `{MADE_BY}` did not write this file and does not overwrite it.")
+        raise SystemExit(f"{out}: `{MADE_BY}` did not write this file and does not overwrite it.")
     lists = draft_lists(a, b, depth, drafts)
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     lists.to_parquet(out, index=False)
@@ -70,7 +69,7 @@ def read_clicks(lists: str, log: str, out: str | None) -> dict[str, Any]:
     """Print who was preferred."""
     refuse_foreign(out, MADE_BY)
     if columns_of(lists) != COLUMNS:
-        raise TableError(f"{lists}: `{MADE_BY}` did not make these lists; they have the columns {', '.join(COLUMNS)}.")
+        raise SystemExit(f"{lists}: `{MADE_BY}` did not make these lists; they have the columns {', '.join(COLUMNS)}.")
     found = {"made_by": MADE_BY, "lists": lists, "log": log} | preference(read_credit(log, pd.read_parquet(lists)))
     low, high = found["interval"]
     print(f"{found['users']:,} users, {found['pages']:,} pages: a wins {found['first_wins']:,}, ", end="")
