@@ -30,12 +30,12 @@ PAGES_BEFORE = 10
 
 
 def graded(run: str, judgments: str, split: str = "dev", depth: int = 10) -> pd.DataFrame:
-    """Grades of the first documents of a run: a row for each query, a column for each place; 0 where nobody judged."""
+    """Grades of the first documents of a run, a row for each query: 0 if nobody judged one, -1 past the end."""
     rows = read_run(run).sort_values("teacher_score", ascending=False, kind="stable")
     judged = read_judgments(judgments, split)[["query_id", "doc_id", "label"]]
     rows = rows.assign(place=rows.groupby("query_id").cumcount()).query("place < @depth")
     rows = rows.merge(judged, on=["query_id", "doc_id"], how="left").fillna({"label": 0})
-    return rows.pivot(index="query_id", columns="place", values="label").fillna(0).astype(int)
+    return rows.pivot(index="query_id", columns="place", values="label").fillna(-1).astype(int)
 
 
 def true_measures(
