@@ -27,7 +27,7 @@ import pyarrow.dataset
 
 from hf_disranker.schema import SHOWN_ROWS, TableError
 
-_MOST_DAYS, _PENDING_ROWS = 400, 500_000
+_MOST_DAYS, _PENDING_ROWS = 400, 1_000_000
 _FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", "": "parquet"}
 
 
@@ -74,7 +74,8 @@ def read_log(
     if len(names) and not exclude_mixed:
         shown = ", ".join(map(repr, names.head(SHOWN_ROWS)))
         raise TableError(f"{source}: column 'bucket': {len(names):,} user(s) are in several buckets. First: {shown}.")
-    return table[~mixed].drop(columns="user_id"), len(names)
+    texts = dict.fromkeys([*day, *slices, "bucket"], "category")
+    return table[~mixed].drop(columns="user_id").astype(texts), len(names)
 
 
 def open_log(source: str, required: Sequence[str]) -> pa.dataset.Dataset:
@@ -171,17 +172,19 @@ def _with_pages(rows: pa.Table) -> pa.Table:
 
 def add_up(parts: Iterable[pa.Table], keys: Sequence[str]) -> pa.Table:
     """Add up tables by keys as they come; a day that is no key becomes the first one."""
-    keys, waiting, limit = list(dict.fromkeys(keys)), [], _PENDING_ROWS
+    keys, waiting, rows, limit = list(dict.fromkeys(keys)), [], 0, _PENDING_ROWS
 
-    def added(tables: Sequence[pa.Table]) -> pa.Table:
-        table = pa.concat_tables(tables)
+    def added() -> pa.Table:
+        table = pa.concat_tables(waiting)
         how = [(name, "min" if name == "day" else "sum") for name in table.column_names if name not in keys]
         table = table.group_by(keys, use_threads=False).aggregate(how)
         return table.select([*keys, *map("_".join, how)]).rename_columns([*keys, *(name for name, _ in how)])
 
     for part in parts:
-        waiting.append(added([part]))
-        if sum(len(table) for table in waiting) > limit:
-            waiting = [added(waiting)]
-            limit = len(waiting[0]) + max(len(waiting[0]), _PENDING_ROWS)
-    return added(waiting)
+        waiting.append(part)
+        rows += len(part)
+        if rows > limit:
+            waiting = [added()]
+            rows = len(waiting[0])
+            limit = rows + max(rows, _PENDING_ROWS)
+    return added()
