@@ -139,6 +139,16 @@ def test_the_page_about_evaluation(tables, judgments, capsys):
     assert Path("runs/report.html").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("page", ["online.md", "online.zh.md"])
+def test_the_page_about_online_tests(page, workshop, judgments, capsys):
+    os.makedirs("runs/quickstart/data")
+    judgments.to_parquet("runs/quickstart/data/judgments.parquet")
+    assert run(f"docs/how_to/{page}") == 6
+    printed = capsys.readouterr().out
+    assert "1,000 users, " in printed and "clicks_per_page" in printed and "device = phone" in printed
+    assert "A/B test" in Path("runs/report.html").read_text(encoding="utf-8")
+
+
 def test_the_page_about_the_hub(workshop, capsys):
     assert run("docs/how_to/hub.md") >= 18
 
@@ -248,9 +258,9 @@ def test_the_tutorial_from_a_click_log_to_a_student(page, workshop, small_models
     assert Path("runs/labels_alone/eval.json").exists()
 
 
-@pytest.mark.parametrize("tutorial", ["first_ranker", "own_data"])
-def test_both_languages_show_the_same_snippets(tutorial):
-    english, chinese = (blocks(f"docs/tutorials/{tutorial}{ending}") for ending in (".md", ".zh.md"))
+@pytest.mark.parametrize("page", ["tutorials/first_ranker", "tutorials/own_data", "how_to/online"])
+def test_both_languages_show_the_same_snippets(page):
+    english, chinese = (blocks(f"docs/{page}{ending}") for ending in (".md", ".zh.md"))
     assert english == chinese
 
 

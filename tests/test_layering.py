@@ -18,6 +18,7 @@ GROUPS = {
         "data",
         "mining",
         "readers",
+        "impressions",
         "candidates",
         "python_docs",
         "packing",
@@ -27,7 +28,7 @@ GROUPS = {
         "sampling",
     ],
     "models": ["checkpoint", "card", "hub", "student", "teacher", "from_scratch", "auto", "ranker"],
-    "judging": ["significance", "evaluation", "rankings", "hub_data"],
+    "judging": ["significance", "evaluation", "rankings", "online", "hub_data"],
     "stages": [
         "runs",
         "arguments",

@@ -175,6 +175,25 @@ def test_without_texts_there_are_ids_alone(evaluations, tmp_path, judgments):
     assert judgments["doc_id"].iloc[0] in lead or "d1-0" in lead
 
 
+ABTEST = {"users": {"old<b>": 1000, "new": 1003}, "control": "old<b>", "refusal": None, "measures": []}
+EFFECT = {"control": 0.3, "treatment": 0.303, "relative_difference": 0.01, "interval": [0.002, 0.018], "p": 0.0143}
+
+
+def test_an_ab_test_has_a_panel(evaluations, tmp_path):
+    undefined = dict.fromkeys(("control", "treatment", "relative_difference", "p", "p_holm"))
+    effects = [
+        {"name": "page_ctr", "p_holm": 0.0286} | EFFECT,
+        {"name": "dwell", "interval": [None, None]} | undefined,
+    ]
+    for name, abtest in {"told": ABTEST | {"measures": effects}, "refused": ABTEST | {"refusal": "few users"}}.items():
+        write_report(evaluations[:1], tmp_path / f"{name}.html", abtest=abtest)
+    told, refused = (Page((tmp_path / f"{name}.html").read_text()).texts for name in ("told", "refused"))
+    for text in ("+1.00%", "+0.20% to +1.80%", "0.0143", "0.0286", "not defined"):
+        assert text in told
+    assert " few users." in refused and "page_ctr" not in refused
+    assert any("Users: old<b> 1,000, new 1,003. The control is old<b>." in text for text in told)
+
+
 def test_one_ranker_alone_has_a_report(judgments, tmp_path):
     one = Evaluation.of("one", judgments.drop(columns=["title", "summary"]).assign(score=1.0), role="run")
     write_report([one], tmp_path / "report.html")

@@ -46,6 +46,7 @@ def write_report(
     texts: bool = True,
     pairs: Iterable[tuple[str, str]] | None = None,
     titles: Mapping[str, str] | None = None,
+    abtest: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one HTML file that needs nothing else: no network, no scripts.
 
@@ -57,6 +58,7 @@ def write_report(
         texts: False leaves out queries, titles and summaries; ids stay.
         pairs: names of rankers to compare, (first, second); None compares each with each.
         titles: what to call the rankers instead of their names.
+        abtest: what `disranker abtest --out` wrote.
     """
     shown = {one.name: (titles or {}).get(one.name, one.name) for one in evaluations}
     compared = compare_evaluations(evaluations, pairs=pairs) if len(evaluations) > 1 else []
@@ -81,6 +83,7 @@ def write_report(
         curves=[curve for one in evaluations for curve in _curves(one, shown[one.name])],
         changes=_changes(evaluations, shown, texts),
         measures=first.measures,
+        abtest=abtest,
         cuts=[(shown[one.name], one.about) for one in evaluations if "documents_cut" in one.about],
         configs=[(shown[one.name], options) for one in evaluations if (options := _options(one))],
         packages=first.about.get("packages", {}),

@@ -116,6 +116,17 @@ def save_json(content: Any, path: str) -> None:
     os.replace(beside, path)
 
 
+def refuse_foreign(path: str | None, made_by: str) -> None:
+    """Raise a ValueError if there is a file at the path of a json that this command did not write."""
+    if path and os.path.exists(path):
+        try:
+            ours = json.loads(Path(path).read_text(encoding="utf-8"))["made_by"] == made_by
+        except (OSError, ValueError, KeyError, TypeError):
+            ours = False
+        if not ours:
+            raise ValueError(f"{path}: `{made_by}` did not write this file and does not overwrite it.")
+
+
 def save_record(output_dir: str, arguments: Sequence[Any], sources: Mapping[str, str | None]) -> None:
     """Write run.json: every option as it was resolved, what was read, package versions and the git revision.
 

@@ -347,8 +347,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, ending: str | None = N
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give each token of a prepared tokenizer its row of a decoder's embeddings, and the model its padding id.
 
-    New rows are zero, so that the same checkpoint has the same weights each time and everywhere: padding is masked, and
-    its row not trained. Works in place; a decoder of any head will do.
+    New rows are zero, so that the same checkpoint has the same weights on every machine: padding is masked, and its row
+    not trained. Works in place; a decoder of any head will do.
 
     Raises:
         ValueError: the tokenizer is not the one that the model was trained with.
