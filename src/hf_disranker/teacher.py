@@ -347,7 +347,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, ending: str | None = N
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give each token of a prepared tokenizer its row of a decoder's embeddings, and the model its padding id.
 
-    New rows are zero, so that the same checkpoint has the same weights on every machine: padding is masked, and its row
+    New rows are zero, so that a checkpoint has the same weights on every machine: padding is masked, its row
     not trained. Works in place; a decoder of any head will do.
 
     Raises:
