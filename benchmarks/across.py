@@ -67,8 +67,8 @@ def main() -> None:
     labels, query = dev["label"].to_numpy(), pd.factorize(dev["query_id"])[0]
     pairs = np.outer(*(np.bincount(query, weights=kind) for kind in (labels > 0, labels == 0)))
     cells = {name: args.results / "cells" / name.replace("/", "_") for name in config["cells"]}
-    files = {name: sorted(folder.glob("*/eval.run")) for name, folder in cells.items()}
-    files |= {name: [args.results / f"{name}.run"] for name in ("teacher", "bm25")}
+    files = {name: sorted(folder.glob("*/eval.json.run")) for name, folder in cells.items()}
+    files |= {name: [args.results / f"{name}.json.run"] for name in ("teacher", "bm25")}
     found = {}
     for name, runs in files.items():
         tables = [dev[KEY].merge(read_run(run), on=KEY, how="left")["teacher_score"].to_numpy() for run in runs]

@@ -34,7 +34,7 @@ class Point(NamedTuple):
 def point(title: str, files: list[Path]) -> Point:
     """Mean over the seeds of one ranker."""
     measures = [json.loads(file.read_text()) for file in files]
-    by_query = np.mean([pd.read_parquet(file.with_suffix(".parquet"))["ndcg@10"] for file in files], axis=0)
+    by_query = np.mean([pd.read_parquet(f"{file}.parquet")["ndcg@10"] for file in files], axis=0)
     speed = float(np.mean([one["about"].get("pairs_per_cpu_s", math.nan) for one in measures]))
     return Point(title, speed, float(np.nanmean(by_query)), *bootstrap(by_query))
 

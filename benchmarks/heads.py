@@ -34,6 +34,7 @@ from hf_disranker.models.teacher import (
     LlamaForLastTokenRanking,
     LLMForLastTokenRanking,
     expect_labels,
+    fit_embeddings,
     prepare_tokenizer,
 )
 from hf_disranker.recipes.quickstart.stages import bf16_is_faster
@@ -66,10 +67,7 @@ def make(head: str, start: Path, seed: int, attention: str | None) -> tuple[LLMF
         config = expect_labels(config, tokenizer, WORDS)
     kind = MeanPooledLlama if head == "mean pooling" else LLMForLastTokenRanking
     model = kind.from_pretrained(start, config=config, attn_implementation=attention)
-    prepare_tokenizer(tokenizer, model.config.disranker.get("ending"))
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
+    fit_embeddings(model, prepare_tokenizer(tokenizer, model.config.disranker.get("ending")))
     return model, tokenizer
 
 
@@ -116,7 +114,7 @@ def show(args: argparse.Namespace) -> None:
     files = {head: sorted((args.out / head).glob("*/eval.json")) for head in HEADS}
     found = {head: [json.loads(file.read_text()) for file in paths] for head, paths in files.items() if paths}
     values = {
-        head: np.mean([pd.read_parquet(file.with_suffix(".parquet"))["ndcg@10"] for file in files[head]], axis=0)
+        head: np.mean([pd.read_parquet(f"{file}.parquet")["ndcg@10"] for file in files[head]], axis=0)
         for head in found
     }
     tests = {one.first: one for one in compare(values, [(head, HEADS[0]) for head in list(found)[1:]])}

@@ -106,7 +106,9 @@ def train(cell: dict[str, Any], config: dict[str, Any], rows: Dataset, start: Pa
         tokenizer = AutoTokenizer.from_pretrained(start)
         student = BertDistilledRanker.from_pretrained(start, attn_implementation="eager")
         args = config_kind(**options, eval_strategy="no")
-        trainer_kind(model=student, args=args, train_dataset=rows, processing_class=tokenizer).train()
+        trainer = trainer_kind(model=student, args=args, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        tokenizer = trainer.processing_class
     elif cell["system"] == "sentence-transformers":
         stock = shutil.copytree(start, folder / "work" / "stock", dirs_exist_ok=True)
         make_stock(stock)
@@ -236,7 +238,7 @@ def cell_results(folder: Path) -> list[tuple[dict[str, Any], np.ndarray]]:
 
 def read_result(path: Path) -> tuple[dict[str, Any], np.ndarray]:
     """What `Evaluation.save` wrote, without the ranking."""
-    return json.loads(path.read_text()), pd.read_parquet(path.with_suffix(".parquet"))["ndcg@10"].to_numpy()
+    return json.loads(path.read_text()), pd.read_parquet(f"{path}.parquet")["ndcg@10"].to_numpy()
 
 
 def mean_by_query(results: list[tuple[dict[str, Any], np.ndarray]]) -> np.ndarray:

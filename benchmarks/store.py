@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def measure(folder: Path) -> dict[str, float]:
         def describe(self) -> dict:
             return {"teacher": "stub", "weights": "stub"}
 
-        def predict(self, pairs: Sequence[Any]) -> np.ndarray:
+        def predict(self, pairs: Sequence[Any], callback: Callable[[int], None] | None = None) -> np.ndarray:
             return np.fromiter((len(document["summary"]) for _, document in pairs), np.float32, len(pairs))
 
     start = peak_mb()

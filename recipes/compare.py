@@ -10,9 +10,11 @@ difference needs, and the share of queries whose first 1, 5 and 10 documents cha
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from trl import TrlParser
 
+from hf_disranker.data.outputs import check_output, json_in
 from hf_disranker.evaluation.rankings import compare_evaluations, load_evaluations
 from hf_disranker.evaluation.significance import Comparison, bootstrap, marks, refusal
 from hf_disranker.training.runs import recipe_parser, save_json
@@ -37,6 +39,8 @@ HEAD = f"{'':5}{'difference':>11}{'95% interval':>20}{'p':>9}{'Holm':>9}{'effect
 
 def main(args: CompareArguments) -> list[Comparison]:
     """Compare each with each and print two tables."""
+    if args.out:
+        check_output(args.out, is_comparison, args.runs)
     evaluations = load_evaluations(args.runs)
     comparisons = compare_evaluations(evaluations, args.measure)
     letters = {one.name: chr(ord("a") + place) for place, one in enumerate(evaluations)}
@@ -57,6 +61,14 @@ def main(args: CompareArguments) -> list[Comparison]:
     if args.out:
         save_json([asdict(one) for one in comparisons], args.out)
     return comparisons
+
+
+def is_comparison(path: Path) -> bool:
+    """Whether a file was written by this command."""
+    found = json_in(path)
+    return isinstance(found, list) and all(
+        isinstance(one, dict) and {"first", "p_holm"} <= one.keys() for one in found
+    )
 
 
 def line(one: Comparison, letters: Mapping[str, str]) -> str:

@@ -10,13 +10,27 @@ weights are trained and merged at the end. A run that was cut off goes on from i
 import math
 from dataclasses import dataclass, field
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_disranker.data.tables import read_table
 from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
+from hf_disranker.models.checkpoint import (
+    check_length,
+    check_weights,
+    load_config,
+    load_tokenizer,
+    position_limit,
+)
 from hf_disranker.training.cpt import ClickTrainer, CptConfig, click_dataset, click_losses, prepare_clicks
-from hf_disranker.training.runs import recipe_parser, resume_point, save_json, save_model, save_record
+from hf_disranker.training.runs import (
+    check_output_dir,
+    recipe_parser,
+    resume_point,
+    save_json,
+    save_model,
+    save_record,
+)
 
 
 @dataclass
@@ -39,29 +53,22 @@ def make_parser() -> TrlParser:
 
 def main(script_args: ScriptArguments, training_args: CptConfig, model_args: ModelConfig) -> None:
     """Read the clicks, train, measure the held-out loss before and after, save."""
+    check_output_dir(training_args, model_args.model_name_or_path)
+    config = load_config(model_args.model_name_or_path, revision=model_args.model_revision)
+    check_length(config, training_args.max_length or 1)  # before the tables are read
     clicks = prepare_clicks(read_table(script_args.clicks, "clicks"), script_args.min_users, training_args.seed)
     templates = Templates(text=script_args.text_template)
     held_out = (
         read_table(script_args.eval_clicks, "clicks")[: script_args.eval_rows] if script_args.eval_clicks else None
     )
-    if held_out is None:
-        training_args.eval_strategy = "no"
 
     set_seed(training_args.seed)  # new LoRA weights are random: the same in every run and process
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        quantization_config=get_quantization_config(model_args),  # QLoRA: --load_in_4bit --use_peft
-    )
+    model, tokenizer = load_model(model_args)
     model.config.click_templates = templates.to_dict()
-    max_length = training_args.max_length or tokenizer.model_max_length
+    limit = position_limit(config) or tokenizer.model_max_length
+    max_length = training_args.max_length or min(tokenizer.model_max_length, limit)
     train_dataset = click_dataset(clicks, tokenizer, max_length, templates)
     eval_dataset = click_dataset(held_out, tokenizer, max_length, templates) if held_out is not None else None
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
 
     trainer = ClickTrainer(
         model=model,
@@ -80,12 +87,28 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
             parts = click_losses(trainer.model, tokenizer, held_out, max_length, templates)
             losses |= {f"{part}_loss_{moment}": value for part, value in parts.items()}
     if trainer.is_world_process_zero():
-        save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, training_args.output_dir)
+        save_model(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, training_args.output_dir)
         tables = {"clicks": script_args.clicks, "eval_clicks": script_args.eval_clicks}
         save_record(training_args.output_dir, (script_args, training_args, model_args), tables)
         if losses:
             perplexity = {name.replace("loss", "perplexity"): math.exp(loss) for name, loss in losses.items()}
             save_json(losses | perplexity, f"{training_args.output_dir}/cpt.json")
+
+
+def load_model(model_args: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the language model and its tokenizer, the weights checked."""
+    source, revision = model_args.model_name_or_path, model_args.model_revision
+    tokenizer = load_tokenizer(source, revision=revision)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source,
+        revision=revision,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=get_quantization_config(model_args),  # QLoRA: --load_in_4bit --use_peft
+        output_loading_info=True,
+    )
+    check_weights(source, info)
+    return model, tokenizer
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""Stage 4: measure a ranking of judged documents.
+"""Stage 4: measure a ranking.
 
     disranker evaluate --model runs/student --judgments judgments.parquet --out runs/eval/student.json
     disranker evaluate --run bm25.run --judgments collection.qrels
     disranker evaluate --bm25 --judgments beir/scifact --split test --candidates first_stage.run
+
+--model and --bm25 re-rank the judged documents: equal scores share their gain, and queries without a relevant document
+are left out. --run, --scores and --candidates make a run, judged as trec_eval and ir_measures judge it: what was not
+retrieved earns nothing, a query without an answer or a relevant document counts 0, equal scores rank by doc_id. In PNR
+a judged document that a run lacks ranks last.
 
 Prints PNR, pair accuracy, NDCG, MRR and MAP with 95% bootstrap intervals by query, and what compares raw scores across
 queries. `disranker compare` and `disranker report` read what --out wrote.
@@ -13,14 +18,29 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from trl import TrlParser
 
 from hf_disranker.data.bm25 import bm25_scores
 from hf_disranker.data.schema import TableError
-from hf_disranker.data.trec import read_candidates, read_corpus, read_judgments, read_run
+from hf_disranker.data.trec import (
+    check_run_ids,
+    judged_split,
+    read_candidates,
+    read_corpus,
+    read_judgments,
+    read_run,
+)
 from hf_disranker.evaluation.evaluate import best_passages, describe, join_run, score_with
-from hf_disranker.evaluation.rankings import Evaluation, differences, slices_text, table_text
+from hf_disranker.evaluation.rankings import (
+    Evaluation,
+    check_evaluation_output,
+    differences,
+    read_expected,
+    slices_text,
+    table_text,
+)
 from hf_disranker.scoring.engines import load_engine
 from hf_disranker.training.runs import recipe_parser
 
@@ -32,21 +52,28 @@ class EvaluateArguments:
     """What the stage reads and writes."""
 
     judgments: str = field(metadata={"help": "Table of judgments, TREC qrels, or a BEIR folder."})
-    split: str = field(default="dev", metadata={"help": "Split to evaluate on; '' for all rows."})
+    split: str | None = field(
+        default=None,
+        metadata={"help": "Split to evaluate on, by default dev where there are splits; '' for all rows."},
+    )
     model: str | None = field(
         default=None, metadata={"help": "A student, a teacher or any CrossEncoder: folder or Hub id."}
     )
-    run: str | None = field(default=None, metadata={"help": "A ranking in TREC's format."})
+    generative: bool = field(
+        default=False, metadata={"help": "The model is a causal language model that answers yes or no."}
+    )
+    run: str | None = field(default=None, metadata={"help": "A run in TREC's format."})
     scores: str | None = field(default=None, metadata={"help": "A score store or a table of scores."})
     bm25: bool = field(default=False, metadata={"help": "Rank by BM25 over the corpus, or the judged documents."})
     corpus: str | None = field(default=None, metadata={"help": "Documents, for BM25 and for judgments without texts."})
     queries: str | None = field(default=None, metadata={"help": "For TREC qrels: table with query_id and query."})
     candidates: str | None = field(
         default=None,
-        metadata={"help": "A first stage's run or candidates table to rank instead of the judged documents."},
+        metadata={"help": "A first stage's run or candidates table to rank instead of the judged documents: a run."},
     )
     measures: list[str] = field(
-        default_factory=list, metadata={"help": "Further measures by their ir_measures names, such as P@5 ERR@10."}
+        default_factory=list,
+        metadata={"help": "Further measures by their ir_measures names, such as P@5 ERR@10, as it has them."},
     )
     by: str | None = field(
         default=None, metadata={"help": "Also measure by a column: market, language ... or query_words."}
@@ -56,7 +83,7 @@ class EvaluateArguments:
     )
     name: str | None = field(default=None, metadata={"help": "Name of the ranker in tables and reports."})
     out: str | None = field(
-        default=None, metadata={"help": "Json to write; beside it a TREC run and the values by query (parquet)."}
+        default=None, metadata={"help": "Json to write; also OUT.run (TREC) and OUT.parquet (values by query)."}
     )
     expect: str | None = field(
         default=None, metadata={"help": "Yaml with measures to find again: tolerance, and a number for each measure."}
@@ -72,6 +99,11 @@ def main(args: EvaluateArguments) -> Evaluation:
     """Score the judged pairs in the way that was asked for and measure the ranking."""
     if sum(map(bool, (args.model, args.run, args.scores, args.bm25))) != 1:
         raise SystemExit("Name one of --model, --run, --scores and --bm25.")
+    if args.out:
+        inputs = (args.judgments, args.run, args.scores, args.corpus, args.queries, args.candidates, args.expect)
+        check_evaluation_output(args.out, inputs)
+    expected = read_expected(args.expect) if args.expect else {}
+    args.split = judged_split(args.judgments, args.split) or ""
     judgments = read_judgments(args.judgments, args.split, args.corpus, args.queries)
     rows, about = rank(args, judgments)
     if args.max_over:
@@ -85,15 +117,17 @@ def main(args: EvaluateArguments) -> Evaluation:
         print(slices_text(args.by, evaluation.measures["slices"]))
     if args.out:
         evaluation.save(args.out)
-    if args.expect and (lines := differences(evaluation.measures, args.expect)):
+    if lines := differences(evaluation.measures, expected):
         sys.exit("\n".join([f"{args.expect}: {len(lines)} measure(s) differ.", *lines]))
     return evaluation
 
 
 def rank(args: EvaluateArguments, judgments: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The rows with their scores, and what is known of the ranker."""
+    """The rows with their scores, and what is known of the ranker; whatever can be refused is, before the scoring."""
     if source := args.run or args.scores:
-        return join_run(judgments, read_run(source)), {"role": "run", "source": source}
+        rows = join_run(judgments, read_run(source))
+        check(args, rows)
+        return rows, {"role": "run", "source": source}
     rows, corpus = judgments, read_corpus(args.corpus) if args.corpus else None
     if not args.candidates and rows.groupby("query_id")["label"].min().median() > 0:
         logger.warning("Most queries have no document of grade 0, so any order is right: name --candidates.")
@@ -102,16 +136,30 @@ def rank(args: EvaluateArguments, judgments: pd.DataFrame) -> tuple[pd.DataFrame
         rows = read_candidates(args.candidates, judgments, corpus)
     if "title" not in rows.columns:
         raise TableError(f"{args.judgments} holds no texts to rank: name --corpus and --queries.")
+    joined = join_run(judgments, rows.assign(teacher_score=np.arange(len(rows)))) if args.candidates else rows
+    check(args, joined)
     if args.model:
-        engine = load_engine(args.model)
+        engine = load_engine(args.model, generative=args.generative)
         ranker = getattr(engine, "ranker", engine)
         scores, speed = score_with(ranker, rows)
         about = describe(ranker) | {"source": args.model, "pairs_per_s": speed}
     else:
         scores, about = bm25_scores(rows, corpus), {"role": "bm25"}
-    if args.candidates:
-        return join_run(judgments, rows.assign(teacher_score=scores)), about
-    return rows.assign(score=scores), about
+    if not args.candidates:
+        return rows.assign(score=scores), about
+    by_row = np.asarray(scores, np.float64)[joined["score"].clip(lower=0).astype(int)]
+    return joined.assign(score=np.where(joined["missing"], np.min(scores) - 1.0, by_row)), about
+
+
+def check(args: EvaluateArguments, rows: pd.DataFrame) -> None:
+    """Refuse options and rows that could not be measured, by measuring the query of the highest grade unscored."""
+    if args.out:
+        check_run_ids(rows)
+    rows = rows.assign(score=0.0)
+    if args.max_over:
+        rows = best_passages(rows, args.max_over)
+    one = rows[rows["query_id"] == rows["query_id"].iloc[rows["label"].argmax()]]
+    Evaluation.of("check", one.reset_index(drop=True), args.measures, args.by)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ may is not written. The figures go into export.json and into the model card.
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 import torch
 from trl import TrlParser
 
+from hf_disranker.data.outputs import check_output_folder
 from hf_disranker.data.tables import read_table
 from hf_disranker.models.ranker import Ranker
 from hf_disranker.serving.export import Parity, export
@@ -55,6 +57,7 @@ def make_parser() -> TrlParser:
 
 def main(args: ExportArguments) -> Parity:
     """Load the ranker, export it, compare the scores."""
+    check_output_folder(args.out, Path(args.out, "export.json").is_file(), [args.model])
     ranker = Ranker.from_pretrained(args.model, device="cpu", dtype=torch.float32)
     parity = export(ranker, args.model, args.format, args.out, read_pairs(args, ranker))
     logger.info("%s: %s; Kendall tau %.4f on %d pairs.", args.out, parity.verdict, parity.tau, parity.pairs)

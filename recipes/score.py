@@ -10,6 +10,7 @@ Several workers share one run: `accelerate launch -m hf_disranker.recipes.score 
 """
 
 import os
+import sys
 from dataclasses import dataclass, field
 
 from trl import TrlParser
@@ -43,6 +44,13 @@ class ScoreArguments:
     status: str | None = field(default=None, metadata={"help": "Only tell how far the run in this folder is."})
     against: str | None = field(default=None, metadata={"help": "With status: how the scores moved from this store."})
     verify: bool = field(default=False, metadata={"help": "Only score a sample of `out` again and compare."})
+    tolerance: float = field(
+        default=0.05,
+        metadata={"help": "With verify: the largest difference allowed, in standard deviations of the stored scores."},
+    )
+    generative: bool = field(
+        default=False, metadata={"help": "The model is a causal language model that answers yes or no."}
+    )
 
 
 def make_parser() -> TrlParser:
@@ -63,7 +71,7 @@ def main(args: ScoreArguments) -> None:
         raise SystemExit(f"--shard_index {args.shard_index} of --num_shards {args.num_shards}: they count from 0.")
     store = ScoreStore(args.out)
     if args.verify:
-        print(f"Largest difference: {verify(make_engine(args), store):.2g}")
+        check(make_engine(args), store, args.tolerance)
         return
     candidates = Candidates(args.pairs, args.corpus)
     candidates.check()  # before the model loads
@@ -77,13 +85,21 @@ def main(args: ScoreArguments) -> None:
     print(f"Scored {done} of {len(candidates)} pairs into {args.out}{cut}.")
 
 
+def check(engine: Engine, store: ScoreStore, tolerance: float) -> None:
+    """Score a sample of a store again; ends the program where it differs too much."""
+    largest, std = verify(engine, store), store.summary().std or 1.0
+    print(f"Largest difference: {largest:.2g}, {largest / std:.2g} standard deviations of the scores.")
+    if largest > tolerance * std:
+        sys.exit(f"{store.path} holds other scores than this teacher gives now: --tolerance is {tolerance:g}.")
+
+
 def make_engine(args: ScoreArguments) -> Engine:
     """Who computes the scores."""
     assert args.model is not None
     if args.engine != "transformers":
         concurrency, pace = args.concurrency, args.per_second
         return HttpEngine(args.engine, args.url, args.model, concurrency=concurrency, per_second=pace)
-    return load_engine(args.model, args.dtype, args.token_budget)
+    return load_engine(args.model, args.dtype, args.token_budget, args.generative)
 
 
 if __name__ == "__main__":

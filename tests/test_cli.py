@@ -86,6 +86,106 @@ def test_scores_of_any_origin_can_be_evaluated(run, tmp_path, judgments):
     assert "ndcg@10       1.0000  [1.0000, 1.0000]" in printed
 
 
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_evaluations_overwrite_nothing_that_they_did_not_make(run, tmp_path, judgments):
+    judgments.to_parquet(tmp_path / "judgments.parquet")
+    rows = judgments.assign(teacher_score=judgments["label"] * 1.0)
+    lines = [f"{row.query_id} Q0 {row.doc_id} 1 {row.teacher_score} x" for row in rows.itertuples()]
+    (tmp_path / "bm25.run").write_text("\n".join(lines))
+    (tmp_path / "notes.json").write_text('{"name": "mine"}')
+    before = files(tmp_path)
+    where = ["evaluate", "--run", tmp_path / "bm25.run", "--judgments", tmp_path / "judgments.parquet"]
+    for name in ("bm25.json", "judgments.json", "bm25.json"):  # the third time over its own
+        run(*where, "--out", tmp_path / name)
+    after = files(tmp_path)
+    assert {name: after[name] for name in before} == before
+    made = {"bm25.json", "judgments.json"}
+    assert after.keys() - before.keys() == {name + end for name in made for end in ("", ".run", ".parquet")}
+
+    (tmp_path / "theirs.json.run").write_text("a run of mine")
+    before = files(tmp_path)
+    for name in ("notes.json", "judgments.parquet", "bm25.run", "theirs.json"):
+        with pytest.raises(SystemExit, match="choose another output"):
+            run(*where, "--out", tmp_path / name)
+    again = ["evaluate", "--run", tmp_path / "bm25.json.run", *where[3:]]
+    with pytest.raises(SystemExit, match="is read by this command"):
+        run(*again, "--out", tmp_path / "bm25.json")
+    for stage in ("compare", "report"):
+        for name in ("notes.json", "bm25.json", "judgments.parquet"):
+            with pytest.raises(SystemExit, match="choose another output"):
+                run(stage, tmp_path / "bm25.json", tmp_path / "judgments.json", "--out", tmp_path / name)
+    assert files(tmp_path) == before
+
+
+def test_reports_and_comparisons_replace_their_own(run, evaluated):
+    for stage, name in (("compare", "comparison.json"), ("report", "page.html")):
+        for _ in range(2):  # the second time with the json of the first in the folder
+            assert run(stage, evaluated, "--out", evaluated / name)
+    with pytest.raises(SystemExit, match="was not written by `disranker evaluate --out`"):
+        run("compare", evaluated / "comparison.json")
+    (evaluated / "ours.json.run").unlink()
+    with pytest.raises(SystemExit, match="ours.json.run: no such file"):
+        run("compare", evaluated)
+
+
+def test_names_with_a_dot_share_no_file(run, tmp_path, judgments):
+    judgments.to_parquet(tmp_path / "judgments.parquet")
+    for name, sign in (("lr_0.1", 1.0), ("lr_0.2", -1.0)):
+        judgments.assign(teacher_score=sign * judgments["label"]).to_parquet(tmp_path / "scores.parquet")
+        where = ["--judgments", tmp_path / "judgments.parquet", "--name", name, "--out", tmp_path / name]
+        run("evaluate", "--scores", tmp_path / "scores.parquet", *where)
+    run("compare", tmp_path / "lr_0.1", tmp_path / "lr_0.2", "--out", tmp_path / "comparison.json")
+    (one,) = json.loads((tmp_path / "comparison.json").read_text())
+    assert one["difference"] < -0.1 and one["changed"]["1"] == 1.0
+
+
+def test_what_an_evaluation_cannot_do_is_said_before_anything_is_scored(run, tmp_path, judgments, corpus, monkeypatch):
+    monkeypatch.setattr("hf_disranker.recipes.evaluate.load_engine", lambda *_: pytest.fail("a model was loaded"))
+    blanks = judgments.assign(query_id=judgments["query"])
+    steep = judgments.assign(label=judgments["label"].where(judgments.index != judgments.index[-1], 2000))
+    for name, table in {"judgments": judgments, "blanks": blanks, "steep": steep, "corpus": corpus}.items():
+        table.to_parquet(tmp_path / f"{name}.parquet")
+    (tmp_path / "expected.yaml").write_text("ndcg@10: high")
+    (tmp_path / "first.run").write_text("q0 Q0 d5-1 1 3.0 x\n")
+    first = ["--candidates", tmp_path / "first.run", "--corpus", tmp_path / "corpus.parquet"]
+    for table, options, words in (
+        ("blanks", ["--out", tmp_path / "eval.json"], "no query_id with a blank, such as"),
+        ("steep", [], "labels up to 1000"),
+        ("judgments", ["--measures", "AP", "nDGC@10"], "ir_measures knows no such measure"),
+        ("judgments", ["--measures", "alpha_nDCG@10"], "ir_measures cannot compute alpha_nDCG@10"),
+        ("judgments", ["--by", "market"], "no column 'market'"),
+        ("judgments", ["--max_over", "page"], "no column 'page'"),
+        ("judgments", ["--expect", tmp_path / "missing.yaml"], "missing.yaml"),
+        ("judgments", ["--expect", tmp_path / "expected.yaml"], "expected.yaml: ndcg@10 is 'high', not a number"),
+        ("judgments", ["--out", tmp_path], "is a folder"),
+        ("judgments", ["--out", tmp_path / "expected.yaml" / "eval.json"], "expected.yaml"),
+        ("judgments", first, "No judged"),
+    ):
+        where = ["--judgments", tmp_path / f"{table}.parquet", "--split", ""]
+        with pytest.raises(SystemExit) as end:
+            run("evaluate", "--model", "org/model", *where, *options)
+        assert words in end.value.code and "\n" not in end.value.code
+    assert not (tmp_path / "eval.json").exists()
+
+
+def test_judgments_without_splits_need_none_named(run, tmp_path, judgments):
+    judgments.drop(columns="split").to_csv(tmp_path / "judgments.csv", index=False)
+    assert len(judgments[judgments["split"] == "dev"]) < len(judgments)
+    judgments.to_csv(tmp_path / "split.csv", index=False)
+    for name, chosen, wanted in (
+        ("judgments", [], judgments),
+        ("split", [], judgments[judgments["split"] == "dev"]),
+        ("split", ["--split", ""], judgments),
+    ):
+        printed = run("evaluate", "--bm25", "--judgments", tmp_path / f"{name}.csv", *chosen)
+        assert f"{'documents':>26} {len(wanted):12d}" in printed
+    with pytest.raises(SystemExit, match="no column 'split' to take 'dev' from"):
+        run("evaluate", "--bm25", "--judgments", tmp_path / "judgments.csv", "--split", "dev")
+
+
 def test_one_ranking_is_evaluated_at_a_time(run, tmp_path, judgments):
     judgments.to_parquet(tmp_path / "judgments.parquet")
     for chosen in ([], ["--bm25", "--scores", "scores"]):
@@ -132,7 +232,7 @@ def test_evaluated_rankers_are_compared_and_reported(run, tmp_path, evaluated):
 
 def test_a_trec_run_of_a_model_gives_the_measures_of_the_model(run, tmp_path, evaluated):
     where = ["--judgments", tmp_path / "judgments.parquet", "--out", tmp_path / "run.json"]
-    run("evaluate", "--run", evaluated / "ours.run", *where)
+    run("evaluate", "--run", evaluated / "ours.json.run", *where)
     ours, again = (json.loads(path.read_text()) for path in (evaluated / "ours.json", tmp_path / "run.json"))
     numbers = {name for name, value in ours.items() if isinstance(value, float | int)}
     assert {name: again[name] for name in numbers} == {name: ours[name] for name in numbers}
@@ -148,12 +248,12 @@ def test_a_model_ranks_the_candidates_of_a_first_stage(run, tmp_path, evaluated,
     where = ["--judgments", tmp_path / "judgments.parquet", "--out", tmp_path / "again.json"]
     run("evaluate", "--model", student_dir, *where, *options)
     assert json.loads((tmp_path / "again.json").read_text())["unjudged"] == 1
-    assert len((tmp_path / "again.run").read_text().splitlines()) == 2
+    assert len((tmp_path / "again.json.run").read_text().splitlines()) == 2
 
 
 def test_expected_measures_are_checked(run, tmp_path, evaluated):
     ours = json.loads((evaluated / "ours.json").read_text())
-    where = ["evaluate", "--run", evaluated / "ours.run", "--judgments", tmp_path / "judgments.parquet"]
+    where = ["evaluate", "--run", evaluated / "ours.json.run", "--judgments", tmp_path / "judgments.parquet"]
     expected = tmp_path / "expected.yaml"
     expected.write_text(f"tolerance: 0.02\nndcg@10: {ours['ndcg@10'] * 1.015}\n")
     run(*where, "--expect", expected)
@@ -161,6 +261,10 @@ def test_expected_measures_are_checked(run, tmp_path, evaluated):
     with pytest.raises(SystemExit) as end:
         run(*where, "--expect", expected)
     head, ndcg, unknown = end.value.code.splitlines()
+    exact = tmp_path / "exact.yaml"
+    exact.write_text(f"tolerance: 0\nndcg@10: {ours['ndcg@10'] * 1.001}\n")
+    with pytest.raises(SystemExit, match="1 measure"):
+        run(*where, "--expect", exact)
     assert head == f"{expected}: 2 measure(s) differ."
     assert ndcg.startswith("  ndcg@10: expected ") and "found None" in unknown
 

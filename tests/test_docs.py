@@ -4,6 +4,7 @@ A block that cannot run here carries the comment `<!-- not run: reason -->` in t
 that stand there are parsed all the same.
 """
 
+import copy
 import importlib.util
 import os
 import re
@@ -92,8 +93,10 @@ def small_models(tiny_student, tiny_teacher):
     for name, count in layers.items():
         BertModel(BertConfig(vocab_size=len(tiny_student[1]), num_hidden_layers=count, **size)).push_to_hub(name)
         tiny_student[1].push_to_hub(name)
-    small_llama(tiny_teacher[1], layers=2, size=32).push_to_hub("Qwen/Qwen3-0.6B-Base")
-    tiny_teacher[1].push_to_hub("Qwen/Qwen3-0.6B-Base")
+    tokenizer = copy.deepcopy(tiny_teacher[1])
+    tokenizer.model_max_length = 512
+    for part in (small_llama(tokenizer, layers=2, size=32), tokenizer):
+        part.push_to_hub("Qwen/Qwen3-0.6B-Base")
 
 
 def test_the_page_about_a_billion_pairs(tables, capsys):
@@ -134,6 +137,16 @@ def test_the_page_about_evaluation(tables, judgments, capsys):
     printed = capsys.readouterr().out
     assert "b - a" in printed and "P@5" in printed and "query_words  queries" in printed
     assert Path("runs/report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("page", ["online.md", "online.zh.md"])
+def test_the_page_about_online_tests(page, workshop, judgments, capsys):
+    os.makedirs("runs/quickstart/data")
+    judgments.to_parquet("runs/quickstart/data/judgments.parquet")
+    assert run(f"docs/how_to/{page}") == 6
+    printed = capsys.readouterr().out
+    assert "1,000 users, " in printed and "clicks_per_page" in printed and "device = phone" in printed
+    assert "A/B test" in Path("runs/report.html").read_text(encoding="utf-8")
 
 
 def test_the_page_about_the_hub(workshop, capsys):
@@ -201,7 +214,7 @@ def test_the_first_tutorial(page, workshop, tiny_student, judgments, capsys):
 
 
 def raw_tables(folder):
-    """A click log and judgments, as somebody else would bring them: 40 queries, 30 of them judged."""
+    """A click log and judgments, as somebody else would bring them: 40 queries in several spellings, 30 judged."""
     rng = np.random.default_rng(0)
     words = np.array(
         ["read", "write", "json", "file", "sort", "plot", "open", "list", "table", "date", "path", "number"]
@@ -215,9 +228,11 @@ def raw_tables(folder):
             texts = {"url": url, "title": " ".join(text[:2]), "summary": " ".join(text[2:])}
             rows.append({"query": f"{query[0]} {query[1]} {number}", **texts, "grade": [2, 1, 0, 0, 0][place]})
     pairs = pd.DataFrame(rows)
-    pairs[:150].to_csv(folder / "judgments.csv", index=False)
+    judged = pairs[:150].assign(query=[q.title() if at % 5 == 1 else q for at, q in enumerate(pairs["query"][:150])])
+    pd.concat([judged, judged[:1]]).to_csv(folder / "judgments.csv", index=False)
     clicked = pairs[pairs["grade"] == 2].drop(columns="grade")
-    log = pd.concat([clicked.assign(user=f"u{number}") for number in range(3)])
+    log = pd.concat([clicked.assign(user=f"u{number}") for number in range(3)], ignore_index=True)
+    log.loc[log["user"] == "u1", "query"] = log["query"].str.upper().str.replace(" ", "  ") + " "
     log.to_csv(folder / "click_log.csv", index=False)
 
 
@@ -230,17 +245,22 @@ def test_the_tutorial_from_a_click_log_to_a_student(page, workshop, small_models
     printed = capsys.readouterr().out
     assert re.search(r"^\d+ clicks, 150 judged pairs, \d+ queries to measure on$", printed, flags=re.M)
     judged = pd.read_csv("judgments_table.csv")
-    dev = judged.loc[judged["split"] == "dev", "query"].unique()
+    dev = {" ".join(query.lower().split()) for query in judged.loc[judged["split"] == "dev", "query"]}
     assert 2 <= len(dev) <= 12
     for table in ("clicks.csv", "candidates.csv"):
-        assert not pd.read_csv(table)["query"].isin(dev).any(), f"{table} holds queries of the development side"
+        queries = {" ".join(query.lower().split()) for query in pd.read_csv(table)["query"]}
+        assert queries and not queries & dev, f"{table} holds queries of the development side"
+    assert set(pd.read_csv("clicks.csv")["users"]) == {3}
+    names = {"bm25", "teacher", "student", "labels_alone"}
+    assert {path.stem for path in Path("runs/eval").glob("*.run")} == names
+    assert re.search(r"^b - a ", printed, flags=re.M)
     assert "numpy.histogram Bins of a data set" in printed
     assert Path("runs/labels_alone/eval.json").exists()
 
 
-@pytest.mark.parametrize("tutorial", ["first_ranker", "own_data"])
-def test_both_languages_show_the_same_snippets(tutorial):
-    english, chinese = (blocks(f"docs/tutorials/{tutorial}{ending}") for ending in (".md", ".zh.md"))
+@pytest.mark.parametrize("page", ["tutorials/first_ranker", "tutorials/own_data", "how_to/online"])
+def test_both_languages_show_the_same_snippets(page):
+    english, chinese = (blocks(f"docs/{page}{ending}") for ending in (".md", ".zh.md"))
     assert english == chinese
 
 

@@ -1,9 +1,11 @@
 """The light runtime: the checkpoint's scores without torch."""
 
 import json
+import shutil
 import subprocess
 import sys
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from hf_disranker.models.ranker import Ranker
 from hf_disranker.models.student import BertDistilledRanker
 from hf_disranker.recipes import export
 from hf_disranker.recipes.export import ExportArguments
+from hf_disranker.runtime import FILES
 from hf_disranker.runtime import Ranker as LightRanker
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +58,37 @@ def test_ranking_is_that_of_the_checkpoint(folder, pairs):
     expected, found = full.rank("read json", documents, top_k=5), light.rank("read json", documents, top_k=5)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == theirs | {"score": pytest.approx(theirs["score"], abs=1e-4)}
+
+
+def test_single_pairs_and_missing_texts_are_read_as_by_the_ranker(folder):
+    light = LightRanker(folder[1])
+    score = light.predict(("read json", "plot"))
+    assert np.ndim(score) == 0 and score == light.predict([("read json", "plot")])[0]
+    for missing in (None, float("nan")):
+        document = {"title": missing, "summary": "plot"}
+        assert light.predict([("read json", document)]) == light.predict([("read json", {"summary": "plot"})])
+
+
+@pytest.mark.parametrize("format", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
+def test_threads_share_a_ranker(format, folder, pairs, tmp_path):
+    source = folder[1]
+    if format == "openvino":
+        openvino = pytest.importorskip("openvino")
+        shutil.copytree(folder[1], tmp_path, ignore=shutil.ignore_patterns("onnx"), dirs_exist_ok=True)
+        openvino.save_model(openvino.convert_model(folder[1] / FILES[0]), tmp_path / FILES[2])
+        source = tmp_path
+    light = LightRanker(source, threads=1)
+    jobs = [pairs[start::7] for start in range(7)] * 6
+    expected = [light.predict(job) for job in jobs]
+    with ThreadPoolExecutor(8) as threads:
+        for scores, wanted in zip(threads.map(light.predict, jobs), expected, strict=True):
+            np.testing.assert_allclose(scores, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_folder_that_is_not_there_is_named():
+    for name in ("runs/nothing", "/nowhere/runs/nothing"):
+        with pytest.raises(OSError, match=f"{name}: no such folder, and as a Hub id: "):
+            LightRanker.from_pretrained(name)
 
 
 def test_batches_hold_little_padding(folder, pairs, monkeypatch):

@@ -10,11 +10,22 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 
-from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer, RankingConfig, RankingTrainer
+from hf_disranker import (
+    BertDistilledRanker,
+    ClickTrainer,
+    CptConfig,
+    DistillationConfig,
+    DistillationTrainer,
+    RankingConfig,
+    RankingTrainer,
+    click_dataset,
+)
+from hf_disranker.recipes.quickstart.from_scratch import small_llama
 
 KINDS = {"labels": (RankingTrainer, RankingConfig), "scores": (DistillationTrainer, DistillationConfig)}
 WEIGHTS = {
@@ -102,6 +113,25 @@ def whole_and_resumed(model_dir, out, groups, **options):
     return whole, weights(model_dir, out / "resumed", groups, str(out / "whole" / "checkpoint-5"), **options)
 
 
+def evaluation_losses(model_dir, out):
+    """The evaluation losses of five queries, and of five rows of clicks, which two processes do not share evenly."""
+    losses = []
+    for kind in KINDS:
+        trainer = make_trainer(
+            kind, model_dir, out, None, eval_dataset=ragged_groups(5, 7), per_device_eval_batch_size=2
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.eos_token, tokenizer.pad_token = "[SEP]", "[PAD]"
+    torch.manual_seed(0)
+    model = small_llama(tokenizer, layers=1, size=32, initializer_range=0.5)
+    clicks = pd.DataFrame({"query": WORDS[:5], "title": [" ".join(WORDS[: 2 * n]) for n in range(5)], "summary": ""})
+    rows = click_dataset(clicks, tokenizer, max_length=48)
+    args = CptConfig(str(out), max_length=48, per_device_eval_batch_size=2, use_cpu=True, disable_tqdm=True)
+    losses.append(ClickTrainer(model, args, rows, rows, tokenizer).evaluate()["eval_loss"])
+    return losses
+
+
 def run_jobs(model_dir, out):
     """All jobs on two processes; gives what the first of them found."""
     with socket.socket() as probe:
@@ -135,6 +165,7 @@ def main(model_dir, out):
         found[name] = whole_and_resumed(model_dir, out / name, groups, per_device_train_batch_size=3)
     found["token batches"] = whole_and_resumed(model_dir, out / "tokens", ragged_groups(16, 7), token_budget=256)
     found["budget"] = gradient("scores", model_dir, out, token_budget=2000, gradient_accumulation_steps=99)
+    found["losses"] = evaluation_losses(model_dir, out)
     if rank == 0:
         torch.save(found, out / "found.pt")
     torch.distributed.destroy_process_group()

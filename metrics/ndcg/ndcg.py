@@ -11,8 +11,8 @@ _DESCRIPTION = """Mean NDCG@k over the queries with a relevant document; ties sh
 _INPUTS = """
 Args:
     predictions: scores, higher is better.
-    references: grades, whole numbers >= 0.
-    query_ids: which query each row belongs to.
+    references: grades, whole numbers >= 0; a fraction is a ValueError.
+    query_ids: which query each row belongs to, all strings or all integers.
     ks: the cut-offs, by default 5 and 10; None for the whole ranking.
     gain: "exp2" for 2^label - 1, "linear" for the label.
 
@@ -29,14 +29,17 @@ class NDCG(evaluate.Metric):
             description=_DESCRIPTION,
             citation="",
             inputs_description=_INPUTS,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Value("float64"),
-                    "references": datasets.Value("int64"),
-                    "query_ids": datasets.Value("string"),
-                }
-            ),
-            format="numpy",
+            # Grades as floats, so that a fraction is refused below and not cut to a whole number here.
+            features=[
+                datasets.Features(
+                    {
+                        "predictions": datasets.Value("float64"),
+                        "references": datasets.Value("float64"),
+                        "query_ids": datasets.Value(kind),
+                    }
+                )
+                for kind in ("string", "int64")
+            ],
         )
 
     def _compute(self, predictions, references, query_ids, ks=(5, 10), gain="exp2"):

@@ -10,8 +10,8 @@ _DESCRIPTION = """Concordant over discordant pairs of documents, over all querie
 _INPUTS = """
 Args:
     predictions: scores, higher is better.
-    references: grades, whole numbers >= 0.
-    query_ids: which query each row belongs to.
+    references: grades, whole numbers >= 0; a fraction is a ValueError.
+    query_ids: which query each row belongs to, all strings or all integers.
 
 Returns:
     pnr (inf without a discordant pair), pair_accuracy, pair_accuracy_per_query, concordant, discordant, tied.
@@ -26,14 +26,17 @@ class PNR(evaluate.Metric):
             description=_DESCRIPTION,
             citation="",
             inputs_description=_INPUTS,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Value("float64"),
-                    "references": datasets.Value("int64"),
-                    "query_ids": datasets.Value("string"),
-                }
-            ),
-            format="numpy",
+            # Grades as floats, so that a fraction is refused below and not cut to a whole number here.
+            features=[
+                datasets.Features(
+                    {
+                        "predictions": datasets.Value("float64"),
+                        "references": datasets.Value("float64"),
+                        "query_ids": datasets.Value(kind),
+                    }
+                )
+                for kind in ("string", "int64")
+            ],
         )
 
     def _compute(self, predictions, references, query_ids):

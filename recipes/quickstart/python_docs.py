@@ -35,6 +35,7 @@ from pathlib import Path
 import pandas as pd
 
 from hf_disranker.data.bm25 import mine_candidates
+from hf_disranker.data.outputs import json_in
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def build(
     labels) and `corpus` (all documents, with their split).
 
     Args:
-        out: the folder; other files in it are left alone.
+        out: the folder; a ValueError where its parquet files are of another origin; other files are left alone.
         train_queries: judged training queries, the first by hash.
         dev_queries: judged development queries, the first by hash.
         unlabelled_queries: training queries with candidates, the next by hash.
@@ -106,7 +107,9 @@ def build(
     settings = {"train_queries": train_queries, "dev_queries": dev_queries, "unlabelled_queries": unlabelled_queries}
     sizes = {name: sum(path.stat().st_size for _, path in _package_files(name)) for name in packages}
     manifest = {"builder": _BUILDER, "python": platform.python_version(), "sizes": sizes, **settings, "top_k": top_k}
-    found = json.loads((out / _MANIFEST).read_text()) if (out / _MANIFEST).is_file() else {}
+    found = json_in(out / _MANIFEST) or {}
+    if "builder" not in found and (foreign := [*out.glob("*.parquet"), *out.glob(_MANIFEST)]):
+        raise ValueError(f"{foreign[0]} exists and was not written by this command: choose another folder.")
     rows = found.pop("rows", {})
     if found != manifest or not all((out / f"{name}.parquet").is_file() for name in rows):
         tables = _tables(read_documents(packages), **settings, top_k=top_k)
@@ -116,13 +119,13 @@ def build(
 
 
 def _write(tables: dict[str, pd.DataFrame], manifest: dict[str, object], out: Path) -> None:
-    """Write beside, then move; the manifest goes first and comes last, so that a killed build never looks finished."""
+    """Write beside, then move; the manifest is emptied first and comes last: a killed build never looks finished."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as folder:
         for name, table in tables.items():
             table.to_parquet(Path(folder, f"{name}.parquet"), index=False)
         Path(folder, _MANIFEST).write_text(json.dumps(manifest, indent=2))
-        (out / _MANIFEST).unlink(missing_ok=True)
+        (out / _MANIFEST).write_text('{"builder": null}')
         for file in [*(f"{name}.parquet" for name in tables), _MANIFEST]:
             Path(folder, file).replace(out / file)
 

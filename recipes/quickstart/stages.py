@@ -110,6 +110,7 @@ def main(args: QuickstartArguments) -> None:
     """Run every stage that is not finished, then show the results."""
     begin = time.perf_counter()
     out = Path(args.out)
+    check_folder(out)
     make_data(out / "data")
     preset = PRESETS[args.preset]
     decoder, bert = args.decoder or preset.decoder, args.bert or preset.bert
@@ -127,6 +128,14 @@ def main(args: QuickstartArguments) -> None:
         )
     show_results(out)
     print(f"\nDone in {(time.perf_counter() - begin) / 60:.1f} minutes. All of it lies in {out}/.")
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that holds folders of the names of the stages and was not made here."""
+    stages = ("base", "cpt", "scores", "scores_no_cpt", "report", *STUDENTS, *TEACHERS)
+    foreign = [name for name in stages if (out / name).exists()]
+    if foreign and not (out / "data" / "manifest.json").is_file():
+        raise ValueError(f"{out / foreign[0]} exists and is of no quickstart: choose another --out.")
 
 
 def make_data(folder: Path) -> None:

@@ -46,6 +46,7 @@ def write_report(
     texts: bool = True,
     pairs: Iterable[tuple[str, str]] | None = None,
     titles: Mapping[str, str] | None = None,
+    abtest: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one HTML file that needs nothing else: no network, no scripts.
 
@@ -57,6 +58,7 @@ def write_report(
         texts: False leaves out queries, titles and summaries; ids stay.
         pairs: names of rankers to compare, (first, second); None compares each with each.
         titles: what to call the rankers instead of their names.
+        abtest: what `disranker abtest --out` wrote.
     """
     shown = {one.name: (titles or {}).get(one.name, one.name) for one in evaluations}
     compared = compare_evaluations(evaluations, pairs=pairs) if len(evaluations) > 1 else []
@@ -81,12 +83,18 @@ def write_report(
         curves=[curve for one in evaluations for curve in _curves(one, shown[one.name])],
         changes=_changes(evaluations, shown, texts),
         measures=first.measures,
+        abtest=abtest,
         cuts=[(shown[one.name], one.about) for one in evaluations if "documents_cut" in one.about],
         configs=[(shown[one.name], options) for one in evaluations if (options := _options(one))],
         packages=first.about.get("packages", {}),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file was written by `write_report`."""
+    return b'<meta name="generator" content="hf-disranker">' in path.read_bytes()[:1000]
 
 
 def _rankers(
@@ -152,14 +160,19 @@ def _slices(evaluations: Sequence[Evaluation], titles: Mapping[str, str]) -> lis
 
 
 def _scatters(evaluations: Sequence[Evaluation], titles: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The scores of each student that was distilled against its teacher's, on the judged pairs that both rank."""
+    """The scores of each student that was distilled against its teacher's, on the pairs that both rank.
+
+    The teacher's are in the scale that the student learned.
+    """
     teachers = {one.about.get("source"): one for one in evaluations if one.about.get("role") == "teacher"}
     found = []
     for one in filter(_distilled, evaluations if teachers else ()):
         # A folder that was moved since is not the one that the student names.
         teacher = teachers.get(one.about["teacher"], [*teachers.values()][-1])
-        both = teacher.rows.merge(one.rows, on=["query_id", "doc_id"])
+        both = _ranked(teacher).merge(_ranked(one), on=["query_id", "doc_id"])
         x, y, queries = (both[name].to_numpy() for name in ("score_x", "score_y", "query_id"))
+        transform = one.about.get("score_transform") or {"shift": 0.0, "scale": 1.0}
+        x = (x - transform["shift"]) / transform["scale"]
         scale, offset = np.polyfit(x, y, 1)
         error = metrics.teacher_error(y, x, queries)
         tau = metrics.query_mean(metrics.kendall_tau(y, x, queries))
@@ -172,16 +185,22 @@ def _scatters(evaluations: Sequence[Evaluation], titles: Mapping[str, str]) -> l
             "Kendall tau": f"{tau:.3f}",
         }
         drawn = np.random.default_rng(0).permutation(len(x))[:_POINTS]
-        axes = titles[teacher.name], titles[one.name]
+        axes = titles[teacher.name] + (", rescaled" if one.about.get("score_transform") else ""), titles[one.name]
         spoken = f"Scores of {axes[1]} against {axes[0]}: scale {scale:.2f}, offset {offset:+.2f}"
         picture = Markup(charts.scatter(x[drawn], y[drawn], (offset, scale), axes, spoken))
         found.append({"title": titles[one.name], "picture": picture, "facts": facts, "pairs": len(x)})
     return found
 
 
+def _ranked(one: Evaluation) -> pd.DataFrame:
+    """The rows that have a score of their own: not what a run lacks."""
+    return one.rows[~one.rows["missing"].astype(bool)] if "missing" in one.rows.columns else one.rows
+
+
 def _distribution(one: Evaluation, title: str) -> list[dict[str, Any]]:
     """How a ranker's scores lie for each grade."""
-    rows = one.rows[one.rows["label"] != UNJUDGED]
+    rows = _ranked(one)
+    rows = rows[rows["label"] != UNJUDGED]
     low, high = np.quantile(rows["score"], [0.001, 0.999])
     places = np.linspace(low, high, 100)
     series, means = {}, []

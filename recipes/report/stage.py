@@ -2,17 +2,20 @@
 
     disranker report runs/eval/student.json runs/eval/teacher.json runs/eval/bm25.json --out report.html
     disranker report runs/eval --out report.html --texts false
+    disranker report runs/eval --abtest abtest.json
 
 The page needs no network and no scripts. Evaluations are files, or folders of them, of the same judgments.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl import TrlParser
 
+from hf_disranker.data.outputs import check_output
 from hf_disranker.evaluation.rankings import load_evaluations
-from hf_disranker.recipes.report.page import write_report
+from hf_disranker.recipes.report.page import is_report, write_report
 from hf_disranker.training.runs import recipe_parser
 
 
@@ -22,6 +25,7 @@ class ReportArguments:
 
     runs: list[str] = field(metadata={"help": "Json files of `disranker evaluate --out`, or folders of them."})
     out: str = field(default="report.html", metadata={"help": "The file to write."})
+    abtest: str | None = field(default=None, metadata={"help": "Json of `disranker abtest --out` to show too."})
     texts: bool = field(default=True, metadata={"help": "Show queries and documents; --no_texts keeps ids alone."})
 
 
@@ -32,7 +36,11 @@ def make_parser() -> TrlParser:
 
 def main(args: ReportArguments) -> None:
     """Read the evaluations and write the page."""
-    write_report(load_evaluations(args.runs), Path(args.out), args.texts)
+    check_output(args.out, is_report, args.runs)
+    abtest = json.loads(Path(args.abtest).read_text(encoding="utf-8")) if args.abtest else None
+    if abtest is not None and (not isinstance(abtest, dict) or abtest.get("made_by") != "disranker abtest"):
+        raise SystemExit(f"{args.abtest} was not written by `disranker abtest --out`.")
+    write_report(load_evaluations(args.runs), Path(args.out), args.texts, abtest=abtest)
     print(f"{args.out}: {Path(args.out).stat().st_size / 1024:.0f} KiB")
 
 

@@ -20,13 +20,23 @@ if TYPE_CHECKING:
     from hf_disranker.models.teacher import LLMForLastTokenRanking
     from hf_disranker.scoring.store import ScoreStore
     from hf_disranker.training.cpt import ClickTrainer, CptConfig, click_dataset
-    from hf_disranker.training.distillation import DistillationConfig, DistillationTrainer, RankDistillationTrainer
+    from hf_disranker.training.distillation import (
+        DistillationConfig,
+        DistillationTrainer,
+        RankDistillationConfig,
+        RankDistillationTrainer,
+    )
     from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
 
 _MODULES = {
     "training.cpt": ("ClickTrainer", "CptConfig", "click_dataset"),
     "data.tables": ("load_groups", "read_table"),
-    "training.distillation": ("DistillationConfig", "DistillationTrainer", "RankDistillationTrainer"),
+    "training.distillation": (
+        "DistillationConfig",
+        "DistillationTrainer",
+        "RankDistillationConfig",
+        "RankDistillationTrainer",
+    ),
     "data.bm25": ("mine_candidates",),
     "models.ranker": ("Ranker",),
     "training.ranking_trainer": ("RankingConfig", "RankingTrainer"),
@@ -43,6 +53,7 @@ __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
     "LLMForLastTokenRanking",
+    "RankDistillationConfig",
     "RankDistillationTrainer",
     "Ranker",
     "RankingConfig",

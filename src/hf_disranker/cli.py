@@ -18,12 +18,14 @@ STAGES = {
     "distill": "3b  distil the scores into a BERT",
     "evaluate": "4   PNR, NDCG, MRR and MAP of a model, of scores, of a run or of BM25",
     "compare": "    whether evaluated rankers differ by more than chance",
+    "abtest": "    what an A/B test of rankers says, from its impression log",
+    "interleave": "    team-draft lists of two rankers, and the clicks on them",
     "report": "    one HTML page of evaluated rankers",
     "export": "    a ranker as ONNX, OpenVINO or for vLLM, checked against it",
     "demo": "    a search page: BM25, student and teacher side by side",
 }
 # Stages whose first option may stand without its name.
-FIRST = {"compare": "--runs", "report": "--runs"}
+FIRST = {"compare": "--runs", "report": "--runs", "abtest": "--log"}
 # Stages whose recipe is more than a page.
 _FOLDERS = {"quickstart": "quickstart.stages", "report": "report.stage", "demo": "demo.page"}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hf_disranker.data.templates import Templates
-from hf_disranker.models.base import Document, PairRanker
+from hf_disranker.models.base import Pair, PairRanker, listed
 
 FILES = ("onnx/model.onnx", "openvino/openvino_model.xml")
 _INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
@@ -25,6 +26,8 @@ _TOKEN_BUDGET, _MOST_PADDING = 2048, 0.1  # of a batch; a call costs less than t
 
 class Ranker(PairRanker):
     """Scores documents for a query, as `hf_disranker.Ranker` does: with the checkpoint's templates and limits.
+
+    Threads can share one.
 
     Args:
         folder: what `disranker export` wrote.
@@ -50,18 +53,26 @@ class Ranker(PairRanker):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, file: str | None = None, **options: Any) -> Ranker:
-        """As the class, or from the Hub, where no `file` is the first. Options: threads, revision, token ..."""
+        """As the class, or from the Hub, where no `file` is the first. Options: threads, revision, token ...
+
+        Raises:
+            OSError: neither a folder nor on the Hub.
+        """
         threads = options.pop("threads", None)
         if not os.path.isdir(name_or_path):
             from huggingface_hub import snapshot_download
 
             file = file or FILES[0]
             wanted = ["config.json", "tokenizer.json", str(Path(file).with_suffix(".*"))]
-            name_or_path = snapshot_download(os.fspath(name_or_path), allow_patterns=wanted, **options)
+            try:
+                name_or_path = snapshot_download(os.fspath(name_or_path), allow_patterns=wanted, **options)
+            except (OSError, ValueError) as error:
+                raise OSError(f"{name_or_path}: no such folder, and as a Hub id: {error}") from error
         return cls(name_or_path, file, threads)
 
-    def predict(self, pairs: Sequence[tuple[str, Document]]) -> np.ndarray:
-        """Raw logits of (query, document) pairs in their order, shape (len(pairs),), float32."""
+    def predict(self, pairs: Sequence[Pair] | Pair) -> np.ndarray:
+        """See `PairRanker`."""
+        pairs, alone = listed(pairs)
         scores = np.zeros(len(pairs), dtype=np.float32)
         shorter = {query: self._shorten(query) for query in {query for query, _ in pairs}}
         rows = self._pairs.encode_batch_fast([(shorter[query], self._text(document)) for query, document in pairs])
@@ -74,7 +85,7 @@ class Ranker(PairRanker):
             chosen = chosen[lengths[chosen] >= (1 - _MOST_PADDING) * longest]
             scores[chosen] = self._forward([rows[row] for row in chosen])
             start += len(chosen)
-        return scores
+        return scores[0] if alone else scores
 
     def _shorten(self, query: str) -> str:
         encoded = self._queries.encode(query, add_special_tokens=False)
@@ -96,7 +107,14 @@ def _engine(path: Path, threads: int | None) -> Callable[[dict[str, np.ndarray]]
         # By itself it computes in bfloat16 where the processor can, which swaps documents of close scores.
         config = {"INFERENCE_PRECISION_HINT": "f32"} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
         compiled = openvino.Core().compile_model(path, "CPU", config)
-        return lambda batch: compiled(batch)[0]
+        local = threading.local()  # a request holds the tensors of its call
+
+        def run(batch: dict[str, np.ndarray]) -> np.ndarray:
+            if not hasattr(local, "request"):
+                local.request = compiled.create_infer_request()
+            return local.request.infer(batch)[0]
+
+        return run
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

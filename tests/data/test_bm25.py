@@ -69,6 +69,18 @@ def test_mined_candidates_match_hand_example():
     assert read_table(mined, "candidates", corpus=FRUIT)["title"].tolist() == ["Red apple", "", "green", ""]
 
 
+def test_missing_texts_are_empty_and_bad_tables_are_refused():
+    queries = pd.DataFrame({"query_id": [1], "query": ["red apple"]})
+    holes = FRUIT.assign(title=["Red apple", None, float("nan")])
+    mined = mine_candidates(queries, holes)
+    pd.testing.assert_frame_equal(mined, mine_candidates(queries, holes.fillna("")))
+    assert bm25_scores(holes.assign(query_id="1", query="none nan")).tolist() == [0.0, 0.0, 0.0]
+    with pytest.raises(TableError, match="queries: queries table: 1 row.s. repeat a .query_id."):
+        mine_candidates(pd.concat([queries, queries]), FRUIT)
+    with pytest.raises(TableError, match="corpus: corpus table: 1 row.s. repeat a .doc_id."):
+        mine_candidates(queries, FRUIT.assign(doc_id=["a", "b", "a"]))
+
+
 def test_bm25_without_a_word_says_so():
     silent = FRUIT.assign(title="", summary="🍎 ...")
     with pytest.raises(TableError, match="BM25 finds no word in any document"):
@@ -98,3 +110,4 @@ def test_random_documents_stand_behind_the_candidates_of_their_query(candidates,
     assert set(rows["doc_id"]) <= set(corpus["doc_id"])
     assert rows["query_id"].tolist() == sorted(rows["query_id"], key=list(dict.fromkeys(rows["query_id"])).index)
     assert rows.equals(with_random_documents(candidates, corpus, per_query=4, seed=1))
+    assert rows.equals(with_random_documents(candidates.set_index("rank", drop=False), corpus, per_query=4, seed=1))

@@ -130,3 +130,17 @@ def test_integer_ids_count_as_strings_and_zero_is_one(judgments):
     rows = judgments.assign(doc_id=np.arange(57))
     assert Candidates(rows).read(0, 2)["doc_id"].to_pylist() == ["0", "1"]
     assert Candidates(rows).check() == Candidates(rows.astype({"doc_id": str})).check()
+
+
+def test_a_named_index_is_a_column_and_another_is_dropped(tmp_path, judgments):
+    rows = judgments.drop(columns=["label", "split"])
+    rows[::2].to_parquet(tmp_path / "rows.parquet")
+    assert Candidates(tmp_path / "rows.parquet").read(0, 9).column_names == list(rows.columns)
+    rows.set_index(["query_id", "doc_id"]).to_parquet(tmp_path / "rows.parquet")
+    assert Candidates(tmp_path / "rows.parquet").check() == Candidates(rows).check()
+
+
+def test_a_title_in_upper_case_is_not_looked_for_in_the_corpus(tmp_path, judgments):
+    judgments.rename(columns={"title": "Title"}).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(TableError, match="rename the column 'Title' to 'title'"):
+        Candidates(tmp_path / "rows.parquet")

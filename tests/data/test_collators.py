@@ -169,3 +169,22 @@ def test_groups_of_scores_hold_no_labels(student, judgments):
     assert batch["teacher_scores"][0, :3].tolist() == [0, 0.125, 0.25] and math.isnan(batch["teacher_scores"][0, 3])
     assert batch["teacher_scores"][1].tolist() == [0.375, 0.5, 0.625, 0.75]
     assert batch["labels"].isnan().all()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
+def test_groups_with_and_without_labels_share_a_batch(student, judgments, order):
+    groups = list(load_groups(judgments[judgments["query_id"].isin(["q0", "q1"])]))
+    groups.append(groups[0] | {"labels": [None, 1, math.nan], "teacher_scores": [0.5, None, 2.0]})
+    del groups[1]["labels"]
+    batch = GroupCollator(student)([groups[place] for place in order])
+    labels, scores = (batch[key][[order.index(place) for place in range(3)]] for key in ("labels", "teacher_scores"))
+    nan = math.nan
+    expected = torch.tensor([[2, 0, 1, nan], [nan] * 4, [nan, 1, nan, nan]])
+    torch.testing.assert_close(labels, expected, equal_nan=True)
+    torch.testing.assert_close(scores, torch.tensor([[nan] * 4, [nan] * 4, [0.5, nan, 2.0, nan]]), equal_nan=True)
+
+
+def test_a_query_with_too_few_labels_is_named(student, judgments):
+    group = load_groups(judgments[judgments["query_id"] == "q0"])[0]
+    with pytest.raises(ValueError, match="Query 'q0': 1 labels for 3 documents"):
+        GroupCollator(student)([group | {"labels": [1]}])

@@ -1,5 +1,8 @@
 """The table contracts: types in, plain words out."""
 
+from datetime import datetime
+from decimal import Decimal
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -70,6 +73,15 @@ def test_a_table_without_rows_is_refused():
         ("doc_id", [1.0, 2.0, 3.0], "holds decimal numbers; ids are strings or integers. First: row 0: 1.0; row 1: "),
         ("query", ["red", "red", " \t"], "1 row(s) hold an empty query. First: row 2: ' \\t'."),
         ("query", ["red", "red", None], "1 row(s) hold an empty query. First: row 2: "),
+        ("label", [0, 2**63, 1], "1 row(s) hold a number that is too large. First: row 1: 9223372036854775808."),
+        ("label", ["0", "1e30", "1"], "1 row(s) hold a number that is too large. First: row 1: '1e30'."),
+        ("label", pd.to_datetime(["2026-01-01"] * 3), "3 row(s) hold no finite number. First: row 0: Timestamp("),
+        ("label", pd.to_timedelta([1, 2, 3]), "3 row(s) hold no finite number."),
+        ("label", [1, 2j, 0], "hold no finite number."),
+        ("label", [b"1", datetime(2026, 1, 1), [1]], "3 row(s) hold no finite number. First: row 0: b'1'; row 1: "),
+        ("doc_id", ["a", 1.5, None], "1 row(s) hold no id."),
+        ("doc_id", ["a", 1.5, b"c"], "2 row(s) hold neither a string nor an integer. First: row 1: 1.5; row 2: b'c'."),
+        ("doc_id", pd.to_datetime(["2026-01-01"] * 3), "3 row(s) hold neither a string nor an integer."),
         ("title", ["A", 12, ["B"]], "2 row(s) hold no text. First: row 1: 12; row 2: ['B']."),
     ],
 )  # fmt: skip
@@ -89,6 +101,49 @@ def test_a_negative_weight_is_refused():
     assert "column 'weight' of the clicks table: 1 row(s) hold a negative number. First: row 2: -1.0." in error_of(
         rows(weight=[1.0, 0.0, -1.0]), "clicks"
     )
+
+
+@pytest.mark.parametrize(
+    ("users", "message"),
+    [
+        (["3", "1.200", "7"], "1 row(s) may hold thousands written with a dot: write 1200, not 1.200. First: row 1: "),
+        (["3", "1.000", "7"], "1 row(s) may hold thousands written with a dot"),
+        (["3", "1,200", "7"], "1 row(s) hold no finite number. First: row 1: '1,200'."),
+        ([3, 1.2, 7], "1 row(s) hold a fraction, not a number of users. First: row 1: 1.2."),
+        ([3, -1, 7], "1 row(s) hold a negative number. First: row 1: -1."),
+        ([datetime(2026, 1, 1)] * 3, "3 row(s) hold no finite number."),
+    ],
+)  # fmt: skip
+def test_users_are_whole_numbers(users, message):
+    assert f"column 'users' of the clicks table: {message}" in error_of(rows(users=users), "clicks")
+
+
+def test_numbers_of_every_kind_are_read_exactly():
+    labels = {
+        "text": ["9007199254740993", "2.0", "0"],
+        "large": [2**53 + 1, 2**62 + 1, 0],
+        "bool": [True, False, True],
+    }
+    labels |= {"decimal": [Decimal("2.0"), 1, 0], "nullable": pd.array([2, 1, 0], "Int64")}
+    labels |= {"unsigned": np.array([2, 2**62 + 1, 0], np.uint64), "category": pd.Categorical(["2", "0", "1"])}
+    read = {kind: validate(rows(label=values), "judgments", "j")["label"].tolist() for kind, values in labels.items()}
+    assert read["large"] == [2**53 + 1, 2**62 + 1, 0] and read["unsigned"] == [2, 2**62 + 1, 0]
+    assert read["bool"] == [1, 0, 1] and read["decimal"] == read["nullable"] == [2, 1, 0]
+    assert read["text"][1:] == [2, 0] and read["category"] == [2, 0, 1]
+    assert validate(rows(users=["12", "2.0", 3]), "clicks", "c")["users"].tolist() == [12.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(("table", "column"), [("judgments", "Label "), ("clicks", "WEIGHT"), ("candidates", "Title")])
+def test_a_column_is_not_passed_over_for_its_case_or_blanks(table, column):
+    known = column.strip().lower()
+    error = error_of(rows(weight=1.0).rename(columns={known: column}), table)
+    assert error == f"my.csv: rename the column {column!r} to '{known}', in lower case, no blanks."
+    validate(rows(weight=1.0).assign(**{column: "x"}), table, "my.csv")  # beside the real one it may be anything
+
+
+def test_a_column_that_occurs_twice_is_refused():
+    frame = pd.concat([rows(), rows()[["title"]]], axis=1)
+    assert error_of(frame) == "my.csv: the column 'title' occurs 2 times; keep one."
 
 
 def test_labels_of_candidates_are_checked_before_they_are_scored():

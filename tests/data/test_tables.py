@@ -1,6 +1,8 @@
 """Readers, and grouping by query."""
 
+import gzip
 import logging
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -132,7 +134,8 @@ def test_a_wrong_path_is_named(hub, source, message):
 
 
 def test_a_folder_without_parquet_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="the folder holds no parquet file"):
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"the folder holds no parquet file; it holds: state\.json\."):
         read_table(str(tmp_path), "judgments")
 
 
@@ -144,12 +147,25 @@ def test_a_folder_without_parquet_is_refused(tmp_path):
         ("empty.csv", b"", "empty.csv: the file is empty."),
         ("torn.parquet", b"PAR1 and no more", "torn.parquet: cannot be read as parquet: "),
         ("torn.jsonl", b'{"doc_id": "1", "titl', "torn.jsonl: cannot be read as jsonl: "),
-        ("latin.csv", b"doc_id,title,summary\n1,caf\xe9,x\n", "latin.csv: cannot be read as csv: 'utf-8' codec "),
-        ("wide.csv", b"doc_id,title,summary\n1,a,b,\n2,c,d,\n", "csv: its rows have more fields than its header."),
-        ("uneven.csv", b"doc_id,title,summary\n1,a,b\n2,c,d,e\n", "uneven.csv: cannot be read as csv: "),
+        ("latin.csv", "doc_id,title,summary\n1,a,b\n2,café,x\n".encode("latin-1"), "latin.csv: line 3 is not UTF-8"),
+        ("latin.jsonl", '{"doc_id": "1"}\n{"doc_id": "é"}\n'.encode("latin-1"), "latin.jsonl: line 2 is not UTF-8"),
+        ("excel.csv", "doc_id,title,summary\n1,a,b\n".encode("utf-16"), "it is UTF-16: save it as UTF-8."),
+        ("wide.csv", b"doc_id,title,summary\n1,a,b,\n2,c,d,\n", "csv: line 2 has 4 fields, the header 3: a text with"),
+        ("uneven.csv", b"doc_id,title,summary\n1,a,b\n2,c,d,e\n", "uneven.csv: cannot be read as csv: line 3 has 4 "),
+        ("short.csv", b'doc_id,title,summary\n\n1,"a\nb",c\n2,d\n', "line 5 has 2 fields, the header 3: is the row"),
+        ("quote.csv", b'doc_id,title,summary\n1,a,b\n2,"c,d\n3,"e",f\n', "quotes of the row in line 3 do not match"),
+        ("open.csv", b'doc_id,title,summary\n1,a,"b\n2,c,d\n', "double quotes of the row in line 2 do not match"),
+        ("semicolon.csv", b"doc_id;title;summary\n1;a, b, c, d;b\n", "its fields are separated by semicolons: save"),
+        ("tab.csv", b"doc_id\ttitle\tsummary\n1\ta\tb\n", "its fields are separated by tabs: save it with commas"),
+        ("double.csv", b"doc_id,title,summary,title\n1,a,b,c\n", "its header names the column 'title' twice."),
+        ("upper.csv", b"doc_id,title,SUMMARY\n1,a,b\n", "upper.csv: rename the column 'SUMMARY' to 'summary'"),
+        ("padded.csv", b"doc_id, title,summary\n1,a,b\n", "padded.csv: rename the column ' title' to 'title'"),
+        ("array.jsonl", b'[{"doc_id": "1"},\n{"doc_id": "2"}]\n', "line 1 is no JSON"),
+        ("values.jsonl", b'{"doc_id": "1"}\n\n"2"\n', "line 3 is no JSON object; each line holds one."),
+        ("notes.csv.gz", b"doc_id,title,summary\n", "notes.csv.gz: cannot be read as csv: Not a gzipped file"),
         ("head.csv", b"doc_id,title,summary\n", "head.csv: the corpus table has no rows."),
         ("names.csv", b"id,title,summary\n1,a,b\n", "a corpus table needs the column(s) doc_id; it has: id, title, "),
-        ("twice.csv", b"doc_id,title,summary\n0,a,b\n007,c,d\n0,e,f\n", "First: row 2: {'doc_id': '0'}."),
+        ("twice.csv", b"doc_id,title,summary\n0,a,b\n007,c,d\n0,e,f\n", "First: line 4: {'doc_id': '0'}."),
         ("rows.xlsx", b"PK", "rows.xlsx: a table is one of .parquet, .jsonl, .csv, or a folder of parquet files."),
     ],
 )  # fmt: skip
@@ -158,6 +174,77 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
     with pytest.raises(TableError) as error:
         read_table(str(tmp_path / name), "corpus")
     assert name in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_errors_name_the_line_that_an_editor_shows(ending, tmp_path):
+    text = {
+        "csv": 'query,title,summary,weight\n,A,one,1\n\nred,"B\nb",two,1\nred,C,three,-1\n',
+        "jsonl": '{"query": "", "title": "A", "summary": "", "weight": 1}\n\n'
+        '{"query": "red", "title": "B", "summary": "", "weight": 1}\n'
+        '{"query": "red", "title": "C", "summary": "", "weight": -1}\n',
+    }
+    (tmp_path / f"c.{ending}").write_text(text[ending])
+    with pytest.raises(TableError, match=f"hold a negative number. First: line {6 if ending == 'csv' else 4}: "):
+        read_table(tmp_path / f"c.{ending}", "clicks")
+
+
+def test_a_query_with_a_line_break_is_reported(tmp_path, caplog):
+    (tmp_path / "c.csv").write_text('query,title,summary\nred,A,one\n"blue,B,two\ngreen",C,three\n')
+    assert len(read_table(tmp_path / "c.csv", "clicks")) == 2
+    assert "1 quer(ies) hold a line break, as if a stray double quote had joined lines; first: line 3: " in caplog.text
+
+
+@pytest.mark.parametrize("name", ["clicks", "Count"])
+def test_a_weight_of_another_name_is_reported(clicks, caplog, name):
+    read_table(clicks.rename(columns={"weight": name}), "clicks")
+    assert caplog.messages == [f"<DataFrame>: the column '{name}' is not read. If it counts clicks, name it weight."]
+    caplog.clear()
+    read_table(clicks.assign(count=1), "clicks")
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", ["ROWS.CSV", "rows.csv.gz", "rows.jsonl.gz", "bom.csv", "bom.jsonl", "dos.csv"])
+def test_endings_gzip_marks_and_line_ends_do_not_matter(name, tmp_path):
+    write = jsonl if "jsonl" in name else csv
+    content = Path(write(ROWS, tmp_path)).read_bytes()
+    content = content.replace(b"\n", b"\r\n") if name == "dos.csv" else content
+    content = gzip.compress(content) if name.endswith(".gz") else content
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" * ("bom" in name) + content)
+    expected = ROWS if name != "dos.csv" else ROWS.assign(summary=ROWS["summary"].str.replace("\n", "\r\n"))
+    pd.testing.assert_frame_equal(read_table(tmp_path / name, "judgments"), expected, check_dtype=False)
+
+
+def test_a_named_index_is_a_column(tmp_path, corpus, candidates):
+    corpus.set_index("doc_id").to_parquet(tmp_path / "corpus.parquet")
+    expected = corpus.reset_index(drop=True)
+    for source in (tmp_path / "corpus.parquet", corpus.set_index("doc_id")):
+        pd.testing.assert_frame_equal(read_table(source, "corpus"), expected, check_dtype=False)
+    rows = candidates.assign(teacher_score=1.0, title="", summary="").set_index(["query_id", "doc_id"])
+    rows.to_parquet(tmp_path / "scores.parquet")
+    assert list(load_groups(tmp_path / "scores.parquet", streaming=True)) == load_groups(rows).to_list()
+
+
+def test_a_dict_of_splits_reads_as_one_table():
+    rows = Dataset.from_pandas(ROWS.drop(columns="split"))
+    parts = DatasetDict(train=rows.select([0, 1]), test=rows.select([2, 3, 4]))
+    assert read_table(parts, "judgments", split="test")["doc_id"].tolist() == ["007", "0", "d2"]
+    with pytest.raises(TypeError, match="A table is a path, a Hub id, a Dataset, a DatasetDict or a DataFrame, not "):
+        read_table([ROWS], "judgments")
+
+
+def test_what_cannot_be_streamed_is_said_before_the_first_row(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no/such/scores.parquet: no such file or folder\."):
+        load_groups("no/such/scores.parquet", streaming=True)
+    with pytest.raises(TableError, match=r"rows\.csv: only parquet can be streamed\."):
+        load_groups(csv(ROWS, tmp_path), streaming=True)
+
+
+def test_errors_of_a_stream_count_all_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_CHUNK", 2)
+    rows = ROWS.sort_values("query_id").assign(label=[1, 1, 0, 0, -1])
+    with pytest.raises(TableError, match=r"First: row 4: -1\."):
+        list(load_groups(parquet(rows, tmp_path), streaming=True))
 
 
 def test_a_split_takes_its_rows_and_a_wrong_one_is_refused():

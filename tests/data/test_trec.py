@@ -1,5 +1,6 @@
 """TREC and BEIR files."""
 
+import gzip
 import json
 
 import numpy as np
@@ -7,7 +8,16 @@ import pandas as pd
 import pytest
 
 from hf_disranker.data.schema import TableError
-from hf_disranker.data.trec import read_candidates, read_corpus, read_judgments, read_run, write_run
+from hf_disranker.data.tables import load_groups, read_table
+from hf_disranker.data.trec import (
+    check_run_ids,
+    judged_split,
+    read_candidates,
+    read_corpus,
+    read_judgments,
+    read_run,
+    write_run,
+)
 
 
 @pytest.fixture
@@ -37,11 +47,64 @@ def test_a_beir_folder_reads_as_judgments(beir, judgments):
 
 def test_beir_files_that_are_not_say_so(beir):
     (beir / "qrels" / "dev.tsv").write_text("q0\td0-0\t1\n")
-    with pytest.raises(TableError, match="the header is q0, d0-0, 1, not query-id, corpus-id, score"):
+    with pytest.raises(TableError, match="the rows lack query-id, corpus-id, score; they have: q0, d0-0, 1"):
         read_judgments(beir, "dev")
     (beir / "queries.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"queries.jsonl: no such file"):
         read_judgments(beir, "train")
+
+
+def test_a_beir_folder_reads_wherever_a_table_does(beir, judgments, candidates):
+    groups = load_groups(beir, split="dev")
+    assert groups.to_list() == load_groups(judgments, split="dev").to_list()
+    assert len(load_groups(str(beir))) == judgments["query_id"].nunique()
+    joined = read_table(candidates, "candidates", corpus=beir)
+    assert joined["title"].tolist() == judgments["title"].tolist()
+    with pytest.raises(TableError, match="a BEIR folder holds judgments, corpus and queries, no clicks table"):
+        read_table(beir, "clicks")
+
+
+def rewrite(path, change):
+    rows = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_further_columns_of_beir_are_not_taken_for_ours(beir, judgments):
+    expected = read_judgments(beir, "dev")
+    rewrite(beir / "corpus.jsonl", lambda row: row | {"summary": "wrong", "doc_id": "wrong", "metadata": {"a": 1}})
+    rewrite(beir / "queries.jsonl", lambda row: row | {"query": "wrong", "title": "wrong", "query_id": "wrong"})
+    qrels = pd.read_csv(beir / "qrels" / "dev.tsv", sep="\t").assign(query="wrong", label=7, split="test", market="fr")
+    qrels.to_csv(beir / "qrels" / "dev.tsv", sep="\t", index=False)
+    found = read_judgments(beir, "dev")
+    pd.testing.assert_frame_equal(found[expected.columns], expected)
+    assert set(found["market"]) == {"fr"}
+
+
+def test_beir_files_may_be_packed_or_begin_with_a_mark(beir):
+    expected = read_judgments(beir, "dev")
+    for number, path in enumerate([*beir.glob("*.jsonl"), *beir.glob("qrels/*.tsv")]):
+        content = b"\xef\xbb\xbf" + path.read_bytes()
+        path.write_bytes(content)
+        if number % 2 == 0:
+            path.unlink()
+            path.with_name(path.name + ".gz").write_bytes(gzip.compress(content))
+    pd.testing.assert_frame_equal(read_judgments(beir, "dev"), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("queries.jsonl", {"_id": "q3", "text": "again"}, r"queries\.jsonl: .*First: line 13: {'query_id': 'q3'}"),
+        ("queries.jsonl", {"_id": "q99", "text": " "}, r"queries\.jsonl: .*hold an empty query\. First: line 13: ' '"),
+        ("corpus.jsonl", {"_id": "d0-0", "text": "x"}, r"corpus\.jsonl: .*First: line 58: {'doc_id': 'd0-0'}"),
+        ("corpus.jsonl", {"id": "d0-0"}, r"corpus\.jsonl: .*1 row\(s\) hold no id\. First: line 58"),
+    ],
+)
+def test_a_bad_line_of_beir_is_named_with_its_file(beir, name, line, message):
+    with (beir / name).open("a") as file:
+        file.write("\n" + json.dumps(line))
+    with pytest.raises(TableError, match=message):
+        read_judgments(beir, "dev")
 
 
 def test_qrels_read_with_and_without_texts(tmp_path, judgments, corpus):
@@ -68,7 +131,8 @@ def test_qrels_read_with_and_without_texts(tmp_path, judgments, corpus):
     ("text", "message"),
     [
         ("301 0 FR-1\n", "rows have 3 columns, not the 4"),
-        ("301 0 FR-1 good\n", "column 'label'"),
+        ("301 0 FR-1 good\n", "column 'label' .* First: line 1: 'good'"),
+        ("301 0 FR-1 1\n\n302 0 FR-1\n", "line 3 has fewer columns than query_id iteration doc_id label"),
         ("301 0 FR-1 1\n301 0 FR-1 1\n", "repeat a"),
         ("", "cannot be read"),
     ],
@@ -99,8 +163,25 @@ def test_a_written_run_is_in_trec_order(tmp_path):
     assert lines[:2] == ["9 Q0 c 1 2.5 two_words", "9 Q0 a 2 1.0 two_words"] and lines[3].startswith("10 Q0 b 1 5.0")
     back = read_run(tmp_path / "out.run").set_index(["query_id", "doc_id"])["teacher_score"]
     assert np.array_equal(back.loc[list(zip(rows["query_id"], rows["doc_id"], strict=True))], rows["score"])
-    with pytest.raises(TableError, match="no doc_id with a blank, such as 'a b'"):
-        write_run(rows.assign(doc_id="a b"), tmp_path / "no.run", "x")
+
+
+@pytest.mark.parametrize("bad", ["a b", " a", "a\tb", "a\u3000b", "a\xa0b", "a\n", ""])
+def test_ids_that_a_run_cannot_hold_are_refused_with_their_rows(tmp_path, bad):
+    rows = pd.DataFrame({"query_id": ["1", "1"], "doc_id": ["a", bad], "score": [1.0, 2.0]})
+    with pytest.raises(TableError, match=r"column 'doc_id': 1 row\(s\) are empty or hold a blank.* First: row 1: "):
+        check_run_ids(rows)
+    with pytest.raises(TableError, match="column 'query_id': 2 row"):
+        write_run(rows.assign(query_id=bad, doc_id=["a", "b"]), tmp_path / "no.run", "x")
+    assert not (tmp_path / "no.run").exists()
+
+
+def test_any_id_without_blanks_comes_back_from_a_run(tmp_path):
+    ids = ['"', 'a"b', '"a"', "'", "a,b", "\\", "#1", "NA", "007", "東京", "é", "1e5", "a;b"]
+    scores = np.random.default_rng(0).standard_normal(len(ids))
+    rows = pd.DataFrame({"query_id": ids[::-1], "doc_id": ids, "score": scores})
+    write_run(rows, tmp_path / "out.run", 'the "tag"')
+    back = read_run(tmp_path / "out.run").rename(columns={"teacher_score": "score"})
+    pd.testing.assert_frame_equal(back[["query_id", "doc_id", "score"]], rows, check_dtype=False)
 
 
 def test_candidates_bring_texts_and_the_columns_of_the_query(tmp_path, judgments, corpus):
@@ -111,3 +192,19 @@ def test_candidates_bring_texts_and_the_columns_of_the_query(tmp_path, judgments
     assert rows.loc["q0", "title"] == corpus.set_index("doc_id").loc["d5-1", "title"]
     with pytest.raises(TableError, match="no row is of a judged query"):
         read_candidates(tmp_path / "first.run", judged[judged["query_id"] == "q7"], corpus)
+
+
+def test_the_usual_split_is_read_where_there_are_splits(tmp_path, judgments):
+    whole = judgments.drop(columns="split")
+    for name, table, usual in (("split", judgments, "dev"), ("whole", whole, None)):
+        table.to_parquet(tmp_path / f"{name}.parquet")
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+        for source in (table, tmp_path / f"{name}.parquet", str(tmp_path / f"{name}.csv")):
+            assert judged_split(source, None) == usual
+            assert (judged_split(source, ""), judged_split(source, "test")) == ("", "test")
+    (tmp_path / "judged.qrels").write_text("q0 0 d0-0 1\n")
+    assert judged_split(tmp_path / "judged.qrels", None) is None
+    (tmp_path / "beir" / "qrels").mkdir(parents=True)
+    assert judged_split(tmp_path / "beir", None) == "test"
+    (tmp_path / "beir" / "qrels" / "dev.tsv").touch()
+    assert judged_split(tmp_path / "beir", None) == "dev"

@@ -76,7 +76,7 @@ def test_a_judged_document_without_a_score_ranks_last_and_is_counted(caplog, off
         rows = join_run(JUDGED, table)
     scores = rows["score"]
     assert scores[[1, 3]].max() < scores[[0, 2, 4, 5]].min()
-    assert caplog.messages == ["2 of 6 judged documents are not in the run; they rank last."]
+    assert caplog.messages == ["2 of 6 judged documents are not in the run: they earn nothing, and rank last in PNR."]
 
 
 def test_an_unjudged_document_is_grade_0_in_ndcg_and_no_pair(caplog):
@@ -93,25 +93,71 @@ def test_an_unjudged_document_is_grade_0_in_ndcg_and_no_pair(caplog):
     assert (measures["documents"], measures["auc"]) == (6, 7 / 8)
 
 
-def test_unjudged_documents_count_as_in_ir_measures(judgments):
+def test_what_a_run_lacks_earns_nothing(caplog):
+    # Of a, grade 2 was retrieved behind an unjudged document, and grades 1 and 0 were not; b and c got no answer.
+    run = pd.DataFrame({"query_id": ["a", "a"], "doc_id": ["9", "1"], "teacher_score": [2.0, 1.0]})
+    with caplog.at_level(logging.WARNING, "hf_disranker"):
+        rows = join_run(JUDGED, run)
+    assert "5 of 6 judged documents are not in the run: they earn nothing" in caplog.text
+    assert "2 judged queries are not in the run: they count 0." in caplog.text
+    measures = evaluate(rows, rows["score"].to_numpy(), ["AP", "P@10"])
+    assert measures["ndcg@10"] == pytest.approx(3 / log2(3) / (3 + 1 / log2(3)) / 3)
+    assert measures["map"] == measures["AP"] == pytest.approx(1 / 2 / 2 / 3)  # of two relevant documents one, second
+    assert (measures["mrr"], measures["P@10"]) == (pytest.approx(1 / 2 / 3), pytest.approx(1 / 10 / 3))
+    # PNR: what is missing ranks last, among itself tied.
+    assert [measures[name] for name in ("concordant", "discordant", "tied")] == [2, 0, 2]
+    assert (measures["queries"], measures["queries_without_relevant"]) == (3, 0)
+
+
+def theirs(judged, run, names):
+    """What ir_measures finds by itself, query by measure; its gain is the grade."""
+    run = [ir_measures.ScoredDoc(*row) for row in run[["query_id", "doc_id", "teacher_score"]].itertuples(index=False)]
+    qrels = [ir_measures.Qrel(*row) for row in judged[["query_id", "doc_id", "label"]].itertuples(index=False)]
+    found = pd.DataFrame(ir_measures.iter_calc([ir_measures.parse_measure(name) for name in names], qrels, run))
+    return found.assign(measure=found["measure"].map(str)).pivot(index="query_id", columns="measure", values="value")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_run_is_judged_as_by_ir_measures(seed):
+    rng = np.random.default_rng(seed)
+    places = [(f"{query}", f"d{doc}") for query in range(25) for doc in range(12)]
+    table = pd.DataFrame(places, columns=["query_id", "doc_id"])
+    # Grades 0 and 1, a third of the queries without a relevant document, and many pairs that nobody judged.
+    relevant = rng.uniform(size=len(table)) < (table["query_id"].astype(int) % 3) / 4
+    judged = table.assign(label=relevant.astype(int))[rng.uniform(size=len(table)) < 0.6]
+    # Short rankings, queries without one, equal scores, and scores that float32 does not tell apart.
+    found = (rng.uniform(size=len(table)) < 0.5) & ~table["query_id"].isin(["1", "2"])
+    run = table.assign(teacher_score=rng.integers(0, 4, len(table)) + 1e-12 * rng.integers(0, 2, len(table)))[found]
+    names = ["nDCG@10", "nDCG@5", "AP", "RR", "P@10", "R@5", "ERR@10", "RR@10"]
+    rows = join_run(judged, run.sample(frac=1, random_state=seed))
+    measured = per_query(rows, rows["score"].to_numpy(), names).set_index("query_id")
+    expected = theirs(judged, run, names).loc[measured.index]
+    for ours, name in [("ndcg@10", "nDCG@10"), ("ndcg@5", "nDCG@5"), ("map", "AP"), ("mrr", "RR")]:
+        assert_allclose(measured[ours], expected[name], err_msg=name, atol=1e-12)
+    assert_allclose(measured[names], expected[names])
+    assert evaluate(rows, rows["score"].to_numpy())["ndcg@10"] == pytest.approx(expected["nDCG@10"].mean())
+
+
+def test_graded_runs_are_judged_as_by_ir_measures(judgments):
     rng = np.random.default_rng(0)
     kept = judgments[rng.uniform(size=len(judgments)) < 0.6]
-    run = judgments.assign(teacher_score=rng.permutation(len(judgments)).astype(float))
-    run = run[run["query_id"].isin(kept["query_id"])]
+    run = judgments.assign(teacher_score=rng.permutation(len(judgments)).astype(float))[::2]
     rows = join_run(kept, run)
-    found = per_query(rows, rows["score"].to_numpy(), ["nDCG@10", "RR", "AP", "P@2"])
-    keys = list(zip(run["query_id"], run["doc_id"], strict=True))
-    scored = [ir_measures.ScoredDoc(*key, score) for key, score in zip(keys, run["teacher_score"], strict=True)]
-    triples = zip(kept["query_id"], kept["doc_id"], kept["label"], strict=True)
-    # pytrec_eval's gain is the grade; grades 0, 1 and 3 are ours of 0, 1 and 2.
-    qrels = [ir_measures.Qrel(query, doc, int(2**label - 1)) for query, doc, label in triples]
-    for name, measure in [("ndcg@10", "nDCG@10"), ("mrr", "RR"), ("map", "AP"), ("P@2", "P@2")]:
-        theirs = {
-            one.query_id: one.value
-            for one in ir_measures.iter_calc([ir_measures.parse_measure(measure)], qrels, scored)
-        }
-        ours = found.set_index("query_id")[name].dropna()
-        assert_allclose(ours, [theirs[query] for query in ours.index], err_msg=name)
+    measured = per_query(rows, rows["score"].to_numpy()).set_index("query_id")
+    # Grades 0, 1 and 3 of theirs are ours of 0, 1 and 2.
+    expected = theirs(kept.assign(label=2 ** kept["label"] - 1), run, ["nDCG@10", "AP"]).loc[measured.index]
+    assert_allclose(measured["ndcg@10"], expected["nDCG@10"])
+    assert_allclose(measured["map"], expected["AP"])
+
+
+def test_reranked_queries_without_a_relevant_document_are_left_out():
+    rows = pd.DataFrame({"query_id": ["a", "a", "b", "b"], "doc_id": ["1", "2", "1", "2"], "label": [1, 0, 0, 0]})
+    measures = evaluate(rows, np.array([1.0, 1.0, 2.0, 1.0]))
+    assert measures["ndcg@10"] == pytest.approx((1 + 1 / log2(3)) / 2)  # the equal scores share the gain
+    assert (measures["map"], measures["queries_without_relevant"]) == (0.5, 1)
+    as_run = join_run(rows, rows.assign(teacher_score=[1.0, 1.0, 2.0, 1.0]))
+    measures = evaluate(as_run, as_run["score"].to_numpy())
+    assert measures["ndcg@10"] == pytest.approx(1 / log2(3) / 2)  # the last id first, and b counts 0
 
 
 def test_scores_of_other_documents_are_refused():
@@ -203,7 +249,7 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path, judgments):
     assert (read.name, read.measures, read.about) == (written.name, written.measures, written.about)
     pd.testing.assert_frame_equal(read.queries, written.queries)
     assert evaluate(read.rows, read.rows["score"].to_numpy())["ndcg@10"] == written.measures["ndcg@10"]
-    run = (tmp_path / "eval" / "one.run").read_text().splitlines()
+    run = (tmp_path / "eval" / "one.json.run").read_text().splitlines()
     assert len(run) == len(judgments) + 1  # without the judged document that the run lacked
     query, q0, doc, rank, score, tag = run[0].split()
     assert (q0, rank, tag) == ("Q0", "1", "my_ranker") and query in set(judgments["query_id"])

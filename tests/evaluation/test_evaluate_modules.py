@@ -53,6 +53,24 @@ def test_a_million_rows_stream_through(measure):
     assert {name: found[name] for name in shared} == pytest.approx({name: expected[name] for name in shared})
 
 
+def test_fractions_are_refused_as_grades(measure):
+    rows = {"predictions": [0.1, 0.2, 0.3], "query_ids": ["a", "a", "a"]}
+    with pytest.raises(ValueError, match="labels: 2 of 3 values are not whole numbers >= 0, the first at index 1"):
+        measure.compute(references=[1, 0.2, 0.9], **rows)
+    assert measure.compute(references=[1.0, 0.0, 2.0], **rows) == measure.compute(references=[1, 0, 2], **rows)
+
+
+@pytest.mark.parametrize("kind", [list, np.array], ids=["list", "numpy"])
+def test_query_ids_may_be_integers(measure, kind):
+    rows = {"predictions": kind([3, 1, 2, 5, 4]), "references": kind([2, 1, 0, 1, 0])}
+    expected = measure.compute(**rows, query_ids=["a", "a", "a", "b", "b"])
+    assert measure.compute(**rows, query_ids=kind([10, 10, 10, 9, 9])) == expected
+    for start in (0, 3):
+        part = slice(start, start + 3)
+        measure.add_batch(**{name: values[part] for name, values in rows.items()}, query_ids=[10, 10, 10, 9, 9][part])
+    assert measure.compute() == expected
+
+
 @pytest.mark.parametrize("name", ["pnr", "ndcg"])
 def test_the_folders_are_spaces(name, hub, tmp_path, monkeypatch):
     _, front, text = (FOLDER / name / "README.md").read_text(encoding="utf-8").split("---\n", 2)

@@ -36,6 +36,8 @@ def test_agrees_with_scipy():
 
 def test_no_difference_is_no_evidence_and_nan_queries_do_not_count():
     assert randomisation_test([0.0, 0.0]) == 1.0
+    # No random pattern has all twenty signs alike: what is left is the observed one, of 99 + 1.
+    assert randomisation_test([1.0] * 20, rounds=99) == 0.01
     assert randomisation_test([1.0, 2.0, np.nan, 3.0], seed=5) == randomisation_test([1.0, 2.0, 3.0], seed=5)
     assert math.isnan(randomisation_test([np.nan]))
 

@@ -239,7 +239,7 @@ def test_distillation_losses_are_in_the_card(student_dir, judgments, tmp_path):
     rows = judgments.assign(teacher_score=judgments["label"].astype("float32")).drop(columns="split")
     trainer = DistillationTrainer(
         model=BertDistilledRanker.from_pretrained(student_dir),
-        args=DistillationConfig(str(tmp_path), point_weight=0.25, eval_strategy="no", use_cpu=True),
+        args=DistillationConfig(str(tmp_path), point_weight=0.25, max_length=64, use_cpu=True),
         train_dataset=load_groups(rows),
         processing_class=AutoTokenizer.from_pretrained(student_dir),
     )
@@ -249,7 +249,7 @@ def test_distillation_losses_are_in_the_card(student_dir, judgments, tmp_path):
 
 
 def test_a_teachers_trainer_makes_a_private_repository(teacher_dir, judgments, tmp_path, hub):
-    options = {"eval_strategy": "no", "use_cpu": True, "push_to_hub": True, "hub_model_id": "tester/private-teacher"}
+    options = {"max_length": 64, "use_cpu": True, "push_to_hub": True, "hub_model_id": "tester/private-teacher"}
     RankingTrainer(
         model=LLMForLastTokenRanking.from_pretrained(teacher_dir),
         args=RankingConfig(str(tmp_path), hub_token=hub.token, **options),
@@ -270,7 +270,7 @@ def test_a_trainer_publishes_an_adapter_and_how_to_load_it(tiny_teacher, judgmen
             str(tmp_path),
             max_steps=3,
             learning_rate=0.1,
-            eval_strategy="no",
+            max_length=64,
             use_cpu=True,
             hub_model_id="tester/adapted",
         ),

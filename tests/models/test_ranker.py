@@ -1,9 +1,15 @@
 """Ranker: a score belongs to its pair alone, whatever stands beside it."""
 
+import copy
+import json
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
     Gemma2Config,
@@ -69,6 +75,15 @@ def test_a_shared_prefix_changes_no_score(config, tiny_teacher, judgments):
     assert padded.std() > 0.05 and tokens < 0.9 * ranker.tokens / 2  # of each of the two calls
 
 
+def test_another_attention_is_kept_and_shares_no_prefix(teacher_dir, judgments):
+    eager, shared = (
+        Ranker.from_pretrained(teacher_dir, device="cpu", attn_implementation=kind) for kind in ("eager", "sdpa")
+    )
+    eager.share_prefix = True
+    np.testing.assert_allclose(eager.predict(pair_texts(judgments)), shared.predict(pair_texts(judgments)), atol=1e-5)
+    assert eager.model.model.config._attn_implementation == "eager"
+
+
 def test_no_prefix_is_shared_where_attention_is_not_plain(tiny_teacher, student_ranker):
     tokenizer = tiny_teacher[1]
     window = {"sliding_window": 8, "vocab_size": len(tokenizer)}
@@ -83,6 +98,88 @@ def test_a_document_is_a_string_or_its_title_and_summary(ranker):
     from_mappings = ranker.predict([("read json", document) for document in documents])
     assert np.array_equal(from_mappings, ranker.predict([("read json", text) for text in texts]))
     assert ranker.rank("read json", documents) == ranker.rank("read json", texts)
+
+
+@pytest.mark.parametrize("missing", [{"title": None}, {"title": float("nan")}, {"title": pd.NA}, {}])
+def test_a_missing_title_or_summary_is_an_empty_text(ranker, missing):
+    summary = {"summary": "json list"}
+    found, expected, turned = (
+        ranker.predict([("read json", document)])
+        for document in (summary | missing, summary | {"title": ""}, {"title": "json list", "summary": None})
+    )
+    assert found == expected == turned
+    assert ranker.rank("read json", [summary | missing])[0]["text"] == "json list"
+
+
+def test_one_pair_is_one_score(ranker):
+    pair = ("read json", "plot")
+    expected = ranker.predict([pair])[0]
+    for alone in (pair, list(pair), ("read json", {"title": "", "summary": "plot"})):
+        assert np.ndim(ranker.predict(alone)) == 0 and ranker.predict(alone) == expected
+    assert ranker.probabilities(pair) == ranker.probabilities([pair])[0]
+    assert ranker.predict([]).shape == (0,) and ranker.predict([pair, pair]).shape == (2,)
+
+
+def test_what_is_no_pair_or_document_is_refused(ranker):
+    for pairs in ("read", ["read"], ["read", "json", "plot"]):
+        with pytest.raises(ValueError, match=r"Give pairs \(query, document\)"):
+            ranker.predict(pairs)
+    for document in (None, 3, {"text": "json"}):
+        with pytest.raises(ValueError, match="is a string or a mapping with title and summary, not"):
+            ranker.predict([("read", document)])
+
+
+def test_threads_share_a_ranker(ranker):
+    # Beside one another: packed and padded passes, cut and whole texts.
+    texts = [" ".join(["read", "json", "plot"][: 1 + n % 3] * (1 + n % 30)) for n in range(60)]
+    jobs = [[(text, text), (text, "plot"), ("json", texts[-1 - n])] for n, text in enumerate(texts)]
+    expected = [ranker.predict(job) for job in jobs]
+    counted = ranker.queries_cut, ranker.documents_cut, ranker.tokens
+    padding = copy.copy(ranker)
+    padding.share_prefix = False
+    with ThreadPoolExecutor(8) as threads:
+        others = threads.map(padding.predict, jobs)
+        found = list(threads.map(ranker.predict, jobs))
+        for scores in (found, list(others)):
+            np.testing.assert_allclose(np.stack(scores), np.stack(expected), rtol=0, atol=1e-5)
+    assert (ranker.queries_cut, ranker.documents_cut, ranker.tokens) == tuple(2 * count for count in counted)
+
+
+def test_scoring_leaves_the_tokenizer_as_it_is(ranker):
+    backend = ranker.collator.tokenizer.backend_tokenizer
+    before = backend.to_str()
+    ranker.predict([("read " * 100, "json " * 100), ("read", "json")])
+    assert backend.to_str() == before
+
+
+@pytest.mark.parametrize("pad", ["</s>", None])
+def test_a_stock_decoder_that_pads_with_its_end_token_scores(pad, tiny_teacher, tmp_path):
+    tokenizer = copy.deepcopy(tiny_teacher[1])
+    ids = {"eos_token_id": 1, "pad_token_id": pad and 1, "num_labels": 1}
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(
+        LlamaConfig(**SHAPE, vocab_size=len(tokenizer), **ids)
+    ).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"pad_token": pad}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(saved))
+    first, again = (Ranker.from_pretrained(tmp_path, device="cpu") for _ in range(2))
+    pairs = [("read json", "plot"), ("read json", "open a file and read json of a table")]
+    shared = first.predict(pairs)
+    first.share_prefix = False
+    np.testing.assert_allclose(first.predict(pairs), shared, rtol=0, atol=1e-5)
+    rows = [ranker.model.get_input_embeddings().weight for ranker in (first, again)]
+    assert torch.equal(*rows) and len(rows[0]) == len(tokenizer) + 1  # the same weights each time
+    assert first.model.config.pad_token_id == len(tokenizer)
+
+
+def test_limits_stay_within_the_positions(tiny_student):
+    model, tokenizer = copy.deepcopy(tiny_student)
+    tokenizer.model_max_length = 512
+    assert Ranker(model, tokenizer).collator.max_length == 64
+    model.config.disranker["max_length"] = 65
+    with pytest.raises(ValueError, match="max_length 65 is beyond the 64 positions"):
+        Ranker(model, tokenizer)
 
 
 def test_rank_gives_the_best_first(ranker):
@@ -119,8 +216,8 @@ def test_checkpoints_of_another_kind_are_refused(tiny_student, tiny_teacher, tmp
         "gpt2": GPT2Model(GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=1)),
     }
     messages = {
-        "bert": r"bert is no trained ranker: it lacks \['classifier.bias', 'classifier.weight'\]",
-        "llama": r"llama is no trained ranker: it lacks \['score.weight'\]",
+        "bert": r"bert is no trained ranker: it lacks .*'classifier.weight'\], .*; `disranker distill` trains one",
+        "llama": r"llama is no trained ranker: it lacks \['score.weight'\], .*; `disranker fit_teacher` trains one",
         "gpt2": "A gpt2 model cannot be a teacher; known families: llama, qwen2, qwen3",
     }
     for name, model in models.items():

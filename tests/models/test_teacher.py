@@ -121,6 +121,20 @@ def test_a_causal_language_model_becomes_a_teacher(tmp_path):
     assert torch.equal(teacher.get_input_embeddings().weight, language_model.get_input_embeddings().weight)
 
 
+def test_it_trains_and_is_called_as_the_stock_class_is(tmp_path):
+    teacher, inputs = teacher_of("llama"), padded(TEXTS, "left", 0)
+    teacher.save_pretrained(tmp_path)
+    teacher = LLMForLastTokenRanking.from_pretrained(pretrained_model_name_or_path=tmp_path).eval()
+    labels = torch.tensor([0.5, -1.0, 2.0])
+    with torch.no_grad():
+        scores = teacher(**inputs).scores
+        for use_cache in (True, False):
+            torch.testing.assert_close(teacher(**inputs, use_cache=use_cache).scores, scores)
+        output = teacher(**inputs, labels=labels)
+        torch.testing.assert_close(output.loss, (scores - labels).square().mean())
+        torch.testing.assert_close(teacher(**inputs, labels=labels, return_dict=False), (output.loss, output.logits))
+
+
 def test_other_families_and_students_are_refused(student_dir):
     with pytest.raises(ValueError, match="known families: llama, qwen2, qwen3, mistral, gemma2, gemma3_text"):
         LLMForLastTokenRanking.from_config(BertConfig())

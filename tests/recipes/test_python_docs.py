@@ -340,6 +340,16 @@ def test_finished_build_is_used_again(small_build, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["judgments.parquet", "manifest.json"])
+def test_tables_of_another_origin_are_left_alone(small_build, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=f"{name} exists and was not written by this command"):
+        small_build()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    assert (tmp_path / "out" / name).read_text() == '{"mine": 1}'
+
+
 def test_what_changes_the_data_set_builds_it_again(small_build, no_stdlib, monkeypatch):
     small_build()
     assert small_build(train_queries=6)[1] == 2
@@ -364,7 +374,7 @@ def test_killed_build_is_built_again(small_build, tmp_path, monkeypatch):
         context.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             small_build(train_queries=6)
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == {"builder": None}
     assert small_build() == (counts, 3)
     (tmp_path / "out" / "corpus.parquet").unlink()
     assert small_build() == (counts, 4)

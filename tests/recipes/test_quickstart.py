@@ -72,7 +72,10 @@ def test_every_stage_leaves_what_the_next_one_needs(run, capsys):
         assert store.missing() == 0 and store.manifest()["teacher"] == str(teacher)
     marker = json.loads((folder / "student" / "config.json").read_text())["disranker"]
     assert marker["teacher"] == {"id": f"{both[0]} + {both[1]}", "revision": None}
-    assert "Scores of BERT, distilled against mean of both teachers" in (folder / "report" / "report.html").read_text()
+    assert (
+        "Scores of BERT, distilled against mean of both teachers, rescaled"
+        in (folder / "report" / "report.html").read_text()
+    )
     picture = ElementTree.parse(folder / "report" / "results.svg").getroot()
     assert len(picture.findall(".//{*}circle")) == len(quickstart.SHOWN)
     assert all(
@@ -100,6 +103,13 @@ def test_every_stage_leaves_what_the_next_one_needs(run, capsys):
     (folder / "student" / "finished.json").unlink()
     run()
     assert capsys.readouterr().out.count("finished before, skipped") == 7
+
+
+def test_a_folder_with_models_of_another_origin_is_refused(tmp_path):
+    (tmp_path / "student" / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(ValueError, match="student exists and is of no quickstart"):
+        run_quickstart("--out", tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["student", "checkpoint-5"]
 
 
 def test_the_hub_preset_takes_checkpoints_through_the_same_stages(configs, small_data, tmp_path, capsys):

@@ -162,6 +162,26 @@ def test_distill_streams_samples_and_averages_teachers(tables, student_dir, judg
         run("distill", *common, *one, "--more_scores", tables / "two.parquet")
 
 
+def test_judgments_without_splits_need_none_named(tables, student_dir, judgments, caplog, monkeypatch):
+    read = []  # queries of each table, in the order of reading
+    for recipe in ("fit_teacher", "distill"):
+        module = importlib.import_module(f"hf_disranker.recipes.{recipe}")
+        load = module.load_groups
+        monkeypatch.setattr(module, "load_groups", lambda *a, load=load, **k: read.append(load(*a, **k)) or read[-1])
+    judgments.drop(columns="split").to_parquet(tables / "whole.parquet")
+    steps = [*SHORT, "--max_steps", 1, "--save_strategy", "no"]
+    start = ["--model_name_or_path", student_dir, "--judgments", tables / "whole.parquet", *steps]
+    run("fit_teacher", *start, "--output_dir", tables / "alone")
+    assert "whole.parquet has no splits: trained on as a whole, without evaluation." in caplog.text
+    assert not (tables / "alone" / "eval.json").exists()
+    run("fit_teacher", *start, "--eval_judgments", tables / "judgments.parquet", "--output_dir", tables / "other")
+    judgments.assign(teacher_score=np.arange(len(judgments), dtype=np.float32)).to_parquet(tables / "scores.parquet")
+    inputs = ["--student", student_dir, "--scores", tables / "scores.parquet"]
+    run("distill", *inputs, "--judgments", tables / "whole.parquet", *steps, "--output_dir", tables / "student")
+    queries, dev = (rows["query_id"].nunique() for rows in (judgments, judgments[judgments["split"] == "dev"]))
+    assert list(map(len, read)) == [queries, queries, dev, queries, queries]
+
+
 def test_distill_refuses_an_unfinished_store(tables, student_dir, teacher_dir):
     pairs = ["--pairs", tables / "candidates.parquet", "--corpus", tables / "corpus.parquet"]
     run("score", "--model", teacher_dir, *pairs, "--out", tables / "scores", "--shard_rows", 20)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hf_disranker.evaluation.evaluate import join_run
 from hf_disranker.evaluation.rankings import Evaluation
 from hf_disranker.recipes.report import charts
 from hf_disranker.recipes.report.page import results_picture, results_table, search_examples, write_report
@@ -90,6 +91,41 @@ def test_the_report_is_whole_and_tells_everything(evaluations, tmp_path):
     assert 'class="few"' in text  # the slices have 4 and 8 queries
 
 
+def test_a_standardised_student_is_drawn_against_standardised_teacher_scores(judgments, tmp_path):
+    # The teacher's scores have mean 4 and deviation 2; the student learned (t - 4) / 2, and is 0.5 above it.
+    teacher = 4 + 2 * np.tile([-1.0, 1.0], len(judgments))[: len(judgments)]
+    student = (teacher - 4) / 2 + 0.5
+    about = {"role": "student", "teacher": "t", "score_transform": {"kind": "affine", "shift": 4.0, "scale": 2.0}}
+    write_report(
+        [
+            Evaluation.of("teacher", judgments.assign(score=teacher), role="teacher", source="t"),
+            Evaluation.of("student", judgments.assign(score=student), **about),
+        ],
+        tmp_path / "report.html",
+    )
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    facts = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", text))
+    assert (facts["scale"], facts["offset"], facts["RMSE"]) == ("1.00", "+0.50", "0.50")
+    assert (facts["offset by query"], facts["order in a query"]) == ("0.50", "0.00")
+    assert "teacher, rescaled" in text
+
+
+def test_what_a_run_lacks_has_no_score_to_draw(judgments, tmp_path):
+    teacher = judgments.assign(teacher_score=np.arange(len(judgments)) % 7 + 1.0)
+    run = teacher.assign(teacher_score=2 * teacher["teacher_score"])[::2]
+    about = {"role": "student", "teacher": "t"}
+    write_report(
+        [
+            Evaluation.of("teacher", join_run(judgments, teacher), role="teacher", source="t"),
+            Evaluation.of("student", join_run(judgments, run), **about),
+        ],
+        tmp_path / "report.html",
+    )
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    facts = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", text))
+    assert facts["scale"] == "2.00" and float(facts["offset"]) == 0
+
+
 def test_the_report_reaches_for_nothing_and_runs_nothing(evaluations, tmp_path):
     write_report(evaluations, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -137,6 +173,25 @@ def test_without_texts_there_are_ids_alone(evaluations, tmp_path, judgments):
     lead = shown.split("How student<b> was made")[0]
     assert "alert(" not in lead and not any(query in lead for query in judgments["query"])
     assert judgments["doc_id"].iloc[0] in lead or "d1-0" in lead
+
+
+ABTEST = {"users": {"old<b>": 1000, "new": 1003}, "control": "old<b>", "refusal": None, "measures": []}
+EFFECT = {"control": 0.3, "treatment": 0.303, "relative_difference": 0.01, "interval": [0.002, 0.018], "p": 0.0143}
+
+
+def test_an_ab_test_has_a_panel(evaluations, tmp_path):
+    undefined = dict.fromkeys(("control", "treatment", "relative_difference", "p", "p_holm"))
+    effects = [
+        {"name": "page_ctr", "p_holm": 0.0286} | EFFECT,
+        {"name": "dwell", "interval": [None, None]} | undefined,
+    ]
+    for name, abtest in {"told": ABTEST | {"measures": effects}, "refused": ABTEST | {"refusal": "few users"}}.items():
+        write_report(evaluations[:1], tmp_path / f"{name}.html", abtest=abtest)
+    told, refused = (Page((tmp_path / f"{name}.html").read_text()).texts for name in ("told", "refused"))
+    for text in ("+1.00%", "+0.20% to +1.80%", "0.0143", "0.0286", "not defined"):
+        assert text in told
+    assert " few users." in refused and "page_ctr" not in refused
+    assert any("Users: old<b> 1,000, new 1,003. The control is old<b>." in text for text in told)
 
 
 def test_one_ranker_alone_has_a_report(judgments, tmp_path):

@@ -48,6 +48,9 @@ def test_what_does_not_go_together_is_not_merged(stored, judgments, tmp_path):
     parts = [stored("may", judgments[:30], np.zeros(30), weights="w"), stored("june", judgments[30:], np.zeros(27))]
     with pytest.raises(ValueError, match="do not go together.\n  weights: 'w' there, 'june' now"):
         merge(parts, tmp_path / "all")
+    other = stored("july", judgments[30:], np.zeros(27), weights="w", tokenizer="t", config={"rms_norm_eps": 0.1})
+    with pytest.raises(ValueError, match="do not go together.\n  config: not known there, .*\n  tokenizer: not known"):
+        merge([parts[0], other], tmp_path / "all")
     twice = [parts[0], stored("again", judgments[29:], np.zeros(28), weights="w")]
     with pytest.raises(TableError, match=r"1 row\(s\) repeat a \(query_id, doc_id\) .* First: row 30"):
         merge(twice, tmp_path / "all")

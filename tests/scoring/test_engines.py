@@ -1,5 +1,6 @@
 """Engines: any reranker in this process, and servers that score."""
 
+import copy
 import json
 import shutil
 import signal
@@ -13,16 +14,27 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from score_server import ScoreServer, logit
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
-from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+from tokenizers import normalizers, processors
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+)
 
 from hf_disranker.data.candidates import Candidates
 from hf_disranker.data.tables import pair_texts
 from hf_disranker.recipes.quickstart.from_scratch import small_llama
 from hf_disranker.scoring.engines import CrossEncoderEngine, HttpEngine, RankerEngine, load_engine
+from hf_disranker.scoring.provenance import tokenizer_digest
 from hf_disranker.scoring.run import ScoringRun
 from hf_disranker.scoring.store import ScoreStore
 
@@ -78,7 +90,9 @@ def test_any_sequence_classifier_with_one_label_is_a_teacher(tmp_path, tiny_stud
     tokenizer.save_pretrained(tmp_path / "roberta")
     engine = load_engine(str(tmp_path / "roberta"))
     assert isinstance(engine, CrossEncoderEngine)
-    scores = engine.predict(pair_texts(judgments))
+    steps = []
+    scores = engine.predict(pair_texts(judgments), steps.append)
+    assert steps == [32, 25]
     expected = []
     with torch.no_grad():
         for pair in joined(judgments):
@@ -89,9 +103,15 @@ def test_any_sequence_classifier_with_one_label_is_a_teacher(tmp_path, tiny_stud
     assert about["engine"] == "sentence-transformers" and len(about["weights"]) == 64
     json.dumps(about)
 
+    weights = load_file(tmp_path / "roberta" / "model.safetensors")
+    headless = {name: weights[name] for name in weights if not name.startswith("classifier")}
+    save_file(headless, tmp_path / "roberta" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"no weights of a ranking head \(classifier.dense.bias, "):
+        load_engine(str(tmp_path / "roberta"))
+
     model.config.num_labels = 3
     XLMRobertaForSequenceClassification(model.config).save_pretrained(tmp_path / "roberta")
-    with pytest.raises(ValueError, match="gives 3 scores for a pair; a teacher gives one"):
+    with pytest.raises(ValueError, match="gives 3 scores for a pair; a ranker gives one"):
         load_engine(str(tmp_path / "roberta"))
 
 
@@ -112,6 +132,146 @@ def test_a_language_model_that_answers_yes_or_no_is_a_teacher(tmp_path, tiny_tea
         logits = model(features["input_ids"], attention_mask=features["attention_mask"]).logits[0, -1]
     assert scores[3] == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
     assert np.isfinite(scores).all() and scores.std() > 0.01
+    assert engine.describe()["modules"][1][1]["true_token_id"] == yes
+
+
+def test_a_plain_language_model_is_a_teacher_only_if_asked_for(tmp_path, tiny_teacher, judgments):
+    tokenizer = copy.deepcopy(tiny_teacher[1])
+    path = str(tmp_path)
+
+    def save():
+        torch.manual_seed(0)
+        model = small_llama(tokenizer, layers=2, size=32, initializer_range=0.1).eval()
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return model
+
+    save()
+    with pytest.raises(ValueError, match=r"without a ranking head \(LlamaForCausalLM\). .*fit_teacher.*--generative"):
+        load_engine(path)
+    with pytest.raises(ValueError, match="cannot answer yes or no: its tokenizer has no tokens for these words"):
+        load_engine(path, generative=True)  # both would be the unknown token, and all scores 0
+    tokenizer.add_tokens(["yes", "no"])
+    model = save()
+    engine = load_engine(path, generative=True)
+    scores = engine.predict(pair_texts(judgments))
+    features = engine.model.preprocess([joined(judgments)[3]])
+    with torch.no_grad():
+        logits = model(features["input_ids"], attention_mask=features["attention_mask"]).logits[0, -1]
+    yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
+    assert scores[3] == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4) and scores.std() > 0.01
+
+
+def small_encoder(tokenizer, **config):
+    return BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **config)
+
+
+def test_a_checkpoint_without_a_ranking_head_is_refused(tmp_path, tiny_student, teacher_dir):
+    path, tokenizer = str(tmp_path), tiny_student[1]
+    tokenizer.save_pretrained(path)
+    BertModel(small_encoder(tokenizer)).save_pretrained(path)
+    with pytest.raises(ValueError, match=r"no ranking head \(BertModel\). disranker distill .* disranker fit_teacher"):
+        load_engine(path)
+    (tmp_path / "modules.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"is an embedding model \(SentenceTransformer\), without a ranking head"):
+        load_engine(path)
+    (tmp_path / "modules.json").unlink()
+    for name, kind in ((path, "BertModel"), (teacher_dir, "marked ranker")):
+        with pytest.raises(ValueError, match=f"--generative is for a causal language model; .* is a {kind}"):
+            load_engine(name, generative=True)
+    BertForSequenceClassification(small_encoder(tokenizer, num_labels=2)).save_pretrained(path)
+    with pytest.raises(ValueError, match="gives 2 scores for a pair; .*difference of two logits.*fit_teacher"):
+        load_engine(path)
+
+
+def test_a_folder_that_is_missing_or_holds_an_adapter_is_named(tmp_path):
+    with pytest.raises(OSError, match="^runs/nothing: no such folder, and as a Hub id: .") as error:
+        load_engine("runs/nothing")
+    assert "\n" not in str(error.value)
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(ValueError, match=r"holds an adapter \(LoRA\) of org/base .* merge_and_unload"):
+        load_engine(str(tmp_path))
+
+
+# What decides the scores
+
+
+@pytest.fixture
+def described(tmp_path):
+    """Describe the engine of a copy of a folder, whose config and tokenizer may be changed first."""
+
+    def described(folder, change=lambda tokenizer: None, **config):
+        copied = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(folder, copied)
+        content = json.loads((copied / "config.json").read_text())
+        (copied / "config.json").write_text(json.dumps(content | config))
+        tokenizer = AutoTokenizer.from_pretrained(copied)
+        change(tokenizer)
+        tokenizer.save_pretrained(copied)
+        return load_engine(str(copied)).describe()
+
+    return described
+
+
+def test_what_decides_no_score_is_not_described(teacher_dir, described, judgments):
+    engine = load_engine(teacher_dir)
+    about = engine.describe()
+    engine.predict(pair_texts(judgments))  # sets the tokenizer's limits
+    assert engine.describe() == about
+    harmless = {"use_cache": False, "transformers_version": "9", "_attn_implementation": "eager"}
+    again = described(teacher_dir, **harmless, id2label={"0": "relevant"}, label2id={"relevant": 0})
+    assert again | {"teacher": teacher_dir} == about
+    json.dumps(about)
+
+
+def test_a_changed_config_or_tokenizer_is_described(teacher_dir, student_dir, described):
+    for folder, field, value in (
+        (teacher_dir, "rope_parameters", {"rope_theta": 500.0, "rope_type": "default"}),
+        (student_dir, "num_attention_heads", 8),
+    ):
+        before, now = described(folder), described(folder, **{field: value})
+        assert [key for key in now if now[key] != before[key]] == ["teacher", "config"]
+        assert now["config"][field] == value
+
+    def replace(tokenizer):
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace("read", "write")
+
+    before, now = described(teacher_dir), described(teacher_dir, replace)
+    assert [key for key in now if now[key] != before[key]] == ["teacher", "tokenizer"]
+
+
+def test_all_that_turns_a_text_into_ids_is_in_the_digest(tiny_teacher):
+    def changed(change):
+        tokenizer = copy.deepcopy(tiny_teacher[1])
+        change(tokenizer)
+        return tokenizer_digest(tokenizer)
+
+    last = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    digests = [
+        changed(change)
+        for change in (
+            lambda tokenizer: None,
+            lambda tokenizer: tokenizer.add_tokens(["an entirely new word"]),
+            lambda tokenizer: tokenizer.add_special_tokens({"pad_token": "<new pad>"}),
+            lambda tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+            lambda tokenizer: setattr(tokenizer.backend_tokenizer, "post_processor", last),
+            lambda tokenizer: setattr(tokenizer, "truncation_side", "left"),
+            lambda tokenizer: setattr(tokenizer, "padding_side", "right"),
+            lambda tokenizer: setattr(tokenizer, "model_input_names", ["input_ids"]),
+        )
+    ]
+    assert len(set(digests)) == len(digests)
+    assert digests[0] == changed(
+        lambda tokenizer: tokenizer("a b", truncation=True, max_length=3, padding="max_length")
+    )
+
+
+def test_a_chat_template_counts_where_it_is_used(student_dir, tiny_teacher):
+    model = CrossEncoder(student_dir)
+    before = CrossEncoderEngine(model, "student").describe()["tokenizer"]
+    model.tokenizer.chat_template = "{{ messages }}"
+    assert CrossEncoderEngine(model, "student").describe()["tokenizer"] != before
 
 
 def test_a_stock_decoder_with_a_score_row_is_a_ranker(tmp_path, teacher_dir, judgments):
@@ -121,6 +281,18 @@ def test_a_stock_decoder_with_a_score_row_is_a_ranker(tmp_path, teacher_dir, jud
     (tmp_path / "config.json").write_text(json.dumps(config))
     ours, same = (load_engine(name).predict(pair_texts(judgments)) for name in (teacher_dir, str(tmp_path)))
     np.testing.assert_allclose(same, ours, atol=1e-6)
+
+
+def test_a_decoder_that_pads_with_its_end_token_is_described_alike_at_every_load(tmp_path, tiny_teacher, judgments):
+    tokenizer = copy.deepcopy(tiny_teacher[1])
+    tokenizer.pad_token = tokenizer.eos_token
+    config = small_llama(tokenizer, layers=1, size=32).config
+    config.num_labels = 1
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    first = load_engine(str(tmp_path)).describe()
+    torch.rand(1)  # whatever is drawn at loading must not count
+    assert load_engine(str(tmp_path)).describe() == first
 
 
 def out_of_memory():
@@ -169,7 +341,7 @@ def test_a_cross_encoder_halves_its_batch(student_dir, judgments, monkeypatch, c
 
     monkeypatch.setattr(engine.model, "predict", small)
     np.testing.assert_allclose(engine.predict(pair_texts(judgments)), expected, atol=1e-5)
-    assert sizes == [32, 16, 8] and "Out of memory: going on with batch_size 8." in caplog.messages
+    assert sizes == [32, 16, *[8] * 8] and "Out of memory: going on with batch_size 8." in caplog.messages
 
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -241,11 +413,66 @@ def test_what_the_server_cannot_read_has_no_score(server, judgments):
     assert np.flatnonzero(np.isnan(scores)).tolist() == [1, 30]
 
 
-@pytest.mark.parametrize("answer", [[{"index": 0, "score": 1.0}], {"detail": "hello"}, []])
-def test_an_answer_without_all_scores_is_no_answer(server, judgments, monkeypatch, answer):
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [(2, 2), ([0.25], 0.25)]
+    + [(value, np.nan) for value in (None, "0.5", "high", True, [0.1, 0.9], [], {}, 10**400, 1e300)]
+    + [(float(value), np.nan) for value in ("nan", "inf", "-inf")],
+    ids=str,
+)
+def test_a_document_whose_score_is_no_number_has_none(server, judgments, monkeypatch, score, expected):
+    found = [{"index": 2, "score": 0.5}, {"index": 1, "score": score}, {"index": 0, "score": -0.5}]
+    answer = {"data": found, "usage": {"prompt_tokens": None}}
+    monkeypatch.setattr("score_server.Handler.answer", lambda self, body: (200, answer))
+    scores = HttpEngine("vllm", server.url, "t").predict(pair_texts(judgments[:3]))
+    np.testing.assert_array_equal(scores, np.array([-0.5, expected, 0.5], np.float32))
+    assert len(server.requests) == 1
+
+
+def poisoned(answer):
+    """A server that answers in another way as soon as one document is poison."""
+
+    def respond(self, body):
+        texts = body["texts"]
+        scores = [{"index": at, "score": float(len(text))} for at, text in enumerate(texts)]
+        return 200, answer(scores, [text == "poison" for text in texts]) if "poison" in texts else scores
+
+    return respond
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda scores, poison: [one for one, bad in zip(scores, poison, strict=True) if not bad],
+        lambda scores, poison: [one | {"index": 0} for one in scores] if len(scores) > 1 else [{"score": 1.0}],
+        lambda scores, poison: [{"score": one["score"]} for one in scores],
+        lambda scores, poison: {"error": "cannot read it", "error_type": "tokenizer"},
+        lambda scores, poison: [
+            {"index": at, "error": "too long"} if bad else scores[at] for at, bad in enumerate(poison)
+        ],
+    ],
+    ids=["left out", "one index twice", "no index", "error", "error of one"],
+)
+def test_a_document_that_spoils_an_answer_is_found(server, monkeypatch, answer):
+    monkeypatch.setattr("score_server.Handler.answer", poisoned(answer))
+    pairs = [("q", {"title": title, "summary": ""}) for title in ("a", "poison", "ccc", "dddd", "eeeee")]
+    scores = HttpEngine("tei", server.url, "t").predict(pairs)
+    np.testing.assert_array_equal(scores, [1, np.nan, 3, 4, 5])
+
+
+@pytest.mark.parametrize("answer", [{"detail": "hello"}, "hello", None, [1.0, 2.0, 3.0]], ids=str)
+def test_something_else_than_scores_is_no_answer(server, judgments, monkeypatch, answer):
     monkeypatch.setattr("score_server.Handler.answer", lambda self, body: (200, answer))
     with pytest.raises(OSError, match="gives no scores of 3 documents: "):
         HttpEngine("tei", server.url, "t").predict(pair_texts(judgments[:3]))
+
+
+def test_engines_tell_of_every_batch(server, judgments, teacher_dir):
+    ours = load_engine(teacher_dir, token_budget=200)
+    for engine in (ours, HttpEngine("tei", server.url, "t", batch_size=2)):
+        steps = []
+        engine.predict(pair_texts(judgments), steps.append)
+        assert sum(steps) == 57 and len(steps) >= 5
 
 
 def test_the_key_goes_into_the_header_and_nowhere_else(server, judgments, monkeypatch):
@@ -283,12 +510,12 @@ def test_a_server_that_dies_in_the_middle_costs_one_shard(judgments, tmp_path):
     class Mortal(HttpEngine):
         """Its server is killed while the third shard is being scored."""
 
-        def predict(self, pairs):
+        def predict(self, pairs, callback=None):
             calls.append(len(pairs))
             if len(calls) == 3:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-            return super().predict(pairs)
+            return super().predict(pairs, callback)
 
     store = ScoreStore(tmp_path)
     with pytest.raises(OSError):

@@ -132,11 +132,11 @@ def test_its_death_costs_one_shard(start, student_ranker, judgments, tmp_path):
     class Mortal(HttpEngine):
         """Its server is killed while the third shard is being scored."""
 
-        def predict(self, pairs):
+        def predict(self, pairs, callback=None):
             calls.append(len(pairs))
             if len(calls) == 3:
                 kill(process)
-            return super().predict(pairs)
+            return super().predict(pairs, callback)
 
     store = ScoreStore(tmp_path / "scores")
     with pytest.raises(OSError):

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +16,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tokenizers import normalizers
+from tqdm.auto import tqdm
+from transformers import BertConfig, BertModel
 
 from hf_disranker.cli import main
 from hf_disranker.data.bm25 import mine_candidates
@@ -22,7 +26,8 @@ from hf_disranker.data.candidates import Candidates
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import load_groups, pair_texts
 from hf_disranker.models.ranker import Ranker
-from hf_disranker.scoring.engines import RankerEngine, load_engine, weights_digest
+from hf_disranker.scoring.engines import RankerEngine, load_engine
+from hf_disranker.scoring.provenance import weights_digest
 from hf_disranker.scoring.run import MAX_CHARACTERS, OldScores, Progress, ScoringRun, verify
 from hf_disranker.scoring.store import ScoreStore
 
@@ -52,10 +57,15 @@ class Stub:
     def describe(self):
         return {"teacher": "stub", "weights": "w", "engine": "stub"}
 
-    def predict(self, pairs):
+    def predict(self, pairs, callback=None):
         self.asked += pairs
-        self.tokens += 5 * len(pairs)
-        return np.array([self.scores(pair) for pair in pairs], np.float32)
+        scores = []
+        for pair in pairs:
+            self.tokens += 5
+            scores.append(self.scores(pair))
+            if callback:
+                callback(1)
+        return np.array(scores, np.float32)
 
 
 def test_every_pair_gets_the_rankers_score_and_keeps_its_columns(engine, judgments, store):
@@ -92,13 +102,13 @@ def test_another_teacher_input_or_limit_is_refused(engine, student_ranker, judgm
         (engine, judgments[::-1], 10, {"input"}),
         (engine, judgments[:50], 10, {"input", "pairs"}),
         (engine, judgments, 20, {"shard_rows"}),
-        (RankerEngine(student_ranker, "teacher"), judgments, 10, {"weights", "templates"}),
+        (RankerEngine(student_ranker, "teacher"), judgments, 10, {"weights", "templates", "tokenizer", "config"}),
         (RankerEngine(shorter, "teacher"), judgments, 10, {"max_length"}),
-        (Stub(), judgments, 10, {*engine.describe(), "engine"} - {"teacher", "revision", "versions"}),
+        (Stub(), judgments, 10, {*engine.describe()} - {"teacher", "revision", "versions"}),
     ):
         with pytest.raises(ValueError) as error:
             run(other, pairs, store, shard_rows)
-        assert {line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]} == names
+        assert {re.split("[:.]", line)[0].strip() for line in str(error.value).splitlines()[1:]} == names
 
 
 def test_the_manifest_tells_weights_apart(engine, judgments, store):
@@ -109,6 +119,42 @@ def test_the_manifest_tells_weights_apart(engine, judgments, store):
     with torch.no_grad():
         other.score.weight[0, 0] += 1e-3
     assert weights_digest(other) != weights
+
+
+def changed(engine):
+    """The engine after its tokenizer was told to read one word as another."""
+    tokenizer = copy.deepcopy(engine.ranker.collator.tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("read", "write")
+    return RankerEngine(Ranker(engine.ranker.model, tokenizer), "teacher")
+
+
+def test_a_changed_tokenizer_or_config_is_another_teacher(engine, judgments, store, tmp_path):
+    run(engine, judgments, store)
+    (tmp_path / "scores" / "part-000002.parquet").unlink()
+    for use in (
+        lambda other: run(other, judgments, store),
+        lambda other: run(other, judgments, ScoreStore(tmp_path / "new"), old=OldScores(store)),
+        lambda other: verify(other, store),
+    ):
+        with pytest.raises(ValueError, match=r"another \w+[^\n]*\n  tokenizer: '\w{64}' there, '\w{64}' now$"):
+            use(changed(engine))
+    other = copy.deepcopy(engine.ranker.model)
+    other.config.rms_norm_eps = 1e-3
+    with pytest.raises(ValueError, match="\n  config.rms_norm_eps: default there, 0.001 now$"):
+        run(RankerEngine(Ranker(other, engine.ranker.collator.tokenizer), "teacher"), judgments, store)
+    assert 2 not in store.shards() and not (tmp_path / "new" / "manifest.json").exists()
+
+
+def test_a_store_of_an_earlier_version_is_verified_but_not_added_to(engine, judgments, store, tmp_path):
+    run(engine, judgments, store)
+    path = tmp_path / "scores" / "manifest.json"
+    path.write_text(
+        json.dumps({key: store.manifest()[key] for key in store.manifest().keys() - {"config", "tokenizer"}})
+    )
+    for old in (None, OldScores(store)):
+        with pytest.raises(ValueError, match=r"\n  config: not known there, .*\n  tokenizer: not known there, .*$"):
+            run(engine, judgments, ScoreStore(tmp_path / "new") if old else store, old=old)
+    assert verify(engine, store) < 1e-5 and verify(changed(engine), store) > 1e-3
 
 
 # Rows that cannot be scored
@@ -188,7 +234,7 @@ def test_only_new_and_changed_texts_are_scored_again(judgments, store, tmp_path)
 def test_scores_of_another_teacher_are_not_taken_over(engine, judgments, store, tmp_path):
     old = ScoreStore(tmp_path / "old")
     run(Stub(), judgments, old)
-    with pytest.raises(ValueError, match="The old scores are those of another teacher.\n  dtype: None there"):
+    with pytest.raises(ValueError, match="The old scores are those of another teacher.\n  config: not known there"):
         run(engine, judgments, store, old=OldScores(old))
     assert not store.is_store()
 
@@ -201,8 +247,29 @@ def test_verify_finds_a_changed_score(engine, judgments, store, tmp_path):
     rows.loc[2, "teacher_score"] += 0.5
     store.write(4, rows)
     assert verify(engine, store) == pytest.approx(0.5, abs=1e-5)
-    with pytest.raises(ValueError, match="holds the scores of another teacher.\n  dtype: "):
+    with pytest.raises(ValueError, match="holds the scores of another teacher.\n  config: .*\n  dtype: "):
         verify(Stub(), store)
+
+
+@pytest.mark.parametrize("now", [float("nan"), float("inf")])
+def test_a_pair_without_a_score_now_differs_infinitely(judgments, store, now):
+    run(Stub(), judgments, store)
+    assert verify(Stub(lambda pair: now), store) == float("inf")
+
+
+def test_verify_ends_with_an_error_beyond_the_tolerance(engine, teacher_dir, judgments, store, restored_argv, capsys):
+    run(engine, judgments, store)
+    rows = store.rows(4).to_pandas()
+    rows.loc[2, "teacher_score"] += 0.5
+    store.write(4, rows)
+    std = store.summary().std
+    ask = ["score", "--model", teacher_dir, "--out", store.path, "--verify", "true"]
+    with pytest.raises(SystemExit, match="other scores than this teacher gives now: --tolerance is 0.05") as end:
+        main(ask)
+    assert end.value.code not in (0, None)
+    main([*ask, "--tolerance", str(0.51 / std)])
+    told = f"Largest difference: 0.5, {0.5 / std:.2g} standard deviations of the scores.\n"
+    assert capsys.readouterr().out == 2 * told
 
 
 def test_a_store_without_scores_has_none_to_verify_or_reuse(store):
@@ -219,24 +286,90 @@ def test_a_log_file_gets_few_lines(judgments, store, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, "hf_disranker"):
         run(Stub(), judgments, store, shard_rows=2)
     (line,) = caplog.messages
-    assert line.startswith("100.0% of 57 pairs, ") and line.endswith(" 0 s to go, last shard 28")
+    assert line.startswith("100.0% of 57 pairs, ") and line.endswith(" 0 s to go, shard 28")
     assert " pairs/s, " in line and " tokens/s, " in line
 
 
-def test_progress_speaks_once_a_minute(caplog, monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
+    """The time, as a list of one number, that only a test moves on."""
     clock = [1000.0]
     monkeypatch.setattr("hf_disranker.scoring.run.time.monotonic", lambda: clock[0])
-    progress = Progress(1000, started=clock[0])
+    return clock
+
+
+def test_progress_speaks_once_a_minute(caplog, clock):
+    progress = Progress(1000)
     with caplog.at_level(logging.INFO, "hf_disranker"):
         for shard in range(10):
             clock[0] += 25
-            progress.update(shard, 50, 4000)
+            progress.store(shard, 50, 4000)
     assert caplog.messages == [
-        "15.0% of 1,000 pairs, 2.0 pairs/s, 160 tokens/s, 7 min to go, last shard 2",
-        "30.0% of 1,000 pairs, 2.0 pairs/s, 160 tokens/s, 6 min to go, last shard 5",
-        "45.0% of 1,000 pairs, 2.0 pairs/s, 160 tokens/s, 5 min to go, last shard 8",
+        "15.0% of 1,000 pairs, 2.0 pairs/s, 160 tokens/s, 7 min to go, shard 2",
+        "30.0% of 1,000 pairs, 2.0 pairs/s, 160 tokens/s, 6 min to go, shard 5",
+        "45.0% of 1,000 pairs, 2.0 pairs/s, 160 tokens/s, 5 min to go, shard 8",
     ]
-    assert not Progress(10, shown=False).update(0, 10, 0) and len(caplog.messages) == 3
+    Progress(10, shown=False).store(0, 10, 0)
+    assert len(caplog.messages) == 3
+
+
+def slow(clock):
+    """An engine that takes 20 seconds for a pair."""
+
+    def score(pair):
+        clock[0] += 20
+        return 1.0
+
+    return Stub(score)
+
+
+def test_one_long_shard_speaks_once_a_minute(judgments, store, caplog, clock):
+    with caplog.at_level(logging.INFO, "hf_disranker"):
+        run(slow(clock), judgments[:10], store, shard_rows=100)
+    assert caplog.messages == [
+        "30.0% of 10 pairs, 0.1 pairs/s, 0 tokens/s, 2 min to go, shard 0",
+        "60.0% of 10 pairs, 0.1 pairs/s, 0 tokens/s, 80 s to go, shard 0",
+        "90.0% of 10 pairs, 0.1 pairs/s, 0 tokens/s, 20 s to go, shard 0",
+        "100.0% of 10 pairs, 0.1 pairs/s, 0 tokens/s, 0 s to go, shard 0",
+    ]
+
+
+def test_the_bar_moves_within_a_shard_and_back_when_it_fails(judgments, store, clock, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    bars, places = [], []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            bars.append(self)
+
+    def score(pair):
+        places.append(bars[0].n)
+        return float("nan") if len(places) <= 20 else 1.0
+
+    monkeypatch.setattr("hf_disranker.scoring.run.tqdm", Bar)
+    with pytest.raises(TableError, match="shard 0: "):
+        run(Stub(score), judgments[:40], store, shard_rows=20)
+    assert places == [*range(20), 20, *range(1, 20)] and bars[0].n == 20
+
+
+# Models that are no rankers
+
+
+def test_no_stage_scores_with_a_model_without_a_ranking_head(tmp_path, tiny_student, judgments, restored_argv):
+    tokenizer = tiny_student[1]
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    for part in (BertModel(config), tokenizer):
+        part.save_pretrained(tmp_path / "bert")
+    judgments.to_parquet(tmp_path / "pairs.parquet")
+    model, pairs = (["--model", str(tmp_path / "bert")], str(tmp_path / "pairs.parquet"))
+    for stage in (
+        ["score", *model, "--pairs", pairs, "--out", str(tmp_path / "scores")],
+        ["evaluate", *model, "--judgments", pairs],
+    ):
+        with pytest.raises(SystemExit, match=f"^disranker {stage[0]}: .*bert has no ranking head .BertModel.*distill"):
+            main(stage)
+    assert not (tmp_path / "scores").exists()
 
 
 # Crashes

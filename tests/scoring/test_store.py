@@ -78,11 +78,22 @@ def test_another_run_is_refused_with_the_differences(store):
         store.open({**MANIFEST, "weights": "b2", "templates": {"query": "Q {query}"}, "dtype": "bfloat16"})
     assert str(error.value).splitlines() == [
         f"{store.path} holds the scores of another run; use a new folder.",
-        "  dtype: None there, 'bfloat16' now",
+        "  dtype: not known there, 'bfloat16' now",
         "  templates: {'query': '{query}'} there, {'query': 'Q {query}'} now",
         "  weights: 'a1' there, 'b2' now",
     ]
     assert store.manifest() == MANIFEST
+
+
+def test_the_fields_of_a_config_are_told_one_by_one(store):
+    store.open({**MANIFEST, "config": {"model_type": "bert", "hidden_act": "relu", "vocab_size": 9}})
+    with pytest.raises(ValueError) as error:
+        store.open({**MANIFEST, "config": {"model_type": "bert", "layer_norm_eps": 0.1, "vocab_size": 8}})
+    assert str(error.value).splitlines()[1:] == [
+        "  config.hidden_act: 'relu' there, default now",
+        "  config.layer_norm_eps: default there, 0.1 now",
+        "  config.vocab_size: 9 there, 8 now",
+    ]
 
 
 def test_a_folder_with_other_tables_is_refused(tmp_path, rows):

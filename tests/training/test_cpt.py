@@ -68,9 +68,8 @@ def test_a_long_row_is_cut_and_keeps_its_end_token_and_a_query_that_fills_the_ro
 
 def trainer_of(kind, tokenizer, folder, **options):
     torch.manual_seed(0)
-    args = CptConfig(
-        str(folder), eval_strategy="no", save_strategy="no", disable_tqdm=True, use_cpu=True, seed=0, **options
-    )
+    settings = {"max_length": 48, "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    args = CptConfig(str(folder), seed=0, **settings | options)
     rows = click_dataset(CLICKS, tokenizer, max_length=48)
     model = small_llama(tokenizer, layers=1, size=64)
     return kind(model=model, args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
@@ -88,12 +87,13 @@ def test_training_lowers_the_loss_and_the_model_reloads(tokenizer, tmp_path):
     torch.testing.assert_close(again.lm_head.weight, trainer.model.lm_head.weight)
 
 
-def test_the_loss_on_a_cpu_is_trls(tokenizer, tmp_path):
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_the_loss_on_a_cpu_is_trls(tokenizer, tmp_path, loss_type):
     losses = []
+    # One evaluation batch: over several trl averages their means.
+    options = {"max_steps": 3, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 12}
     for kind in (ClickTrainer, SFTTrainer):
-        trainer = trainer_of(
-            kind, tokenizer, tmp_path, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2
-        )
+        trainer = trainer_of(kind, tokenizer, tmp_path, per_device_train_batch_size=2, loss_type=loss_type, **options)
         trainer.train()
         losses.append([trainer.state.log_history[-1]["train_loss"], trainer.evaluate()["eval_loss"]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

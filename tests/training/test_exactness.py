@@ -10,7 +10,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from two_processes import gradient, make_trainer, ragged_groups, run_jobs, weights, whole_and_resumed
+from two_processes import (
+    evaluation_losses,
+    gradient,
+    make_trainer,
+    ragged_groups,
+    run_jobs,
+    weights,
+    whole_and_resumed,
+)
 
 from hf_disranker import load_groups
 from hf_disranker.training.runs import resume_point
@@ -55,6 +63,10 @@ def test_two_processes_give_the_gradient_of_the_one_big_batch(reference, two_pro
     assert_equal_gradients(two_processes[kind], expected)
     if kind == "scores":
         assert_equal_gradients(two_processes["budget"], expected)
+
+
+def test_two_processes_give_the_evaluation_losses_of_one(two_processes, student_dir, tmp_path):
+    assert two_processes["losses"] == pytest.approx(evaluation_losses(student_dir, tmp_path), rel=1e-6)
 
 
 @pytest.mark.parametrize("data", ["memory", "stream", "token batches"])

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from two_processes import make_trainer, ragged_groups
 
 from hf_disranker import DistillationConfig, RankingConfig
+from hf_disranker.data import collators
 from hf_disranker.data.collators import GroupCollator
 from hf_disranker.models.ranker import pair_collator
-from hf_disranker.training.monitor import TrainingWatch, sample_groups, warn_cut, warn_squashed
+from hf_disranker.training.monitor import TrainingWatch, sample_groups, warn_cut, warn_shared_queries, warn_squashed
 
 
 def lines(caplog):
@@ -60,14 +62,14 @@ def test_squashed_teacher_scores_are_said(caplog):
     assert "between 0 and 1" in lines(caplog)[0] and "raw logits" in lines(caplog)[0]
 
 
-def test_truncation_of_more_than_a_few_percent_is_said(tiny_student, caplog):
+def test_truncation_of_more_than_a_few_percent_is_said(tiny_student, caplog, monkeypatch):
     model, tokenizer = tiny_student
     collate = GroupCollator(pair_collator(model, tokenizer))
     groups = ragged_groups(20, 5)
     warn_cut(groups, collate)
     assert lines(caplog) == []
-    collate.pairs.max_length = 14
-    warn_cut(groups, collate)
+    monkeypatch.setattr(collators, "_DOCUMENT_ROOM", 0)
+    warn_cut(groups, GroupCollator(replace(collate.pairs, max_length=14, max_query_length=14)))
     assert len(lines(caplog)) == 1
     assert "% of documents lose their end at max_length 14: raise --max_length" in lines(caplog)[0]
 
@@ -126,3 +128,13 @@ def test_trackers_receive_the_terms(student_dir, tmp_path, monkeypatch, tracker,
     folder = tmp_path if tracker == "tensorboard" else Path(os.environ["HF_HOME"], "trackio")
     found = list(folder.rglob(files))
     assert found and b"margin_mse" in b"".join(path.read_bytes() for path in found)
+
+
+def test_queries_on_both_sides_are_counted_up_to_case_and_blanks(caplog):
+    warn_shared_queries(["GPS  watch ", "kettle", "kettle"], ["gps watch", "Toaster", "cable", "cable"])
+    assert len(lines(caplog)) == 1
+    assert lines(caplog)[0].startswith(
+        "1 of 3 queries to measure on are trained on too, up to case and blanks, first 'gps"
+    )
+    warn_shared_queries(["kettle"], ["kettles"])
+    assert len(lines(caplog)) == 1

@@ -70,6 +70,15 @@ def test_a_record_holds_options_data_versions_and_revision(tmp_path, monkeypatch
     assert fingerprint("org/data") is None
 
 
+def test_the_fingerprint_of_a_beir_folder_covers_its_files(tmp_path):
+    (tmp_path / "qrels").mkdir()
+    digests = set()
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/dev.tsv"):
+        (tmp_path / name).write_text(name)
+        digests.add(fingerprint(str(tmp_path)))
+    assert len(digests) == 3 and None not in digests
+
+
 def test_the_fingerprint_of_a_hub_data_set_is_its_commit(hub, judgments):
     Dataset.from_pandas(judgments).push_to_hub("tester/fingerprint")
     first = fingerprint("tester/fingerprint")

@@ -90,6 +90,22 @@ def test_their_trainer_fine_tunes_ours_further(cross_encoder, scored, tmp_path):
     assert config["architectures"] == ["BertForSequenceClassification"]
 
 
+def test_only_documents_with_a_score_make_tuples(scored):
+    groups = load_groups(scored).to_list()[:3]
+    groups[0]["teacher_scores"] = None
+    groups[2]["teacher_scores"][0] = None
+    rows = to_n_tuples(Dataset.from_list(groups), documents=2)
+    assert len(rows) == sum(len(group["doc_ids"]) - 1 for group in groups[1:]) - 1
+    assert all(score == score for scores in rows["scores"] for score in scores)
+
+
+def test_a_cross_encoder_in_half_precision_is_warned_of(cross_encoder, caplog):
+    PointMarginMSELoss(cross_encoder)
+    assert caplog.text == ""
+    PointMarginMSELoss(cross_encoder.bfloat16())
+    assert "trained in bfloat16" in caplog.text and "model_kwargs={'dtype': 'float32'}" in caplog.text
+
+
 @pytest.mark.parametrize(("point", "margin"), [(1.0, 0.0), (0.0, 1.0)])
 def test_point_margin_loss_matches_stock_mse_on_pairs(cross_encoder, scored, point, margin):
     rows = to_n_tuples(load_groups(scored), documents=2)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from hf_disranker.data.schema import TableError
+from hf_disranker.data.schema import TableError, validate
 
 _BM25 = {"method": "lucene", "k1": 1.2, "b": 0.75}
 
@@ -25,7 +25,11 @@ def mine_candidates(queries: pd.DataFrame, corpus: pd.DataFrame, top_k: int = 20
 
     Returns:
         A candidates table: query_id, query, doc_id, rank (int, from 1) and bm25 (float32).
+
+    Raises:
+        TableError: the queries or the corpus are not what they should be.
     """
+    queries, corpus = validate(queries, "queries", "queries"), validate(corpus, "corpus", "corpus")
     index = bm25_index(corpus)
     doc_ids = corpus["doc_id"].to_numpy()
     tokens = [bm25_tokens(query) for query in queries["query"]]
@@ -58,7 +62,7 @@ def with_random_documents(
     Returns:
         The candidates table with the drawn rows behind each query's own; further columns are missing there.
     """
-    queries = candidates.drop_duplicates("query_id")[["query_id", "query"]]
+    queries = candidates.drop_duplicates("query_id")[["query_id", "query"]].reset_index(drop=True)
     drawn = queries.loc[queries.index.repeat(per_query)]
     places = np.random.default_rng(seed).integers(len(corpus), size=len(drawn))
     texts = corpus.iloc[places][["doc_id", "title", "summary"]]
@@ -133,7 +137,7 @@ def bm25_tokens(text: str) -> list[str]:
 def bm25_index(corpus: pd.DataFrame) -> Any:
     """A bm25s index over title and summary; TableError where there is no word to index."""
     index = bm25s.BM25(**_BM25)
-    texts = tqdm(corpus["title"] + " " + corpus["summary"], desc="BM25 index", leave=False)
+    texts = tqdm(corpus["title"].fillna("") + " " + corpus["summary"].fillna(""), desc="BM25 index", leave=False)
     tokens = [bm25_tokens(text) for text in texts]
     if not any(tokens):
         raise TableError("BM25 finds no word in any document.")

@@ -14,15 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from hf_disranker.data.schema import TABLES, TableError, validate
-from hf_disranker.data.tables import (
-    Source,
-    arrow_column,
-    parquet_files,
-    read_table,
-    refuse_unknown_documents,
-    source_name,
-)
+from hf_disranker.data.schema import TABLES, TableError, check_names, refuse_unknown_documents, validate
+from hf_disranker.data.tables import Source, arrow_column, parquet_files, read_table, source_name
 
 TEXT_COLUMNS = ("query", "title", "summary")
 # Rows that are checked at a time.
@@ -52,6 +45,7 @@ class Candidates:
         if not len(self):
             raise TableError(f"{self.name}: the {table} table has no rows.")
         self._texts: pa.Table | None = None
+        check_names(self._part(0).column_names, table, self.name)
         if not {"title", "summary"} <= set(self._part(0).column_names):
             if corpus is None:
                 raise TableError(f"{self.name}: the rows have no title and summary; name the corpus that holds them.")
@@ -147,7 +141,9 @@ def _parts(source: Source, table: str) -> Iterator[tuple[int, Callable[[], pa.Ta
 
 
 def _read_group(file: pq.ParquetFile, group: int) -> pa.Table:
-    return file.read_row_group(group).replace_schema_metadata(None)
+    rows = file.read_row_group(group).replace_schema_metadata(None)
+    # A named index is a column like any other; one without a name is pandas' own business.
+    return rows.drop_columns([name for name in rows.column_names if name.startswith("__index_level_")])
 
 
 def _read(fs: Any, path: str, what: Callable[[pq.ParquetFile], Any]) -> Any:

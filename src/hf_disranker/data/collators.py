@@ -5,6 +5,7 @@ Tokenisation happens here, in the data loader's workers, never in the training s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from hf_disranker.data.templates import Templates
 
 # Room for a document behind the longest query allowed: special tokens, the template's words, and a few tokens of text.
 _DOCUMENT_ROOM = 16
-_ROW_KEYS = ("input_ids", "attention_mask", "token_type_ids")
+# Keys of a row, and how `tokenizers` calls them.
+_FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -40,7 +42,8 @@ class Encoded:
 class PairCollator:
     """Tokenises (query, document) pairs as a model's templates say.
 
-    The query is cut at its own limit, then the document's end at the limit of the whole.
+    The query is cut at its own limit, then the document's end at the limit of the whole. Threads can share a collator:
+    it reads with copies of the tokenizer, whose limits stay as they are.
 
     Args:
         tokenizer: a fast tokenizer of the model.
@@ -63,6 +66,12 @@ class PairCollator:
                 f"max_query_length {self.max_query_length} leaves no room for a document within max_length "
                 f"{self.max_length}; it can be {self.max_length - _DOCUMENT_ROOM} at most."
             )
+        self._whole = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        self._whole.no_padding()
+        self._whole.no_truncation()
+        self._cut = copy.deepcopy(self._whole)
+        reads_pairs = self.templates.text is None
+        self._cut.enable_truncation(self.max_length, strategy="only_second" if reads_pairs else "longest_first")
 
     def encode(self, queries: list[str], documents: list[str]) -> Encoded:
         """Tokenise without padding.
@@ -80,27 +89,23 @@ class PairCollator:
 
     def _encode_pairs(self, queries: list[str], documents: list[str]) -> tuple[list[dict[str, list[int]]], int]:
         """What `tokenizer(queries, documents, truncation="only_second")` gives, each text being read once."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_padding()
-        backend.no_truncation()
         texts = list(dict.fromkeys([*queries, *documents]))
-        parts = dict(zip(texts, backend.encode_batch_fast(texts, add_special_tokens=False), strict=True))
-        backend.enable_truncation(self.max_length, strategy="only_second")
-        room = self.max_length - backend.num_special_tokens_to_add(is_pair=True)
+        parts = dict(zip(texts, self._whole.encode_batch_fast(texts, add_special_tokens=False), strict=True))
+        room = self.max_length - self._cut.num_special_tokens_to_add(is_pair=True)
         rows, cut = [], 0
         for query, document in zip(queries, documents, strict=True):
             one, two = parts[query], parts[document]
             cut += len(one) + len(two) > room
-            pair = backend.post_process(one, two)
-            rows.append(dict(zip(_ROW_KEYS, (pair.ids, pair.attention_mask, pair.type_ids), strict=True)))
+            pair = self._cut.post_process(one, two)
+            rows.append({key: getattr(pair, field) for key, field in _FIELDS.items()})
         return rows, cut
 
     def _encode_texts(self, queries: list[str], documents: list[str]) -> tuple[list[dict[str, list[int]]], int]:
         texts = [self.templates.render_text(*pair) for pair in zip(queries, documents, strict=True)]
-        batch = self.tokenizer(texts, truncation=True, max_length=self.max_length)
-        keys = [key for key in _ROW_KEYS if key in batch]
-        rows = [dict(zip(keys, values, strict=True)) for values in zip(*(batch[key] for key in keys), strict=True)]
-        return rows, sum(1 for encoding in batch.encodings or [] if encoding.overflowing)
+        encodings = self._cut.encode_batch_fast(texts)
+        read = {key: field for key, field in _FIELDS.items() if key in self.tokenizer.model_input_names}
+        rows = [{key: getattr(encoding, field) for key, field in read.items()} for encoding in encodings]
+        return rows, sum(1 for encoding in encodings if encoding.overflowing)
 
     def pad(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         """Stack rows of `encode` to tensors of shape (rows, longest)."""
@@ -126,15 +131,13 @@ class PairCollator:
         suspects = sorted(query for query in queries if len(query.encode()) >= self.max_query_length)
         if not suspects:
             return {}
-        batch = self.tokenizer(
-            suspects,
-            add_special_tokens=False,
-            truncation=True,
-            max_length=self.max_query_length,
-            return_offsets_mapping=True,
-        )
-        rows = zip(suspects, batch["offset_mapping"], batch.encodings, strict=True)
-        return {query: query[: offsets[-1][1]] for query, offsets, encoding in rows if encoding.overflowing}
+        encodings = self._whole.encode_batch(suspects, add_special_tokens=False)
+        last = self.max_query_length - 1
+        return {
+            query: query[: encoding.offsets[last][1]]
+            for query, encoding in zip(suspects, encodings, strict=True)
+            if len(encoding) > self.max_query_length
+        }
 
 
 @dataclass
@@ -168,15 +171,16 @@ class GroupCollator:
 
     def __call__(self, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Collate groups of any sizes, tokenised by `encode` or not."""
-        encoded = groups if "rows" in groups[0] else self.encode(groups)
+        encoded = groups if all("rows" in group for group in groups) else self.encode(groups)
         batch = self.pairs.pad([row for group in encoded for row in group["rows"]])
         sizes = torch.tensor([len(group["doc_ids"]) for group in groups])
         mask = torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
         batch["mask"] = mask
         for key in ("labels", "teacher_scores"):
-            batch[key] = torch.full(mask.shape, torch.nan)
-            if groups[0].get(key) is not None:
-                batch[key][mask] = torch.tensor([value for group in groups for value in group[key]]).float()
+            values = [value for group in groups for value in _values(group, key)]
+            batch[key] = torch.full(mask.shape, torch.nan).masked_scatter(
+                mask, torch.tensor(values, dtype=torch.float)
+            )
         return batch
 
 
@@ -226,3 +230,16 @@ def runs_within(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
     """
     number = (np.cumsum(lengths) - lengths) // token_budget
     return np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(number)) + 1) if len(lengths) else []
+
+
+def _values(group: dict[str, Any], key: str) -> list[float]:
+    """A value for each document of a group, NaN where none is known."""
+    documents = len(group["doc_ids"])
+    found = group.get(key)
+    if found is None:
+        return [torch.nan] * documents
+    if len(found) != documents:
+        raise ValueError(
+            f"Query {group.get('query_id', group['query'])!r}: {len(found)} {key} for {documents} documents."
+        )
+    return [torch.nan if value is None else value for value in found]

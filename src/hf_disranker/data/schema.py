@@ -13,13 +13,19 @@ Further columns pass through unread. Ids and texts are strings; integer ids are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
 
 import numpy as np
 import pandas as pd
 
 SHOWN_ROWS = 3
+# What click logs call the weight; such a column is not read.
+_WEIGHT_NAMES = {"click", "clicks", "count", "counts", "freq", "frequency", "n", "num_clicks", "click_count"}
+_THOUSANDS = re.compile(r"\s*\d{1,3}(\.\d{3})+\s*")
 
 
 class TableError(ValueError):
@@ -52,7 +58,7 @@ def validate(frame: pd.DataFrame, table: str, source: str) -> pd.DataFrame:
     """Check a table against its contract and give its columns their types.
 
     Args:
-        frame: rows as read.
+        frame: rows as read; errors tell a row by its index, called by the index's name ("line" of a file) or "row".
         table: a key of `TABLES`.
         source: where the rows come from; named in every error.
 
@@ -61,10 +67,11 @@ def validate(frame: pd.DataFrame, table: str, source: str) -> pd.DataFrame:
         as float32, `weight` and `users` as float64; the row order and further columns as they were.
 
     Raises:
-        TableError: a column is missing, a value is not what its column holds, a key occurs twice, one query_id has
-            several query texts, or there are no rows.
+        TableError: a column is missing or misspelt, a value is not what its column holds, a key occurs twice, one
+            query_id has several query texts, or there are no rows.
     """
     contract = TABLES[table]
+    check_names(frame.columns, table, source)
     missing = [column for column in contract.required if column not in frame.columns]
     if missing:
         found = ", ".join(map(str, frame.columns)) or "none"
@@ -84,32 +91,60 @@ def validate(frame: pd.DataFrame, table: str, source: str) -> pd.DataFrame:
     return frame
 
 
+def check_names(columns: Iterable[object], table: str, source: str) -> None:
+    """Refuse a column that would be passed over for its case or blanks, and one that occurs twice."""
+    names = list(columns)
+    contract = TABLES[table]
+    for known in contract.required + contract.optional:
+        if names.count(known) > 1:
+            raise TableError(f"{source}: the column '{known}' occurs {names.count(known)} times; keep one.")
+        if known not in names:
+            for name in names:
+                if isinstance(name, str) and name.strip().casefold() == known:
+                    raise TableError(f"{source}: rename the column {name!r} to '{known}', in lower case, no blanks.")
+
+
+def unread_weight(columns: Iterable[object]) -> str | None:
+    """A column of a clicks table that looks like its weight, and is not read, because of its name."""
+    names = [str(name) for name in columns]
+    alike = [name for name in names if name.strip().casefold() in _WEIGHT_NAMES]
+    return alike[0] if alike and "weight" not in names else None
+
+
+def with_index(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the named parts of their index as columns."""
+    names = [name for name in frame.index.names if name is not None and name not in frame.columns]
+    return frame.reset_index(names) if names else frame
+
+
 def empty_queries(values: pd.Series) -> pd.Series:
     """Where nothing was asked: missing or blank."""
     return values.isna() | (values.astype(str).str.strip() == "")
 
 
 def _read_id(values: pd.Series, where: str) -> pd.Series:
-    _refuse(values, values.isna() | (values.astype(str) == ""), where, "hold no id")
+    refuse(values, values.isna() | (values.astype(str) == ""), where, "hold no id")
     if pd.api.types.is_float_dtype(values.dtype):
         raise TableError(f"{where} holds decimal numbers; ids are strings or integers. {_shown(values)}")
+    refuse(values, ~_instances(values, (str, int, np.integer)), where, "hold neither a string nor an integer")
     return values.astype(str).astype(object)
 
 
 def _read_query(values: pd.Series, where: str) -> pd.Series:
-    _refuse(values, empty_queries(values), where, "hold an empty query")
+    refuse(values, empty_queries(values), where, "hold an empty query")
     return _read_text(values, where)
 
 
 def _read_text(values: pd.Series, where: str) -> pd.Series:
     values = values.astype(object).where(values.notna(), "")
-    _refuse(values, ~values.map(lambda value: isinstance(value, str)).astype(bool), where, "hold no text")
+    refuse(values, ~values.map(lambda value: isinstance(value, str)).astype(bool), where, "hold no text")
     return values
 
 
 def _read_label(values: pd.Series, where: str) -> pd.Series:
     numbers = _numbers(values, where)
-    _refuse(values, ~((numbers >= 0) & (numbers == np.floor(numbers))), where, "hold no whole number >= 0")
+    refuse(values, ~((numbers >= 0) & (numbers == np.floor(numbers))), where, "hold no whole number >= 0")
+    refuse(values, numbers >= 2**63, where, "hold a number that is too large")
     return numbers.astype(np.int64)
 
 
@@ -117,18 +152,37 @@ def _read_score(values: pd.Series, where: str) -> pd.Series:
     return _numbers(values, where, np.float32)
 
 
-def _read_amount(values: pd.Series, where: str) -> pd.Series:
+def _read_weight(values: pd.Series, where: str) -> pd.Series:
     numbers = _numbers(values, where)
-    _refuse(values, numbers < 0, where, "hold a negative number")
+    refuse(values, numbers < 0, where, "hold a negative number")
+    return numbers.astype(np.float64)
+
+
+def _read_users(values: pd.Series, where: str) -> pd.Series:
+    numbers = _read_weight(values, where)
+    grouped = values.astype(object).map(lambda value: isinstance(value, str) and bool(_THOUSANDS.fullmatch(value)))
+    refuse(values, grouped, where, "may hold thousands written with a dot: write 1200, not 1.200")
+    refuse(values, numbers != np.floor(numbers), where, "hold a fraction, not a number of users")
     return numbers
 
 
-def _numbers(values: pd.Series, where: str, dtype: type[np.floating] = np.float64) -> pd.Series:
-    """The values as finite numbers; one that is too large for the type is not finite."""
-    with np.errstate(over="ignore"):
-        numbers = pd.to_numeric(values, errors="coerce").astype(dtype)
-    _refuse(values, ~np.isfinite(numbers), where, "hold no finite number")
+def _numbers(values: pd.Series, where: str, dtype: type[np.floating] | None = None) -> pd.Series:
+    """The values as finite numbers: integers exactly, others in `dtype`, for which they may be too large."""
+    # pandas would take dates, complex numbers and bytes for numbers.
+    refuse(values, ~_instances(values, (str, Real, Decimal)), where, "hold no finite number")
+    numbers: pd.Series = pd.to_numeric(values, errors="coerce")
+    if dtype or numbers.isna().any() or not pd.api.types.is_integer_dtype(numbers.dtype):
+        with np.errstate(over="ignore"):
+            numbers = numbers.astype(dtype or np.float64)
+    refuse(values, ~np.isfinite(numbers), where, "hold no finite number")
     return numbers
+
+
+def _instances(values: pd.Series, kinds: tuple[type, ...]) -> pd.Series:
+    """Which values are of some types; a column of one type is not looked through."""
+    if isinstance(values.dtype, pd.StringDtype) or values.dtype.kind in "iubf":
+        return pd.Series(True, values.index)
+    return values.astype(object).map(lambda value: isinstance(value, kinds)).astype(bool)
 
 
 _READERS: dict[str, Callable[[pd.Series, str], pd.Series]] = {
@@ -140,8 +194,8 @@ _READERS: dict[str, Callable[[pd.Series, str], pd.Series]] = {
     "split": _read_text,
     "label": _read_label,
     "teacher_score": _read_score,
-    "weight": _read_amount,
-    "users": _read_amount,
+    "weight": _read_weight,
+    "users": _read_users,
 }
 
 
@@ -165,7 +219,8 @@ def _check_one_text_per_query(frame: pd.DataFrame, where: str) -> None:
         )
 
 
-def _refuse(values: pd.Series, bad: pd.Series | np.ndarray, where: str, what: str) -> None:
+def refuse(values: pd.Series, bad: pd.Series | np.ndarray, where: str, what: str) -> None:
+    """Raise TableError with the first of the bad values, if there are any."""
     flags = np.asarray(bad, dtype=bool)
     if flags.any():
         raise TableError(f"{where}: {int(flags.sum())} row(s) {what}. {_shown(values[flags])}")
@@ -175,8 +230,36 @@ def _shown(rows: pd.Series | pd.DataFrame) -> str:
     """The first rows with their places, for an error message."""
     records = rows.head(SHOWN_ROWS)
     values = records.to_dict("records") if isinstance(records, pd.DataFrame) else records.tolist()
-    return (
-        "First: "
-        + "; ".join(f"row {place}: {value!r:.100}" for place, value in zip(records.index, values, strict=True))
-        + "."
-    )
+    place = records.index.name or "row"
+    shown = (f"{place} {number}: {value!r:.100}" for number, value in zip(records.index, values, strict=True))
+    return f"First: {'; '.join(shown)}."
+
+
+def grades_from_zero(labels: pd.Series) -> pd.Series:
+    """TREC's labels with those below 0 (spam) as 0; what is no number is left for `validate` to refuse."""
+    return labels.astype(object).where(~(pd.to_numeric(labels, errors="coerce") < 0), 0)
+
+
+def join_texts(frame: pd.DataFrame, corpus: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows with the title and summary that their doc_id has in a corpus table; TableError where it has none."""
+    texts = corpus.set_index("doc_id")[["title", "summary"]]
+    refuse_unknown_documents(frame["doc_id"], texts.index, name)
+    return frame.drop(columns=["title", "summary"], errors="ignore").join(texts, on="doc_id")
+
+
+def refuse_unknown_documents(doc_ids: pd.Series, known: pd.Index, name: str) -> None:
+    """Raise TableError for a table with documents that are not in the corpus."""
+    unknown = ~doc_ids.isin(known)
+    if unknown.any():
+        first = ", ".join(doc_ids[unknown].head(SHOWN_ROWS))
+        raise TableError(
+            f"{name}: {int(unknown.sum())} row(s) name a doc_id that is not in the corpus, first: {first}."
+        )
+
+
+def join_queries(frame: pd.DataFrame, queries: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows with the text that their query_id has in a queries table; TableError where it has none."""
+    texts = frame["query_id"].map(queries.set_index("query_id")["query"])
+    if (unknown := texts.isna()).any():
+        raise TableError(f"{name}: query '{frame['query_id'][unknown].iloc[0]}' has no text.")
+    return frame.assign(query=texts)

@@ -1,7 +1,9 @@
 """Readers of the tables, and grouping by query.
 
-A source is the path of a parquet, jsonl or csv file or of a folder of parquet files (a score store), their fsspec URL
-(`s3://`, `hf://datasets/...`), a Hub data set id, a `datasets.Dataset` or a `pandas.DataFrame`.
+A source is the path of a parquet, jsonl or csv file, of a folder of parquet files (a score store) or of a BEIR folder,
+their fsspec URL (`s3://`, `hf://datasets/...`; BEIR folders are local), a Hub data set id, a `datasets.Dataset` or
+`DatasetDict`, or a `pandas.DataFrame`. The splits of a `DatasetDict` and of a Hub data set become the column `split`
+where there is none.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import IO, Any, TypeAlias
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -20,26 +23,14 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from fsspec.core import url_to_fs
 
-from hf_disranker.data.schema import TableError, empty_queries, validate
+from hf_disranker.data.beir import is_beir, read_beir
+from hf_disranker.data.files import is_table_file, read_file
+from hf_disranker.data.schema import TableError, empty_queries, join_texts, unread_weight, validate, with_index
 
 logger = logging.getLogger(__name__)
 
-Source: TypeAlias = str | os.PathLike[str] | Dataset | pd.DataFrame
+Source: TypeAlias = str | os.PathLike[str] | Dataset | DatasetDict | pd.DataFrame
 
-
-def _read_csv(file: IO[bytes]) -> pd.DataFrame:
-    frame = pd.read_csv(file, dtype=str, keep_default_na=False)
-    if not isinstance(frame.index, pd.RangeIndex):  # pandas has shifted every value one column to the left
-        raise ValueError("its rows have more fields than its header.")
-    return frame
-
-
-_FORMATS: dict[str, Callable[[IO[bytes]], pd.DataFrame]] = {
-    ".parquet": pd.read_parquet,
-    # Types are the schema's business: "007" and "NA" are ids and texts like any other.
-    ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False),
-    ".csv": _read_csv,
-}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CHUNK = 10_000
 _REMEMBERED = 100_000
@@ -52,27 +43,33 @@ def read_table(
 
     Args:
         source: see the module's text.
-        table: which contract it follows: clicks, judgments, corpus, candidates or scores.
+        table: which contract it follows: clicks, judgments, corpus, queries, candidates or scores.
         split: keep only the rows whose `split` column holds this value; None or "" keeps all.
         corpus: where texts come from when the table has ids only.
         texts: whether they are needed; False leaves a table of ids as it is.
 
     Returns:
-        The checked rows; with texts wherever a corpus was needed.
+        The checked rows, numbered from 0; with texts wherever a corpus was needed.
 
     Raises:
         FileNotFoundError: there is no such file, folder or data set.
         TableError: the table breaks its contract, or a document is not in the corpus.
     """
-    return _checked(_read(source), source_name(source), table, split, corpus, texts)
+    frame, name = _read(source, table, split)
+    return _checked(frame, name, table, split, corpus, texts)
 
 
 def _checked(
     frame: pd.DataFrame, name: str, table: str, split: str | None, corpus: Source | None, texts: bool = True
 ) -> pd.DataFrame:
-    if table == "clicks" and "query" in frame.columns:
-        frame = _without_empty_queries(frame, name)
+    if table == "clicks":
+        if unread := unread_weight(frame.columns):
+            logger.warning("%s: the column '%s' is not read. If it counts clicks, name it weight.", name, unread)
+        if "query" in frame.columns:
+            frame = _without_empty_queries(frame, name)
     frame = validate(frame, table, name)
+    if "query" in frame.columns:
+        _report_line_breaks(frame["query"], name)
     if split:
         frame = _only_split(frame, split, name)
     if texts and table in ("candidates", "scores") and not {"title", "summary"} <= set(frame.columns):
@@ -83,7 +80,17 @@ def _checked(
         empty = int(((frame["title"].str.strip() == "") & (frame["summary"].str.strip() == "")).sum())
         if empty:
             logger.warning("%s: %d document(s) have neither title nor summary.", name, empty)
-    return frame
+    return frame.reset_index(drop=True)
+
+
+def _report_line_breaks(queries: pd.Series, name: str) -> None:
+    """Nobody types a line break into a search box: a stray quote has joined lines of a csv."""
+    broken = queries[queries.str.contains("[\r\n]")]
+    if len(broken):
+        logger.warning(
+            "%s: %d quer(ies) hold a line break, as if a stray double quote had joined lines; first: %s %s: %.100r.",
+            *(name, len(broken), broken.index.name or "row", broken.index[0], broken.iloc[0]),
+        )
 
 
 def load_groups(
@@ -112,11 +119,14 @@ def load_groups(
     if streaming:
         if corpus is not None or not isinstance(source, str | os.PathLike):
             raise ValueError("Streaming takes the name of a table that holds its own texts, and no corpus.")
+        if not _is_hub_id(os.fspath(source)) and not parquet_files(source):
+            fs, path = _located(os.fspath(source))
+            raise TableError(f"{source}: only parquet can be streamed.") if fs.exists(path) else _not_found(source)
         return IterableDataset.from_generator(_stream_groups, gen_kwargs={"source": os.fspath(source), "split": split})
     if isinstance(source, list | tuple):
         return group_rows(_mean_scores(source, split, corpus))
-    frame = _read(source)
-    groups = group_rows(_checked(frame, source_name(source), _graded(frame), split, corpus))
+    frame, name = _read(source, "judgments", split)
+    groups = group_rows(_checked(frame, name, _graded(frame), split, corpus))
     groups.info.dataset_name = source_name(source)
     return groups
 
@@ -146,8 +156,8 @@ def _stream_groups(source: str, split: str | None) -> Iterator[dict[str, Any]]:
     rest: list[pd.DataFrame] = []
     for chunk in chain(_stream_frames(source, split), [None]):
         if chunk is not None:
-            frame = pd.concat([*rest, chunk], ignore_index=True)
-            frame = _checked(frame, source, _graded(frame), None, None)
+            frame = pd.concat([*rest, chunk])
+            frame = _checked(frame, source, _graded(frame), None, None).set_index(frame.index)
             last = frame["query_id"] == frame["query_id"].iloc[-1]  # may go on in the next chunk
             frame, rest = frame[~last], [frame[last]]
         else:
@@ -165,8 +175,10 @@ def _stream_groups(source: str, split: str | None) -> Iterator[dict[str, Any]]:
 
 def _stream_frames(source: str, split: str | None) -> Iterator[pd.DataFrame]:
     """The rows of a split, some thousand at a time."""
-    found = False
+    found, start = False, 0
     for frame in _stream_hub(source) if _is_hub_id(source) else _stream_parquet(source):
+        frame = with_index(frame).set_axis(range(start, start + len(frame)))  # for places in errors
+        start += len(frame)
         chosen = frame if not split else frame[frame["split"] == split] if "split" in frame else frame[:0]
         found |= len(chosen) > 0
         if len(chosen):
@@ -176,7 +188,7 @@ def _stream_frames(source: str, split: str | None) -> Iterator[pd.DataFrame]:
 
 
 def _stream_hub(source: str) -> Iterator[pd.DataFrame]:
-    for split, part in load_dataset(source, streaming=True).items():
+    for split, part in _load(source, streaming=True).items():
         for table in part.with_format("arrow").iter(_CHUNK):
             frame = table.to_pandas()
             yield frame if "split" in frame.columns else frame.assign(split=str(split))
@@ -235,11 +247,30 @@ def _without_empty_queries(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     empty = empty_queries(frame["query"])
     if empty.any():
         logger.warning("%s: %d click(s) have no query and are left out.", name, int(empty.sum()))
-    return frame[~empty].reset_index(drop=True)
+    return frame[~empty]
 
 
 def _is_hub_id(source: str) -> bool:
-    return bool(_HUB_ID.fullmatch(source)) and not os.path.exists(source) and not source.endswith(tuple(_FORMATS))
+    return bool(_HUB_ID.fullmatch(source)) and not os.path.exists(source) and not is_table_file(source)
+
+
+def column_names(source: Source) -> list[str]:
+    """The columns of a table as they stand; of parquet files without reading the rows."""
+    if files := parquet_files(source):
+        with _located(os.fspath(source))[0].open(files[0], "rb") as file:  # type: ignore[arg-type]
+            return pq.read_schema(file).names
+    return list(_read(source, "judgments")[0].columns)
+
+
+def usual_split(source: Source, named: str | None, usual: str) -> str | None:
+    """The split to read where none need be named.
+
+    Args:
+        source: see the module's text.
+        named: what the user chose; "" is all rows.
+        usual: the split of a table with a column `split` for which none was chosen; a table without one is read whole.
+    """
+    return named if named is not None else usual if "split" in column_names(source) else None
 
 
 def source_name(source: Source) -> str:
@@ -247,21 +278,31 @@ def source_name(source: Source) -> str:
     return os.fspath(source) if isinstance(source, str | os.PathLike) else f"<{type(source).__name__}>"
 
 
-def _read(source: Source) -> pd.DataFrame:
+def _read(source: Source, table: str, split: str | None = None) -> tuple[pd.DataFrame, str]:
+    """The rows as they are and what errors call them; `table` and `split` choose among the files of a BEIR folder."""
     if isinstance(source, Dataset):
-        return source.to_pandas()
+        return source.to_pandas(), source_name(source)
+    if isinstance(source, DatasetDict):
+        return _with_splits(source), source_name(source)
     if isinstance(source, pd.DataFrame):
-        return source
+        return with_index(source), source_name(source)
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"A table is a path, a Hub id, a Dataset, a DatasetDict or a DataFrame, not {type(source)}.")
+    if is_beir(source):
+        return read_beir(Path(source), table, split)
     source = os.fspath(source)
     fs, path = _located(source)
     if fs.isfile(path):
-        return _read_file(fs, path)
+        return read_file(fs, path), source
     if fs.isdir(path):
-        files = parquet_files(source)
-        return pd.concat([_read_file(fs, file) for file in files], ignore_index=True)
+        return pd.concat([read_file(fs, file) for file in parquet_files(source)], ignore_index=True), source
     if _is_hub_id(source):
-        return _read_hub(source)
-    raise FileNotFoundError(f"{source}: no such file or folder.")
+        return _with_splits(_load(source)), source
+    raise _not_found(source)
+
+
+def _not_found(source: str | os.PathLike[str]) -> FileNotFoundError:
+    return FileNotFoundError(f"{os.fspath(source)}: no such file or folder.")
 
 
 def parquet_files(source: Source) -> list[str]:
@@ -274,12 +315,13 @@ def parquet_files(source: Source) -> list[str]:
         return []
     fs, path = _located(os.fspath(source))
     if not fs.isdir(path):
-        return [path] if path.endswith(".parquet") and fs.isfile(path) else []
+        return [path] if path.lower().endswith(".parquet") and fs.isfile(path) else []
     entries = fs.ls(path, detail=True)
-    files = sorted(entry["name"] for entry in entries if entry["type"] == "file")
-    files = [file for file in files if file.endswith(".parquet")]
+    found = sorted(entry["name"] for entry in entries if entry["type"] == "file")
+    files = [file for file in found if file.lower().endswith(".parquet")]
     if not files:
-        raise FileNotFoundError(f"{os.fspath(source)}: the folder holds no parquet file.")
+        others = ", ".join(file.rsplit("/", 1)[-1] for file in found[:5]) or "no file at all"
+        raise FileNotFoundError(f"{os.fspath(source)}: the folder holds no parquet file; it holds: {others}.")
     return files
 
 
@@ -290,34 +332,26 @@ def _located(source: str) -> tuple[Any, str]:
         raise FileNotFoundError(f"{source}: {error}") from error
 
 
-def _read_file(fs: Any, path: str) -> pd.DataFrame:
-    suffix = "." + path.rsplit(".", 1)[-1]
-    if suffix not in _FORMATS:
-        raise TableError(f"{path}: a table is one of {', '.join(_FORMATS)}, or a folder of parquet files.")
-    if fs.size(path) == 0:
-        raise TableError(f"{path}: the file is empty.")
+def _load(name: str, **options: Any) -> Mapping[str, Any]:
+    """The splits of a Hub data set."""
     try:
-        with fs.open(path, "rb") as file:
-            return _FORMATS[suffix](file)
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise TableError(f"{path}: cannot be read as {suffix[1:]}: {error}") from error
-
-
-def _read_hub(name: str) -> pd.DataFrame:
-    """A Hub data set; with several splits and no `split` column, the column is made of their names."""
-    try:
-        splits = load_dataset(name)
+        splits: Mapping[str, Any] = load_dataset(name, **options)
     except Exception as error:  # of many kinds; the user first wants to know about the path
         raise FileNotFoundError(
             f"{name}: no such file or folder, and no such data set could be read from the Hub ({error})"
         ) from error
-    assert isinstance(splits, DatasetDict)
-    frames = [part.to_pandas().assign(**_split_column(part, str(split))) for split, part in splits.items()]
-    return pd.concat(frames, ignore_index=True)
+    return splits
 
 
-def _split_column(part: Dataset, split: str) -> dict[str, str]:
-    return {} if "split" in part.column_names else {"split": split}
+def _with_splits(splits: Mapping[str, Dataset]) -> pd.DataFrame:
+    """All splits; without a column `split`, it is made of their names."""
+    return pd.concat(
+        [
+            part.to_pandas() if "split" in part.column_names else part.to_pandas().assign(split=str(split))
+            for split, part in splits.items()
+        ],
+        ignore_index=True,
+    )
 
 
 def _only_split(frame: pd.DataFrame, split: str, name: str) -> pd.DataFrame:
@@ -328,20 +362,3 @@ def _only_split(frame: pd.DataFrame, split: str, name: str) -> pd.DataFrame:
         present = ", ".join(sorted(frame["split"].unique()))
         raise TableError(f"{name}: no row has split '{split}'; there are: {present}.")
     return chosen
-
-
-def join_texts(frame: pd.DataFrame, corpus: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Rows with the title and summary that their doc_id has in a corpus table; TableError where it has none."""
-    texts = corpus.set_index("doc_id")[["title", "summary"]]
-    refuse_unknown_documents(frame["doc_id"], texts.index, name)
-    return frame.drop(columns=["title", "summary"], errors="ignore").join(texts, on="doc_id")
-
-
-def refuse_unknown_documents(doc_ids: pd.Series, known: pd.Index, name: str) -> None:
-    """Raise TableError for a table with documents that are not in the corpus."""
-    unknown = ~doc_ids.isin(known)
-    if unknown.any():
-        first = ", ".join(doc_ids[unknown].head(3))
-        raise TableError(
-            f"{name}: {int(unknown.sum())} row(s) name a doc_id that is not in the corpus, first: {first}."
-        )

@@ -40,9 +40,12 @@ class Templates:
         """The query as the model reads it."""
         return self.query.format(query=query)
 
-    def render_document(self, title: str, summary: str) -> str:
-        """The document as one string; an empty title or summary leaves no blank at the ends."""
-        return self.document.format(title=title, summary=summary).strip()
+    def render_document(self, title: str | None = None, summary: str | None = None) -> str:
+        """The document as one string; an empty title or summary leaves no blank at the ends.
+
+        What is not there is an empty text: None, and the NaN that pandas puts in its place.
+        """
+        return self.document.format(title=_text(title), summary=_text(summary)).strip()
 
     def prompt(self, query: str) -> str:
         """What of the one text stands before the document, without the blank at its end."""
@@ -57,6 +60,15 @@ class Templates:
     def to_dict(self) -> dict[str, str]:
         """The templates that are set, as the checkpoint's marker stores them."""
         return {name: template for name, template in asdict(self).items() if template is not None}
+
+
+def _text(value: object) -> object:
+    if isinstance(value, str):
+        return value
+    try:
+        return "" if value is None or value != value else value
+    except TypeError:  # pandas.NA compares to nothing
+        return ""
 
 
 def _check_fields(template: str, known: set[str]) -> list[str]:

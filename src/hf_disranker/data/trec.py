@@ -1,26 +1,29 @@
-"""Judgments and rankings in the formats of information retrieval: TREC qrels and runs, BEIR folders."""
+"""Judgments and rankings from our tables, TREC qrels and runs, and BEIR folders."""
 
 from __future__ import annotations
 
-import logging
+import csv
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from hf_disranker.data.schema import TableError, validate
-from hf_disranker.data.tables import Source, join_texts, read_table, refuse_unknown_documents
-
-logger = logging.getLogger(__name__)
+from hf_disranker.data.beir import is_beir
+from hf_disranker.data.files import is_table_file
+from hf_disranker.data.schema import (
+    TableError,
+    grades_from_zero,
+    join_queries,
+    join_texts,
+    refuse,
+    refuse_unknown_documents,
+    validate,
+)
+from hf_disranker.data.tables import Source, read_table, usual_split
 
 KEY = ["query_id", "doc_id"]
-_TABLES = (".parquet", ".jsonl", ".csv")
 _QRELS = ["query_id", "iteration", "doc_id", "label"]
 _RUN = ["query_id", "q0", "doc_id", "rank", "teacher_score", "tag"]
-# What BEIR calls our columns.
-_BEIR_CORPUS = {"_id": "doc_id", "text": "summary"}
-_BEIR_QUERIES = {"_id": "query_id", "text": "query"}
 
 
 def read_judgments(
@@ -43,18 +46,29 @@ def read_judgments(
         FileNotFoundError: there is no such file.
         TableError: the file breaks its format, or a judged document or query has no text.
     """
-    if isinstance(source, str | os.PathLike) and Path(source, "qrels").is_dir():
-        return _read_beir(Path(source), split or "test")
+    if is_beir(source):
+        return read_table(source, "judgments", split=split or "test")
     if (path := _trec_file(source)) is None:
         return read_table(source, "judgments", split=split)
     rows = _read_columns(path, _QRELS).drop(columns="iteration")
-    return _with_texts(rows, str(path), None if corpus is None else read_table(corpus, "corpus"), _queries(queries))
+    rows = rows.assign(label=grades_from_zero(rows["label"]), query=rows["query_id"], title="", summary="")
+    rows = validate(rows, "judgments", str(path)).drop(columns=["title", "summary"]).reset_index(drop=True)
+    if queries is not None:
+        rows = join_queries(rows, read_table(queries, "queries"), str(path))
+    return rows if corpus is None else join_texts(rows, read_table(corpus, "corpus"), str(path))
+
+
+def judged_split(source: Source, named: str | None, usual: str = "dev") -> str | None:
+    """The split of judgments to read, as `data.usual_split`; of a BEIR folder the usual one where it is there."""
+    if named is not None or _trec_file(source) is not None:
+        return named
+    if isinstance(source, str | os.PathLike) and Path(source, "qrels").is_dir():
+        return usual if Path(source, "qrels", f"{usual}.tsv").is_file() else "test"
+    return usual_split(source, named, usual)
 
 
 def read_corpus(source: Source) -> pd.DataFrame:
     """Documents of a corpus table or of a BEIR folder."""
-    if isinstance(source, str | os.PathLike) and (Path(source) / "corpus.jsonl").is_file():
-        return validate(_read_jsonl(Path(source) / "corpus.jsonl", _BEIR_CORPUS), "corpus", os.fspath(source))
     return read_table(source, "corpus")
 
 
@@ -70,7 +84,19 @@ def read_run(source: Source) -> pd.DataFrame:
     # Kept in full: scores of a run can be closer than float32 tells apart.
     scores = pd.to_numeric(rows["teacher_score"], errors="coerce").astype("float64")
     checked = validate(rows.assign(query=rows["query_id"]), "scores", str(path))
-    return checked.drop(columns="query").assign(teacher_score=scores)
+    return checked.drop(columns="query").assign(teacher_score=scores).reset_index(drop=True)
+
+
+def check_run_ids(table: pd.DataFrame) -> None:
+    """Refuse ids that a TREC run cannot hold: its columns are told apart by blanks.
+
+    Raises:
+        TableError: a query_id or doc_id is empty or holds a blank; the message has the first rows.
+    """
+    for name in KEY:
+        several = table[name].map(lambda value: str(value).split() != [str(value)])
+        what = "are empty or hold a blank, which a TREC run cannot hold; take ids without, such as a hash of the text"
+        refuse(table[name], several, f"column '{name}'", what)
 
 
 def read_candidates(source: Source, judgments: pd.DataFrame, corpus: pd.DataFrame) -> pd.DataFrame:
@@ -103,75 +129,44 @@ def write_run(rows: pd.DataFrame, path: str | os.PathLike[str], tag: str) -> Non
         tag: names the run; its blanks become underscores.
 
     Raises:
-        TableError: an id holds a blank, which would break the format.
+        TableError: as in `check_run_ids`.
     """
     if "missing" in rows.columns:
         rows = rows[~rows["missing"]]
-    for name in KEY:
-        blank = rows[name].str.contains(r"\s")
-        if blank.any():
-            raise TableError(f"A TREC run holds no {name} with a blank, such as {rows[name][blank].iloc[0]!r}.")
+    check_run_ids(rows)
     places = pd.factorize(rows["query_id"])[0]
     rows = rows.assign(place=places).sort_values(["place", "score", "doc_id"], ascending=[True, False, True])
     rank = rows.groupby("place").cumcount() + 1
     columns = {"query_id": rows["query_id"], "q0": "Q0", "doc_id": rows["doc_id"], "rank": rank}
     run = pd.DataFrame(columns | {"score": rows["score"], "tag": "_".join(tag.split()) or "run"})
-    run.to_csv(path, sep=" ", header=False, index=False)
+    run.to_csv(path, sep=" ", header=False, index=False, quoting=csv.QUOTE_NONE)
 
 
 def _trec_file(source: Source) -> Path | None:
     """The path of a source that is a file of TREC's: one that has not the ending of a table."""
     path = Path(source) if isinstance(source, str | os.PathLike) else Path()
-    return path if path.is_file() and path.suffix not in _TABLES else None
-
-
-def _read_beir(folder: Path, split: str) -> pd.DataFrame:
-    qrels = folder / "qrels" / f"{split}.tsv"
-    if not qrels.is_file():
-        there = ", ".join(sorted(path.stem for path in qrels.parent.glob("*.tsv"))) or "none"
-        raise TableError(f"{folder}: there are no judgments of split '{split}'; there are: {there}.")
-    rows = pd.read_csv(qrels, sep="\t", dtype=str, keep_default_na=False)
-    names = {"query-id": "query_id", "corpus-id": "doc_id", "score": "label"}
-    if not set(names) <= set(rows.columns):
-        raise TableError(f"{qrels}: the header is {', '.join(rows.columns)}, not {', '.join(names)}.")
-    texts = _read_jsonl(folder / "queries.jsonl", _BEIR_QUERIES)
-    return _with_texts(rows.rename(columns=names), str(qrels), read_corpus(folder), texts)
-
-
-def _read_jsonl(path: Path, names: Mapping[str, str]) -> pd.DataFrame:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    rows = pd.read_json(path, lines=True, dtype=False).rename(columns=names)
-    if missing := set(names.values()) - set(rows.columns):
-        raise TableError(f"{path}: the rows lack {', '.join(sorted(missing))}.")
-    return rows.assign(title=rows.get("title", ""))
+    return path if path.is_file() and not is_table_file(path.name) else None
 
 
 def _read_columns(path: Path, names: list[str]) -> pd.DataFrame:
-    """A file of columns between blanks, without a header."""
+    """A file of columns between blanks, without a header; its lines, from 1, as index."""
     try:
-        rows = pd.read_csv(path, sep=r"\s+", header=None, dtype=str, quoting=3, keep_default_na=False)
-    except (ValueError, UnicodeDecodeError) as error:
+        rows = pd.read_csv(
+            path,
+            sep=r"\s+",
+            header=None,
+            dtype=str,
+            quoting=csv.QUOTE_NONE,
+            keep_default_na=False,
+            skip_blank_lines=False,
+            encoding="utf-8-sig",
+        )
+    except (ValueError, OSError, EOFError) as error:
         raise TableError(f"{path}: cannot be read as TREC's columns: {error}") from error
+    rows = rows.set_axis(pd.RangeIndex(1, len(rows) + 1, name="line"))
+    rows = rows[rows[0] != ""]
     if rows.shape[1] != len(names):
         raise TableError(f"{path}: rows have {rows.shape[1]} columns, not the {len(names)} of {' '.join(names)}.")
+    if (short := rows.iloc[:, -1] == "").any():
+        raise TableError(f"{path}: line {rows.index[short][0]} has fewer columns than {' '.join(names)}.")
     return rows.set_axis(names, axis=1)
-
-
-def _queries(source: Source | None) -> pd.DataFrame | None:
-    if source is None:
-        return None
-    return read_table(source, "queries")[["query_id", "query"]]
-
-
-def _with_texts(
-    rows: pd.DataFrame, name: str, corpus: pd.DataFrame | None, queries: pd.DataFrame | None
-) -> pd.DataFrame:
-    labels = pd.to_numeric(rows["label"], errors="coerce")
-    rows = rows.assign(label=labels.clip(lower=0), query=rows["query_id"], title="", summary="")
-    rows = validate(rows, "judgments", name)
-    if queries is not None:
-        rows["query"] = rows["query_id"].map(queries.astype(str).set_index("query_id")["query"])
-        if (unknown := rows["query"].isna()).any():
-            raise TableError(f"{name}: query '{rows['query_id'][unknown].iloc[0]}' has no text.")
-    return rows.drop(columns=["title", "summary"]) if corpus is None else join_texts(rows, corpus, name)

@@ -1,4 +1,10 @@
-"""Stage 4: how good a ranking of judged documents is, with intervals by query."""
+"""Stage 4: how good a ranking is, with intervals by query.
+
+Two situations, two words. A model *re-ranks* judged documents: all of them are there, equal scores share their gain,
+and a query without a relevant document is left out. A *run* is what was retrieved, here or elsewhere, and is judged as
+trec_eval judges it: what it lacks earns nothing, a query without an answer or without a relevant document counts 0,
+and equal scores (in float32) rank by doc_id, the last one first. Rows of a run have the column `missing`.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +75,7 @@ def describe(ranker: Any) -> dict[str, Any]:
     model = ranker.model
     marker = getattr(model.config, MARKER, {})
     about = {"role": marker.get("role", "model"), "teacher": (marker.get("teacher") or {}).get("id")}
+    about["score_transform"] = marker.get("score_transform")
     about["parameters"] = sum(weight.numel() for weight in model.parameters())
     return about | {name: getattr(ranker, name) for name in ("queries_cut", "documents_cut") if hasattr(ranker, name)}
 
@@ -82,8 +89,8 @@ def join_run(judgments: pd.DataFrame, run: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         The rows of `judgments`, then the unjudged ones with label -1, with the columns `score` (float64) and
-        `missing`: a judged document that the run lacks ranks last of its query, below all that the run holds. Both
-        kinds are counted in a warning.
+        `missing`: True for a judged document that the run lacks, whose score is below all that the run holds. Both
+        kinds are counted in a warning, and so are queries of which the run holds nothing.
 
     Raises:
         TableError: no judged pair is in the run.
@@ -95,7 +102,12 @@ def join_run(judgments: pd.DataFrame, run: pd.DataFrame) -> pd.DataFrame:
     if not (rows["found"] == "both").any():
         raise TableError("No judged (query_id, doc_id) is in the run: do the ids come from the same source?")
     if missing.any():
-        logger.warning("%d of %d judged documents are not in the run; they rank last.", missing.sum(), len(judgments))
+        logger.warning(
+            "%d of %d judged documents are not in the run: they earn nothing, and rank last in PNR.",
+            *(missing.sum(), len(judgments)),
+        )
+    if unanswered := judgments["query_id"].nunique() - run["query_id"].nunique():
+        logger.warning("%d judged queries are not in the run: they count 0.", unanswered)
     if unjudged.any():
         logger.warning(
             "%d documents of the run are not judged: grade 0 in NDCG, MRR, MAP, not in PNR.", unjudged.sum()
@@ -126,23 +138,34 @@ def per_query(rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[str] = 
     """A row of measures for each query, by sorted query_id.
 
     Args:
-        rows: columns query_id, doc_id, label (-1 for a document that is not judged).
+        rows: columns query_id, doc_id, label (-1 for a document that is not judged) and, of a run, `missing`.
         scores: shape (len(rows),).
-        measures: further ones by their ir_measures names; equal scores are then in that package's order.
+        measures: further ones by their ir_measures names, whose values are that package's in both situations.
 
     Returns:
         query_id, documents (judged ones), what `metrics.by_query` gives, and a column for each further measure. NaN
         where a query does not define one.
     """
     labels, ids = rows["label"].to_numpy(), rows["query_id"].to_numpy()
-    judged = labels != UNJUDGED
+    judged, is_run = labels != UNJUDGED, "missing" in rows.columns
     names, documents = np.unique(ids[judged].astype(str), return_counts=True)
-    values = metrics.by_query(np.maximum(labels, 0), scores, ids)
-    if not judged.all():
+    retrieved = ~rows["missing"].to_numpy(bool) if is_run else None
+    values = metrics.by_query(
+        np.maximum(labels, 0), _run_order(rows, scores) if is_run else scores, ids, retrieved=retrieved
+    )
+    if is_run or not judged.all():
         among_judged = metrics.by_query(labels[judged], scores[judged], ids[judged], ks=())
         values |= {name: among_judged[name] for name in (*_COUNTS, "pair_accuracy")}
     table = pd.DataFrame({"query_id": names, "documents": documents, **values})
     return table.join(_ir_measures(rows, scores, measures), on="query_id") if measures else table
+
+
+def _run_order(rows: pd.DataFrame, scores: np.ndarray) -> np.ndarray:
+    """Distinct scores in the order of trec_eval: falling float32, among equal ones falling doc_id."""
+    order = np.lexsort((pd.factorize(rows["doc_id"], sort=True)[0], np.asarray(scores, np.float32)))
+    places = np.empty(len(rows))
+    places[order] = np.arange(len(rows))
+    return places
 
 
 def _ir_measures(rows: pd.DataFrame, scores: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
@@ -150,17 +173,25 @@ def _ir_measures(rows: pd.DataFrame, scores: np.ndarray, names: Sequence[str]) -
     try:
         import ir_measures
     except ImportError as error:
-        raise ImportError("Further measures need ir_measures: pip install hf-disranker[eval]") from error
+        raise ValueError("Further measures need ir_measures: pip install hf-disranker[eval]") from error
     try:
-        wanted = [ir_measures.parse_measure(name) for name in names]
-    except (NameError, ValueError, SyntaxError) as error:
-        raise ValueError(f"ir_measures knows no such measure: {error}") from error
-    # Numbers for ids: some of the programs behind ir_measures take no others.
+        wanted = [ir_measures.parse_measure(name) for name in dict.fromkeys(names)]
+    except (NameError, ValueError, SyntaxError, AssertionError) as error:
+        raise ValueError(f"ir_measures knows no such measure as {', '.join(names)}: {error}") from error
+    # Numbers for ids: some of the programs behind ir_measures take no others. Equal scores are in the order of doc_id.
     codes, ids = pd.factorize(rows["query_id"])
-    keys = pd.DataFrame({"query_id": codes.astype(str), "doc_id": np.arange(len(rows)).astype(str)})
+    documents, known = pd.factorize(rows["doc_id"].astype(str), sort=True)
+    padded = pd.Series(documents.astype(str)).str.zfill(len(str(len(known))))
+    keys = pd.DataFrame({"query_id": codes.astype(str), "doc_id": padded})
     judged = rows["label"].to_numpy() != UNJUDGED
+    retrieved = ~rows["missing"].to_numpy(bool) if "missing" in rows.columns else np.ones(len(rows), bool)
     qrels = keys[judged].assign(relevance=rows["label"].to_numpy()[judged])
-    found = pd.DataFrame(ir_measures.iter_calc(wanted, qrels, keys.assign(score=scores)))
+    run = keys.assign(score=np.asarray(scores, np.float64))[retrieved]
+    try:
+        found = pd.DataFrame(ir_measures.iter_calc(wanted, qrels, run))
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"ir_measures cannot compute {', '.join(names)} here: {reason}") from error
     found = found.assign(query_id=ids[found["query_id"].astype(int).to_numpy()], measure=found["measure"].map(str))
     return found.pivot(index="query_id", columns="measure", values="value")
 

@@ -204,7 +204,11 @@ def teacher_error(scores: ArrayLike, teacher_scores: ArrayLike, groups: ArrayLik
 
 
 def by_query(
-    labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, ks: Iterable[int] = (1, 3, 5, 10)
+    labels: ArrayLike,
+    scores: ArrayLike,
+    groups: ArrayLike,
+    ks: Iterable[int] = (1, 3, 5, 10),
+    retrieved: ArrayLike | None = None,
 ) -> dict[str, NDArray[Any]]:
     """What labels and scores define for each query.
 
@@ -213,12 +217,18 @@ def by_query(
         scores: shape (rows,).
         groups: query ids, shape (rows,).
         ks: the cut-offs of NDCG.
+        retrieved: False for a judged document that a retrieval run lacks, shape (rows,). It ranks last and earns
+            nothing in NDCG, MRR and MAP, and a query without a relevant document counts 0 there, as in trec_eval.
+            None re-ranks given documents: all are there, and such a query is nan.
 
     Returns:
         Columns of shape (queries,): "concordant", "discordant", "tied", "pair_accuracy", "ndcg@k", "mrr" and "map" (a
         query's reciprocal rank and average precision).
     """
-    return _by_query(_read(labels, scores, groups), ks)
+    if retrieved is None:
+        return _by_query(_read(labels, scores, groups), ks)
+    found = _by_query(_read(labels, scores, groups, np.asarray(retrieved, np.bool_)), ks)
+    return {name: np.nan_to_num(values) if name != "pair_accuracy" else values for name, values in found.items()}
 
 
 def evaluate(
@@ -250,11 +260,15 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Rows:
-    """Checked rows by query, in each query by falling score, among equal scores by rising label."""
+    """Checked rows by query, in each query by falling score, among equal scores by rising label.
+
+    Rows that were not retrieved are the last of their query.
+    """
 
     labels: Ints
     scores: Floats
     query: Ints
+    retrieved: NDArray[np.bool_]
 
     @cached_property
     def query_edges(self) -> Ints:
@@ -262,7 +276,7 @@ class _Rows:
 
     @cached_property
     def tie_edges(self) -> Ints:
-        return _edges(self.query, self.scores)
+        return _edges(self.query, self.retrieved, np.where(self.retrieved, self.scores, 0))
 
     @cached_property
     def rank(self) -> Ints:
@@ -277,22 +291,25 @@ class _Rows:
     @cached_property
     def pooled(self) -> _Rows:
         """The same rows as documents of one query."""
-        return _sort(self.labels, self.scores, np.zeros_like(self.query))
+        return _sort(self.labels, self.scores, np.zeros_like(self.query), self.retrieved)
 
     def sum(self, values: NDArray[Any]) -> NDArray[Any]:
         """By query."""
         return np.add.reduceat(values, self.query_edges[:-1])
 
 
-def _read(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> _Rows:
+def _read(
+    labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, retrieved: NDArray[np.bool_] | None = None
+) -> _Rows:
     grades, values, query = _columns(groups, labels=labels, scores=scores)
     _refuse("labels", (grades < 0) | (grades % 1 != 0), "not whole numbers >= 0")
-    return _sort(grades.astype(np.int64), values, query)
+    everything = np.ones(query.shape, np.bool_)
+    return _sort(grades.astype(np.int64), values, query, everything if retrieved is None else retrieved)
 
 
-def _sort(labels: Ints, scores: Floats, query: Ints) -> _Rows:
-    order = np.lexsort((labels, -scores, query))
-    return _Rows(labels[order], scores[order], query[order])
+def _sort(labels: Ints, scores: Floats, query: Ints, retrieved: NDArray[np.bool_]) -> _Rows:
+    order = np.lexsort((labels, np.where(retrieved, -scores, 0), ~retrieved, query))
+    return _Rows(labels[order], scores[order], query[order], retrieved[order])
 
 
 def _columns(groups: ArrayLike, **numbers: ArrayLike) -> tuple[NDArray[Any], ...]:
@@ -362,7 +379,7 @@ def _ndcg(rows: _Rows, k: int | None, gain: Gain = "exp2") -> Floats:
     # Sharing the mean discount among equal scores gives the same sum as sharing their mean gain.
     sizes = np.diff(rows.tie_edges)
     shared = np.repeat(np.add.reduceat(discount, rows.tie_edges[:-1]) / sizes, sizes)
-    found = _gains(rows.labels, gain) * shared
+    found = _gains(rows.labels, gain) * shared * rows.retrieved
     ideal = _gains(rows.ideal_labels, gain) * discount
     return _ratio(rows.sum(found), rows.sum(ideal))
 
@@ -378,10 +395,10 @@ def _gains(labels: Ints, gain: Gain) -> Floats:
 
 
 def _reciprocal_rank(rows: _Rows, k: int | None = None, min_label: int = 1) -> Floats:
-    ranks = np.where(rows.labels >= min_label, rows.rank, np.inf)
-    first = np.minimum.reduceat(ranks, rows.query_edges[:-1])
-    value = np.where(first <= _cutoff(k), 1 / first, 0)
-    return np.where(np.isinf(first), np.nan, value)
+    relevant = rows.labels >= min_label
+    earned = np.where(relevant & rows.retrieved & (rows.rank <= _cutoff(k)), 1 / rows.rank, 0)
+    best = np.maximum.reduceat(earned, rows.query_edges[:-1])
+    return np.where(rows.sum(relevant.astype(np.int64)) > 0, best, np.nan)
 
 
 def _average_precision(rows: _Rows, min_label: int = 1) -> Floats:
@@ -389,7 +406,7 @@ def _average_precision(rows: _Rows, min_label: int = 1) -> Floats:
     found = np.cumsum(relevant)
     found_before_query = (found - relevant)[_starts(rows.query_edges)]
     precision = (found - found_before_query) / rows.rank
-    return _ratio(rows.sum(relevant * precision), rows.sum(relevant))
+    return _ratio(rows.sum(relevant * precision * rows.retrieved), rows.sum(relevant))
 
 
 def _cutoff(k: int | None) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from hf_disranker.data.outputs import check_output, json_in
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.trec import KEY, read_judgments, read_run, write_run
 from hf_disranker.evaluation.evaluate import best_passages, join_run, measure_slices, per_query, summarise
@@ -25,7 +26,7 @@ _PACKAGES = ("hf-disranker", "torch", "transformers", "numpy")
 
 @dataclass
 class Evaluation:
-    """A ranking of judged documents and what it is worth; one json file, with two more beside it.
+    """A ranking and what it is worth; one json file, with two more beside it.
 
     Args:
         name: what tables and pictures call the ranker.
@@ -55,41 +56,81 @@ class Evaluation:
         return cls(name, rows, queries, found, about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write NAME.json with the measures, NAME.parquet with the values by query, NAME.run with the ranking (TREC).
+        """Write PATH (json: the measures, `name`, `about`), PATH.parquet (values by query), PATH.run (TREC run).
 
-        The json holds the measures, `name` and `about`.
+        Raises:
+            ValueError: as `check_evaluation_output`.
         """
-        where = Path(path)
-        where.parent.mkdir(parents=True, exist_ok=True)
-        self.queries.to_parquet(where.with_suffix(".parquet"), index=False)
-        write_run(self.rows, where.with_suffix(".run"), self.name)
+        check_evaluation_output(path)
+        queries, run = _side_files(path)
+        self.queries.to_parquet(queries, index=False)
+        write_run(self.rows, run, self.name)
         text = json.dumps(self.measures | {"name": self.name, "about": self.about}, indent=2, ensure_ascii=False)
-        where.write_text(text + "\n", encoding="utf-8")
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], judgments: pd.DataFrame) -> Evaluation:
         """Read what `save` wrote, with the judgments that it was made with."""
-        where = Path(path)
-        measures = json.loads(where.read_text(encoding="utf-8"))
-        if not {"name", "about"} <= measures.keys():
-            raise ValueError(f"{where} was not written by `disranker evaluate --out`.")
+        queries, run = _side_files(path)
+        measures = _read_measures(path)
         name, about = measures.pop("name"), measures.pop("about")
         if column := about.get("max_over"):
             judgments = best_passages(judgments.assign(score=0.0), column)
-        rows = join_run(judgments.drop(columns="score", errors="ignore"), read_run(where.with_suffix(".run")))
-        return cls(name, rows, pd.read_parquet(where.with_suffix(".parquet")), measures, about)
+        rows = join_run(judgments.drop(columns="score", errors="ignore"), read_run(run))
+        return cls(name, rows, pd.read_parquet(queries), measures, about)
+
+
+def check_evaluation_output(path: str | os.PathLike[str], inputs: Iterable[str | None] = ()) -> None:
+    """Refuse a path where `Evaluation.save` would overwrite anything but an earlier evaluation of that path.
+
+    Args:
+        path: as for `Evaluation.save`.
+        inputs: what is read to evaluate: paths, or names of another kind.
+
+    Raises:
+        ValueError, OSError: as `outputs.check_output`.
+    """
+    replaces = _is_evaluation(path)
+    for file in (path, *_side_files(path)):
+        check_output(file, lambda _: replaces, inputs)
+
+
+def _side_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The values by query and the ranking; named after the whole name, so that `lr_0.1` and `lr_0.2` share nothing."""
+    return Path(f"{os.fspath(path)}.parquet"), Path(f"{os.fspath(path)}.run")
+
+
+def _is_evaluation(path: str | os.PathLike[str]) -> bool:
+    """Whether a file was written by `Evaluation.save`."""
+    found = json_in(path)
+    return isinstance(found, dict) and {"name", "about", "intervals"} <= found.keys()
+
+
+def _read_measures(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The json of an evaluation; ValueError where it is another file, FileNotFoundError where a file is missing."""
+    if os.path.isfile(path) and not _is_evaluation(path):
+        raise ValueError(f"{path} was not written by `disranker evaluate --out`.")
+    for file in (Path(path), *_side_files(path)):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; `disranker evaluate --out {path}` writes it.")
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def load_evaluations(paths: Iterable[str | os.PathLike[str]]) -> list[Evaluation]:
-    """Read what `disranker evaluate --out` wrote: json files, or folders of them.
+    """Read what `disranker evaluate --out` wrote: json files, or folders of them, whose other files are passed over.
 
     Raises:
+        FileNotFoundError: a file of an evaluation is missing.
         ValueError: there is none, two have one name, or they are not of the same judgments.
     """
-    files = [file for path in map(Path, paths) for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    files = [
+        file
+        for path in map(Path, paths)
+        for file in (filter(_is_evaluation, sorted(path.glob("*.json"))) if path.is_dir() else [path])
+    ]
     if not files:
         raise ValueError("There is no json of `disranker evaluate --out` at these places.")
-    about = [json.loads(file.read_text(encoding="utf-8")).get("about", {}) for file in files]
+    about = [_read_measures(file)["about"] for file in files]
     sources = [(one.get("judgments"), one.get("split")) for one in about]
     for file, source in zip(files, sources, strict=True):
         if source[0] is None or source != sources[0]:
@@ -151,17 +192,30 @@ def slices_text(column: str, found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def differences(measures: Mapping[str, Any], path: str) -> list[str]:
-    """What differs from a file of expected measures by more than its `tolerance` (a share; by default 0.01)."""
+def read_expected(path: str) -> dict[str, float | None]:
+    """A file of expected measures (yaml), for `differences`; TableError where it holds anything but numbers."""
     with open(path, encoding="utf-8") as file:
-        expected = yaml.safe_load(file)
+        try:
+            expected = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise TableError(f"{path}: is no yaml: {' '.join(str(error).split())}") from error
     if not isinstance(expected, dict):
         raise TableError(f"{path}: holds no measures.")
-    tolerance = expected.pop("tolerance", 0.01)
+    for name, value in expected.items():
+        if value is not None and not isinstance(value, float | int):
+            raise TableError(f"{path}: {name} is {value!r}, not a number.")
+    return expected
+
+
+def differences(measures: Mapping[str, Any], expected: Mapping[str, float | None]) -> list[str]:
+    """What differs from expected measures by more than their `tolerance` (a share; by default 0.01)."""
+    expected = dict(expected)
+    tolerance = expected.pop("tolerance", None)
+    tolerance = 0.01 if tolerance is None else tolerance
     lines = []
     for name, wanted in expected.items():
         found: Any = measures.get(name)
-        same = found is wanted if None in (found, wanted) else math.isclose(found, wanted, rel_tol=tolerance)
+        same = found is wanted if found is None or wanted is None else math.isclose(found, wanted, rel_tol=tolerance)
         if not same:
             lines.append(f"  {name}: expected {wanted}, found {found} (tolerance {tolerance:.1%})")
     return lines

@@ -10,7 +10,8 @@ import numpy as np
 
 from hf_disranker.data.templates import Templates
 
-Document = str | Mapping[str, str]
+Document = str | Mapping[str, str | None]
+Pair = tuple[str, Document]
 
 
 class PairRanker(ABC):
@@ -19,11 +20,14 @@ class PairRanker(ABC):
     templates: Templates
 
     @abstractmethod
-    def predict(self, pairs: Sequence[tuple[str, Document]]) -> np.ndarray:
-        """Raw logits of (query, document) pairs in their order, shape (len(pairs),), float32."""
+    def predict(self, pairs: Sequence[Pair] | Pair) -> np.ndarray:
+        """Raw logits of (query, document) pairs in their order, shape (len(pairs),), float32.
 
-    def probabilities(self, pairs: Sequence[tuple[str, Document]]) -> np.ndarray:
-        """The logistic function of `predict`, shape (len(pairs),), float32 between 0 and 1.
+        One pair that is not in a list gives its score alone, as in `CrossEncoder`.
+        """
+
+    def probabilities(self, pairs: Sequence[Pair] | Pair) -> np.ndarray:
+        """The logistic function of `predict`, of the same shape, float32 between 0 and 1.
 
         In the order of the raw scores; calibrated only if the labels of the training were probabilities.
         """
@@ -48,4 +52,19 @@ class PairRanker(ABC):
     def _text(self, document: Document) -> str:
         if isinstance(document, str):
             return document
-        return self.templates.render_document(document["title"], document["summary"])
+        if not isinstance(document, Mapping) or (document and not document.keys() & {"title", "summary"}):
+            raise ValueError(f"A document is a string or a mapping with title and summary, not {document!r:.80}.")
+        return self.templates.render_document(document.get("title"), document.get("summary"))
+
+
+def listed(pairs: Sequence[Pair] | Pair) -> tuple[Sequence[Pair], bool]:
+    """(query, document) pairs as a list, and whether there was a single one, not in a list.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if len(pairs) == 2 and isinstance(pairs[0], str) and not isinstance(pairs, str):
+        return [(pairs[0], pairs[1])], True  # type: ignore[list-item]
+    if any(isinstance(pair, str) for pair in pairs[:1]):
+        raise ValueError(f"Give pairs (query, document), or a single one, not {pairs!r:.80}.")
+    return pairs, False  # type: ignore[return-value]

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
 from hf_disranker.models.card import TEMPLATES, CardFacts, model_card, training_facts
+from hf_disranker.models.checkpoint import HUB_OPTIONS, check_weights, explain_absence, load_config
 
 MODELING_FILE = "modeling_disranker.py"
 # Pickles run code when they are read, and training_args.bin holds whatever the arguments held.
@@ -40,13 +41,17 @@ class RankerHubMixin:
     config: Any
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """As in transformers; reads safetensors only, unless `use_safetensors=False` says otherwise.
 
         Raises:
-            OSError: the weights are pickles, or cut off.
-            ValueError: a marked checkpoint that lacks its head, or whose weights do not fit its config.
+            OSError: neither a folder nor on the Hub, or the weights are pickles, or cut off.
+            ValueError: a checkpoint that lacks more than a head, a marked one that lacks its head, or weights that do
+                not fit their config.
         """
+        name = pretrained_model_name_or_path
         kwargs.setdefault("use_safetensors", True)
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
@@ -57,6 +62,7 @@ class RankerHubMixin:
             raise ValueError(
                 f"{name} is no trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, which its config claims."
             )
+        check_weights(name, info)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -309,12 +315,21 @@ def _without_token(text: str, token: str | bool | None) -> str:
 
 def _explain(error: Exception, name: str | os.PathLike, kwargs: dict[str, Any]) -> None:
     """Raise in plain words what is known to be behind an error of transformers; return where nothing is."""
+    if name is None:  # the weights were given
+        return
     if isinstance(error, SafetensorError):
         raise OSError(
             f"The weights of {name} cannot be read ({error}): the file is cut off or damaged. Download it again, with "
             "force_download=True, or copy it again."
         ) from error
     if isinstance(error, RuntimeError) and "mismatch" in str(error):
+        config = load_config(name, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+        if config.num_labels != 1 and str(config.architectures).endswith("ForSequenceClassification']"):
+            raise ValueError(
+                f"{name} is a classifier with {config.num_labels} labels; a ranker has one score. To train a new head "
+                f"on its layers, save them alone: AutoModel.from_pretrained({str(name)!r}).save_pretrained(FOLDER), "
+                "with the tokenizer."
+            ) from error
         raise ValueError(f"The weights of {name} do not fit what its config claims: {error}") from error
     files = _files(name, kwargs) if kwargs["use_safetensors"] and isinstance(error, OSError) else []
     pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))]
@@ -323,6 +338,7 @@ def _explain(error: Exception, name: str | os.PathLike, kwargs: dict[str, Any]) 
             f"{name} holds its weights as {pickles[0]} and not as safetensors. Refused, since reading a pickle can "
             "run code. If you trust it: load it with use_safetensors=False, and save_pretrained writes safetensors."
         ) from error
+    explain_absence(name, error)
 
 
 def _files(name: str | os.PathLike, kwargs: dict[str, Any]) -> list[str]:
@@ -330,5 +346,5 @@ def _files(name: str | os.PathLike, kwargs: dict[str, Any]) -> list[str]:
         return os.listdir(name)
     try:
         return HfApi(token=kwargs.get("token")).list_repo_files(os.fspath(name), revision=kwargs.get("revision"))
-    except (OSError, HFValidationError):
+    except Exception:  # of the transport, of the client, of the Hub: the first error says more
         return []

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout, scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Unpadded:
         """Plan a batch.
 
         Args:
-            attention_mask: 1 for a token, 0 for padding on any side, shape (rows, longest); no row is empty.
+            attention_mask: 1 for a token, 0 for padding on the right, shape (rows, longest); no row is empty.
         """
         lengths = attention_mask.bool().sum(dim=1)
         order = torch.argsort(lengths, descending=True, stable=True)
@@ -116,16 +118,23 @@ def pack(rows: list[list[int]], keys: list[Any]) -> Packed:
     return Packed(torch.tensor([tokens]), torch.tensor([positions]), groups, last)
 
 
-def _packed_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **kwargs: Any
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention over `kwargs["packed"]`: each row sees its group's beginning and itself.
+    """sdpa, and over rows that come as `packed` the attention of each row to its group's beginning and itself."""
+    if kwargs.get("packed") is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return _packed_attention(query, key, value, kwargs["packed"], kwargs["scaling"]), None
+
+
+def _packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scaling: float) -> Tensor:
+    """Causal attention of packed rows.
 
     Query of shape (1, heads, tokens, size); key and value may have fewer heads. Gives (1, tokens, heads, size).
     """
     output = torch.empty_like(query)
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    for start, remainders in kwargs["packed"].groups:
+    for start, remainders in packed.groups:
         first_keys, first_values = key[:, :, start], value[:, :, start]
         if start.stop > start.start:
             output[:, :, start] = scaled_dot_product_attention(
@@ -137,8 +146,11 @@ def _packed_attention(
             length, seen = row.stop - row.start, keys.shape[2]
             mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(seen - length)
             output[:, :, row] = scaled_dot_product_attention(query[:, :, row], keys, values, mask, **options)
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2)
 
 
+# A decoder that has this attention reads batches as it would with sdpa, and packed rows when they come as the keyword
+# `packed`: nothing of the model changes from one call to the next, so that threads can share it.
 PACKED = "disranker_packed"
-AttentionInterface.register(PACKED, _packed_attention)
+AttentionInterface.register(PACKED, _attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_disranker.data.collators import Encoded, PairCollator, budget_batches, made_ahead, runs_within
-from hf_disranker.models.base import Document, PairRanker
+from hf_disranker.models.base import Pair, PairRanker, listed
+from hf_disranker.models.checkpoint import (
+    HUB_OPTIONS,
+    check_length,
+    check_vocabulary,
+    load_config,
+    load_tokenizer,
+    position_limit,
+)
 from hf_disranker.models.packing import PACKED, pack
 from hf_disranker.models.student import BertDistilledRanker
-from hf_disranker.models.teacher import LLMForLastTokenRanking, prepare_tokenizer
+from hf_disranker.models.teacher import LLMForLastTokenRanking, fit_embeddings, prepare_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +34,11 @@ DEFAULT_MAX_LENGTH = 512
 DEFAULT_MAX_QUERY_LENGTH = 64
 # Pairs tokenised at a time: enough to sort by length, little enough that the first do not keep the model waiting.
 _CHUNK = 4096
+_COUNTING = threading.Lock()
 
 
 class Ranker(PairRanker):
-    """Scores documents for a query with a student or a teacher.
+    """Scores documents for a query with a student or a teacher; threads can share one.
 
     Args:
         model: a `BertDistilledRanker` or an `LLMForLastTokenRanking`.
@@ -37,8 +47,11 @@ class Ranker(PairRanker):
             more of a small model's work, and 32,768 on a GPU.
 
     Attributes:
-        share_prefix: compute what neighbouring pairs with the same query have in common once, without padding. On at
-            first for a teacher with full attention on a CPU; what it gains on a GPU has not been measured.
+        share_prefix: compute what neighbouring pairs with the same query have in common once, without padding; only a
+            teacher with full attention by sdpa does. On at first on a CPU; the gain on a GPU has not been measured.
+        queries_cut: queries beyond their limit so far.
+        documents_cut: documents of which not all was read.
+        tokens: read so far, without padding.
     """
 
     def __init__(
@@ -51,7 +64,9 @@ class Ranker(PairRanker):
         self.token_budget = token_budget or (2048 if model.device.type == "cpu" else 32_768)
         self.collator = pair_collator(model, tokenizer)
         self.templates = self.collator.templates
-        self.share_prefix = model.device.type == "cpu" and self._has_full_attention()
+        if self._has_full_attention():
+            self.model.model.set_attn_implementation(PACKED)
+        self.share_prefix = model.device.type == "cpu" and self._can_share()
         self.queries_cut = 0
         self.documents_cut = 0
         self.tokens = 0
@@ -70,68 +85,81 @@ class Ranker(PairRanker):
             ValueError: the checkpoint is of a kind that is not known, or holds no ranking head.
             OSError: neither a folder nor on the Hub.
         """
-        hub = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
-        try:
-            config = AutoConfig.from_pretrained(name_or_path, **hub)
-        except OSError as error:
-            if os.path.isdir(name_or_path):
-                raise
-            raise OSError(f"{name_or_path}: no such folder, and as a Hub id: {error}") from error
-        kind = BertDistilledRanker if config.model_type == "bert" else LLMForLastTokenRanking
+        hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+        is_bert = load_config(name_or_path, **hub).model_type == "bert"
+        kind = BertDistilledRanker if is_bert else LLMForLastTokenRanking
         model, info = kind.from_pretrained(name_or_path, output_loading_info=True, **options)
         if info["missing_keys"]:
-            raise ValueError(f"{name_or_path} is no trained ranker: it lacks {sorted(info['missing_keys'])[:4]}.")
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
+            stage = "`disranker distill` trains one on a BERT" if is_bert else "`disranker fit_teacher` trains one"
+            raise ValueError(
+                f"{name_or_path} is no trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, the ranking head; "
+                f"{stage}."
+            )
+        tokenizer = load_tokenizer(name_or_path, **hub)
         head = getattr(model, "classifier", None) or getattr(model, "score", None)
         if head is not None and head.weight.dtype != torch.float32:
             # A score in bf16 has 8 bits, and documents of a query would tie.
             head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
 
-    def predict(self, pairs: Sequence[tuple[str, Document]], progress: bool = False) -> np.ndarray:
+    def predict(self, pairs: Sequence[Pair] | Pair, progress: bool | Callable[[int], None] = False) -> np.ndarray:
         """Score pairs.
 
         A score does not depend on which other pairs are scored with it, nor on their order, beyond rounding
         (about 1e-6 in fp32).
 
         Args:
-            pairs: (query, document); a document is a string or a mapping with title and summary.
-            progress: show a progress bar.
+            pairs: (query, document); a document is a string or a mapping with title and summary, of which one that is
+                missing, None or NaN is an empty text.
+            progress: show a progress bar, or what to call with the number of pairs of each batch.
 
         Returns:
-            Raw logits in the order of `pairs`, shape (len(pairs),), float32.
+            Raw logits in the order of `pairs`, shape (len(pairs),), float32; of a single pair its score alone.
         """
+        pairs, alone = listed(pairs)
         scores = np.zeros(len(pairs), dtype=np.float32)
         chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
         start = 0
-        with tqdm(total=len(pairs), desc="pairs", unit=" pairs", disable=not progress) as bar:
+        with tqdm(total=len(pairs), desc="pairs", unit=" pairs", disable=not progress or callable(progress)) as bar:
             for encoded in made_ahead(self._encode, chunks):
-                self.queries_cut += encoded.queries_cut
-                self.documents_cut += encoded.documents_cut
                 lengths = np.array([len(row["input_ids"]) for row in encoded.rows])
-                self.tokens += int(lengths.sum())
-                batches = runs_within if self.share_prefix else budget_batches
+                self._count(encoded, int(lengths.sum()))
+                batches = runs_within if self.share_prefix and self._can_share() else budget_batches
                 for rows in batches(lengths, self.token_budget):
                     queries = [pairs[start + row][0] for row in rows]
                     scores[start + rows] = self._forward([encoded.rows[row] for row in rows], queries)
                     bar.update(len(rows))
+                    if callable(progress):
+                        progress(len(rows))
                 start += len(lengths)
-        return scores
+        return scores[0] if alone else scores
 
-    def _encode(self, pairs: Sequence[tuple[str, Document]]) -> Encoded:
+    def _count(self, encoded: Encoded, tokens: int) -> None:
+        with _COUNTING:
+            self.queries_cut += encoded.queries_cut
+            self.documents_cut += encoded.documents_cut
+            self.tokens += tokens
+
+    def _encode(self, pairs: Sequence[Pair]) -> Encoded:
         return self.collator.encode([query for query, _ in pairs], [self._text(document) for _, document in pairs])
 
     def _has_full_attention(self) -> bool:
-        """Whether it is a decoder of ours in which a token sees all that stand before it, and nothing bends scores."""
+        """Whether it is a decoder with full causal attention by sdpa, without soft-capping of the logits."""
+        if not isinstance(self.model, LLMForLastTokenRanking):
+            return False
         config = self.model.config
         window = getattr(config, "sliding_window", None) or self.collator.max_length
-        plain = "gemma" not in config.model_type and window >= self.collator.max_length
-        return isinstance(self.model, LLMForLastTokenRanking) and plain
+        by_sdpa = self.model.model.config._attn_implementation in ("sdpa", PACKED)
+        return by_sdpa and "gemma" not in config.model_type and window >= self.collator.max_length
+
+    def _can_share(self) -> bool:
+        decoder = self.model.model if isinstance(self.model, LLMForLastTokenRanking) else self.model
+        return decoder.config._attn_implementation == PACKED
 
     def _forward(self, rows: list[dict[str, list[int]]], queries: list[str]) -> np.ndarray:
         """Score tokenised rows together, or in halves when the memory does not hold them; then also what follows."""
         try:
-            return self._shared(rows, queries) if self.share_prefix else self._padded(rows)
+            return self._shared(rows, queries) if self.share_prefix and self._can_share() else self._padded(rows)
         except RuntimeError as error:
             if len(rows) == 1 or not should_reduce_batch_size(error):
                 raise
@@ -151,25 +179,31 @@ class Ranker(PairRanker):
     def _shared(self, rows: list[dict[str, list[int]]], queries: list[str]) -> np.ndarray:
         packed = pack([row["input_ids"] for row in rows], queries)
         ids, places = (tensor.to(self.model.device) for tensor in (packed.input_ids, packed.position_ids))
-        decoder = self.model.model
-        usual = decoder.config._attn_implementation
-        decoder.set_attn_implementation(PACKED)
-        try:
-            hidden = decoder(input_ids=ids, position_ids=places, use_cache=False, packed=packed).last_hidden_state
-        finally:
-            decoder.set_attn_implementation(usual)
+        # A mask of four dimensions is taken as it is, where any other would be made one of tokens x tokens.
+        unused = torch.empty(1, 1, 1, 1, device=ids.device)
+        hidden = self.model.model(
+            input_ids=ids, attention_mask=unused, position_ids=places, use_cache=False, packed=packed
+        ).last_hidden_state
         return self.model.head_logits(hidden[0, packed.last]).squeeze(-1).float().cpu().numpy()
 
 
 def pair_collator(
     model: BertDistilledRanker | LLMForLastTokenRanking, tokenizer: PreTrainedTokenizerBase
 ) -> PairCollator:
-    """The collator that feeds a model as its checkpoint says."""
-    marker = model.config.disranker
+    """The collator that feeds a model as its checkpoint says; model and tokenizer are made to fit, in place.
+
+    Raises:
+        ValueError: tokenizer and model do not go together, or the limits leave no room for a document or go beyond
+            the model's positions.
+    """
+    marker, positions = model.config.disranker, position_limit(model.config)
     if marker["role"] == "teacher":
-        tokenizer = prepare_tokenizer(tokenizer, marker.get("ending"))
+        fit_embeddings(model, prepare_tokenizer(tokenizer, marker.get("ending")))
     else:
+        check_vocabulary(model, tokenizer)
         tokenizer.padding_side = "right"  # BERT counts its positions from the left
-    max_length = marker.get("max_length") or min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
+    default = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
+    max_length = marker.get("max_length") or default
+    check_length(model.config, max_length)
     max_query_length = marker.get("max_query_length") or min(DEFAULT_MAX_QUERY_LENGTH, max_length // 2)
     return PairCollator(tokenizer, model.config.templates, max_length, max_query_length)

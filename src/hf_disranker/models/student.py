@@ -14,6 +14,8 @@ from hf_disranker.models.checkpoint import RankerConfigMixin, RankerOutput
 from hf_disranker.models.hub import RankerHubMixin
 from hf_disranker.models.packing import Unpadded
 
+_USUAL = {"return_dict": True}
+
 
 class DisRankerBertConfig(RankerConfigMixin, BertConfig):
     """The config of a marked BERT checkpoint.
@@ -58,12 +60,11 @@ class BertDistilledRanker(RankerHubMixin, BertForSequenceClassification):
     ) -> RankerOutput | tuple[Tensor, ...]:
         """As in `BertForSequenceClassification`; the output also has `scores`, shape (rows,), fp32.
 
-        On a CPU what nobody asks for is not computed: padding, and in the last layer all tokens but [CLS]. The logits
-        are the same to 1e-6 in fp32; labels, hidden states, attentions or a graph to export take the usual way.
+        On a CPU padding on the right is skipped, and in the last layer all tokens but [CLS]. The logits are the same
+        to 1e-6 in fp32; other padding, labels, hidden states, attentions or a graph to export take the stock forward.
         """
-        plain = labels is None and inputs_embeds is None and position_ids is None
-        plain = plain and (attention_mask is None or attention_mask.dim() == 2)
-        if plain and input_ids is not None and kwargs in ({}, {"return_dict": True}) and self._can_unpad():
+        plain = labels is None and inputs_embeds is None and position_ids is None and kwargs in ({}, _USUAL)
+        if plain and input_ids is not None and self._can_unpad() and _is_padded_right(attention_mask):
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             return RankerOutput(logits=self._unpadded_logits(input_ids, mask, types))
@@ -119,3 +120,13 @@ class BertDistilledRanker(RankerHubMixin, BertForSequenceClassification):
         self.bert.encoder.layer = nn.ModuleList(self.bert.encoder.layer[layer] for layer in layers)
         self.config.num_hidden_layers = len(layers)
         return self
+
+
+def _is_padded_right(attention_mask: Tensor | None) -> bool:
+    """Whether every row begins with its [CLS] and has its padding, if any, behind its tokens."""
+    if attention_mask is None:
+        return True
+    if attention_mask.dim() != 2:
+        return False
+    mask = attention_mask.bool()
+    return bool(mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all())

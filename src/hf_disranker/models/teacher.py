@@ -10,7 +10,6 @@ import torch
 from tokenizers import processors
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     Gemma2Config,
     Gemma2PreTrainedModel,
@@ -31,7 +30,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_disranker.data.templates import TEACHER_TEMPLATES
-from hf_disranker.models.checkpoint import RankerConfigMixin, RankerOutput
+from hf_disranker.models.checkpoint import (
+    HUB_OPTIONS,
+    RankerConfigMixin,
+    RankerOutput,
+    adapter_base,
+    check_vocabulary,
+    load_config,
+)
 from hf_disranker.models.hub import RankerHubMixin
 from hf_disranker.models.pooling import last_token
 
@@ -152,16 +158,18 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers.
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a folder of LoRA weights gives their base model with the adapter on it.
 
         Raises:
-            ValueError: the checkpoint is of a family that is not known.
+            OSError: neither a folder nor on the Hub, or the weights are pickles, or cut off.
+            ValueError: the checkpoint is of a family that is not known, or lacks more than its head.
         """
+        name = pretrained_model_name_or_path
         if cls is not LLMForLastTokenRanking:
             return super().from_pretrained(name, *args, **kwargs)
-        hub_options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "subfolder") if key in kwargs}
-        config = kwargs.get("config") or AutoConfig.from_pretrained(name, **hub_options)
+        hub_options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        config = kwargs.get("config") or load_config(adapter_base(name) or name, **hub_options)
         return _family(config).from_pretrained(name, *args, **kwargs)
 
     @classmethod
@@ -179,9 +187,10 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> RankerOutput | tuple[Tensor]:
+    ) -> RankerOutput | tuple[Tensor, ...]:
         """Score each row by its last real token.
 
         Args:
@@ -189,8 +198,9 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
             attention_mask: 1 for real tokens, shape (rows, tokens); padding may stand left or right.
             position_ids: as in the backbone.
             inputs_embeds: in place of `input_ids`, shape (rows, tokens, size).
-            return_dict: False gives the tuple (logits,).
-            kwargs: go to the backbone.
+            labels: scores to learn, shape (rows,); the loss is then the mean squared error, as in the stock classes.
+            return_dict: False gives the tuple (logits,), or (loss, logits) with labels.
+            kwargs: go to the backbone; `use_cache` is off unless it is given.
 
         Returns:
             Logits of shape (rows, 1) and `scores` of shape (rows,), fp32.
@@ -200,14 +210,13 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
+            **{"use_cache": False} | kwargs,
         )
-        state = last_token(output.last_hidden_state, attention_mask)
-        logits = self.head_logits(state)
+        logits = self.head_logits(last_token(output.last_hidden_state, attention_mask))
+        loss = None if labels is None else nn.functional.mse_loss(logits.flatten().float(), labels.flatten().float())
         if return_dict is False:
-            return (logits,)
-        return RankerOutput(logits=logits, hidden_states=output.hidden_states, attentions=output.attentions)
+            return (logits,) if loss is None else (loss, logits)
+        return RankerOutput(loss, logits, hidden_states=output.hidden_states, attentions=output.attentions)
 
     def head_logits(self, state: Tensor) -> Tensor:
         """What the head makes of the last tokens' hidden states, shape (rows, size): logits of shape (rows, 1)."""
@@ -306,8 +315,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, ending: str | None = N
     """Let a decoder's tokenizer end every text with its end-of-sequence token, and pad with another one.
 
     The tokenizer itself puts the token on: in the text it would be lost to truncation. A padding id that is also
-    the end-of-sequence id would make stock loaders read the token before it. Works in place and only once; when the
-    vocabulary has grown, call `model.resize_token_embeddings(len(tokenizer))`.
+    the end-of-sequence id would make stock loaders read the token before it. Works in place and only once; the
+    vocabulary may grow by the padding token, for which `fit_embeddings` makes room in the model.
 
     Args:
         tokenizer: the model's.
@@ -332,6 +341,27 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, ending: str | None = N
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
+
+
+@torch.no_grad()
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give each token of a prepared tokenizer its row of a decoder's embeddings, and the model its padding id.
+
+    New rows are zero, so that a checkpoint has the same weights on every machine: padding is masked, its row
+    not trained. Works in place; a decoder of any head will do.
+
+    Raises:
+        ValueError: the tokenizer is not the one that the model was trained with.
+    """
+    check_vocabulary(model, tokenizer)
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight[rows:] = 0
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.get_input_embeddings().padding_idx = tokenizer.pad_token_id  # the row of this token is not trained
 
 
 def _end_with(tokenizer: PreTrainedTokenizerBase, ending: list[int]) -> None:

@@ -1,13 +1,13 @@
-"""Who computes a teacher's scores: a model in this process, or a server that is asked over HTTP."""
+"""Scoring backends: a model in this process, or a server over HTTP."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,13 +20,14 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from requests.adapters import HTTPAdapter
 from sentence_transformers import CrossEncoder
-from transformers import AutoConfig
 from urllib3.util import Retry
 
 from hf_disranker.data.templates import STUDENT_TEMPLATES
 from hf_disranker.models.checkpoint import MARKER
+from hf_disranker.models.heads import check_head, check_labels, check_weights, is_classifier, read_config
 from hf_disranker.models.ranker import Ranker
 from hf_disranker.models.teacher import FAMILIES
+from hf_disranker.scoring.provenance import of_model, of_module, tokenizer_digest
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +42,13 @@ class Engine(Protocol):
         """Read so far, for the progress line; 0 where nobody counts them."""
 
     def describe(self) -> dict[str, Any]:
-        """What decides the scores, for the manifest: teacher, revision, weights, dtype, templates, limits ..."""
+        """What decides the scores, for the manifest: weights, config, tokenizer, dtype, templates, limits ..."""
 
-    def predict(self, pairs: Sequence[Pair]) -> np.ndarray:
+    def predict(self, pairs: Sequence[Pair], callback: Callable[[int], None] | None = None) -> np.ndarray:
         """Raw logits of (query, {"title", "summary"}) pairs in their order, shape (len(pairs),), float32.
 
-        NaN where a single pair cannot be scored; an exception where nothing can.
+        NaN where a single pair cannot be scored; an exception where nothing can. On the way `callback` is called with
+        the number of pairs that were scored since the last call.
         """
 
 
@@ -69,18 +71,21 @@ class RankerEngine:
 
     def describe(self) -> dict[str, Any]:
         """See `Engine`."""
-        collator = self.ranker.collator
-        limits = {"max_length": collator.max_length, "max_query_length": collator.max_query_length}
-        return _of_model(self.ranker.model, self.teacher) | {
+        collator, model = self.ranker.collator, self.ranker.model
+        return {
+            "teacher": self.teacher,
+            **of_model(model, model.config),
+            "tokenizer": tokenizer_digest(collator.tokenizer),
             "engine": "transformers",
             "versions": _versions("torch", "transformers"),
             "templates": collator.templates.to_dict(),
-            **limits,
+            "max_length": collator.max_length,
+            "max_query_length": collator.max_query_length,
         }
 
-    def predict(self, pairs: Sequence[Pair]) -> np.ndarray:
+    def predict(self, pairs: Sequence[Pair], callback: Callable[[int], None] | None = None) -> np.ndarray:
         """See `Engine`."""
-        return self.ranker.predict(pairs)
+        return self.ranker.predict(pairs, progress=callback or False)
 
 
 @dataclass
@@ -104,35 +109,56 @@ class CrossEncoderEngine:
     tokens: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        if self.model.num_labels != 1:
-            raise ValueError(f"{self.teacher} gives {self.model.num_labels} scores for a pair; a teacher gives one.")
+        check_labels(self.teacher, self.model.num_labels)
 
     def describe(self) -> dict[str, Any]:
         """See `Engine`."""
-        return _of_model(self.model, self.teacher) | {
+        tokenizer = self.model.tokenizer
+        return {
+            "teacher": self.teacher,
+            **of_model(self.model, self.model.config),
+            "tokenizer": tokenizer_digest(tokenizer, tokenizer.chat_template),
             "engine": "sentence-transformers",
             "versions": _versions("torch", "transformers", "sentence-transformers"),
             "templates": STUDENT_TEMPLATES.to_dict(),
-            "prompts": getattr(self.model, "prompts", None),
+            "modules": [of_module(module) for module in self.model],
+            "prompts": self.model.prompts,
+            "default_prompt_name": self.model.default_prompt_name,
             "max_length": self.model.max_seq_length,
         }
 
-    def predict(self, pairs: Sequence[Pair]) -> np.ndarray:
+    def predict(self, pairs: Sequence[Pair], callback: Callable[[int], None] | None = None) -> np.ndarray:
         """See `Engine`."""
         texts = [(query, STUDENT_TEMPLATES.render_document(**document)) for query, document in pairs]
+        # The longest first, as the CrossEncoder itself would have it of all texts together.
+        order = np.argsort([-len(query) - len(document) for query, document in texts], kind="stable")
+        scores, start = np.zeros(len(pairs), np.float32), 0
+        while start < len(pairs):
+            rows = order[start : start + self.batch_size]
+            if (batch := self._forward([texts[row] for row in rows])) is not None:
+                scores[rows] = batch
+                start += len(rows)
+                if callback:
+                    callback(len(rows))
+        return scores
+
+    def _forward(self, texts: list[tuple[str, str]]) -> np.ndarray | None:
+        """The scores of one batch; None where the memory does not hold it, with half the batch size from then on."""
         options = {"activation_fn": torch.nn.Identity(), "show_progress_bar": False}
-        while True:
-            try:
-                return self.model.predict(texts, batch_size=self.batch_size, **options).astype(np.float32)
-            except RuntimeError as error:
-                if self.batch_size == 1 or not should_reduce_batch_size(error):
-                    raise
-            torch.cuda.empty_cache()
-            self.batch_size //= 2
-            logger.warning("Out of memory: going on with batch_size %d.", self.batch_size)
+        try:
+            return self.model.predict(texts, batch_size=self.batch_size, **options).astype(np.float32)
+        except RuntimeError as error:
+            if len(texts) == 1 or not should_reduce_batch_size(error):
+                raise
+        torch.cuda.empty_cache()
+        self.batch_size = max(1, min(self.batch_size, len(texts)) // 2)
+        logger.warning("Out of memory: going on with batch_size %d.", self.batch_size)
+        return None
 
 
-def load_engine(model: str, dtype: str = "auto", token_budget: int | None = None) -> Engine:
+def load_engine(
+    model: str, dtype: str = "auto", token_budget: int | None = None, generative: bool = False
+) -> RankerEngine | CrossEncoderEngine:
     """The engine that fits a checkpoint: a ranker of ours where it reads as one, else a CrossEncoder.
 
     It runs on the GPU of this process, if there is one.
@@ -141,18 +167,23 @@ def load_engine(model: str, dtype: str = "auto", token_budget: int | None = None
         model: folder or Hub id.
         dtype: precision of the weights; "auto" takes the checkpoint's own.
         token_budget: as in `Ranker`; a CrossEncoder has none.
+        generative: read a causal language model as a reranker that answers yes or no. One that sentence-transformers
+            saved as such says so itself.
 
     Raises:
-        ValueError: the checkpoint holds no ranking head, or one with several labels.
+        OSError: neither a folder nor on the Hub.
+        ValueError: the checkpoint holds no ranking head, one with several labels, or an adapter alone.
     """
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    config = AutoConfig.from_pretrained(model)
-    stock = (config.architectures or [""])[0].endswith("ForSequenceClassification")
-    if hasattr(config, MARKER) or (config.model_type in ("bert", *FAMILIES) and stock):
+    config = read_config(model)
+    check_head(model, config, generative)
+    if hasattr(config, MARKER) or (config.model_type in ("bert", *FAMILIES) and is_classifier(config)):
         ranker = Ranker.from_pretrained(model, device=device, dtype=dtype)
         ranker.token_budget = token_budget or ranker.token_budget
         return RankerEngine(ranker, model)
-    return CrossEncoderEngine(CrossEncoder(model, device=device, model_kwargs={"dtype": dtype}), model)
+    encoder = CrossEncoder(model, device=device, model_kwargs={"dtype": dtype})
+    check_weights(model, encoder.transformers_model)
+    return CrossEncoderEngine(encoder, model)
 
 
 @dataclass(frozen=True)
@@ -186,6 +217,7 @@ SERVERS = {
 # Too busy, or not there for the moment: asked again. A text that cannot be read is not.
 _BUSY = (408, 429, 500, 502, 503, 504)
 _UNREADABLE = (400, 413, 422)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass
@@ -228,11 +260,12 @@ class HttpEngine:
         self._next = 0.0
 
     def describe(self) -> dict[str, Any]:
-        """See `Engine`; the weights lie with the server, so the teacher's name stands for them."""
-        how = {"teacher": self.model, "revision": None, "weights": None, "dtype": None}
-        return how | {"engine": self.server, "versions": {}, "templates": STUDENT_TEMPLATES.to_dict()}
+        """See `Engine`; a server shows neither weights, config nor tokenizer: the teacher's name stands for them."""
+        unknown = dict.fromkeys(("revision", "weights", "config", "tokenizer", "dtype"))
+        how = {"engine": self.server, "versions": {}, "templates": STUDENT_TEMPLATES.to_dict()}
+        return {"teacher": self.model} | unknown | how
 
-    def predict(self, pairs: Sequence[Pair]) -> np.ndarray:
+    def predict(self, pairs: Sequence[Pair], callback: Callable[[int], None] | None = None) -> np.ndarray:
         """See `Engine`.
 
         Raises:
@@ -249,36 +282,50 @@ class HttpEngine:
             try:
                 for (_, rows), answer in zip(batches, asked, strict=True):
                     scores[rows] = answer.result()
+                    if callback:
+                        callback(len(rows))
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
         return scores
 
     def _score(self, query: str, documents: list[str]) -> list[float]:
-        """The scores of a query's documents; NaN for one that the server cannot read."""
+        """The scores of a query's documents; NaN for one that the server cannot read or gives no score."""
         server = SERVERS[self.server]
         self._wait()
         body = {"model": self.model, server.query: query, server.documents: documents, **server.raw}
         answer = self._session.post(f"{self.url.rstrip('/')}{server.path}", json=body, timeout=(10, 600))
-        if answer.status_code in _UNREADABLE:
-            if len(documents) == 1:
-                logger.warning("%s cannot read a document: %.200s", self.url, answer.text)
-                return [float("nan")]
+        scores = None if answer.status_code in _UNREADABLE else self._read(answer, len(documents))
+        if scores is None and len(documents) > 1:
             half = len(documents) // 2
             return self._score(query, documents[:half]) + self._score(query, documents[half:])
+        if scores is None or any(map(math.isnan, scores)):
+            logger.warning("%s gives no score of a document: %.200s", self.url, answer.text)
+        return scores or [math.nan]
+
+    def _read(self, answer: requests.Response, documents: int) -> list[float] | None:
+        """The scores in an answer, NaN for what is no number; None for an error or not each document once.
+
+        Raises:
+            OSError: it is no answer to the question.
+        """
         if not answer.ok:
             raise OSError(f"{answer.url} answers {answer.status_code}: {answer.text:.200}")
+        server = SERVERS[self.server]
         try:
             content = answer.json()
+            about = content if isinstance(content, dict) else {}
+            if about.get("error") or about.get("object") == "error":
+                return None
             found = content[server.results] if server.results else content
-            scores = {one["index"]: float(one[server.score]) for one in found}
-            ordered = [scores[place] for place in range(len(documents))]
-        except (KeyError, TypeError, ValueError) as error:
-            raise OSError(f"{answer.url} gives no scores of {len(documents)} documents: {answer.text:.200}") from error
-        if server.results and content.get("usage"):
+            scores = {one.get("index"): _number(one.get(server.score)) for one in found}
             with self._lock:
-                self.tokens += content["usage"].get("prompt_tokens", 0)
-        return ordered
+                self.tokens += (about.get("usage") or {}).get("prompt_tokens") or 0
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise OSError(f"{answer.url} gives no scores of {documents} documents: {answer.text:.200}") from error
+        if len(found) != documents or scores.keys() != set(range(documents)):
+            return None
+        return [scores[place] for place in range(documents)]
 
     def _wait(self) -> None:
         """Hold a request back until the rate allows it."""
@@ -289,22 +336,13 @@ class HttpEngine:
             time.sleep(max(0.0, at - time.monotonic()))
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over all weights, by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _of_model(model: Any, teacher: str) -> dict[str, Any]:
-    return {
-        "teacher": teacher,
-        "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
-        "weights": weights_digest(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-    }
+def _number(score: Any) -> float:
+    """A score as float; NaN unless it is one number, or a list of one, that float32 holds."""
+    if isinstance(score, list) and len(score) == 1:
+        score = score[0]
+    if isinstance(score, bool) or not isinstance(score, int | float):
+        return math.nan
+    return float(score) if abs(score) <= _LARGEST else math.nan
 
 
 def _versions(*packages: str) -> dict[str, str]:

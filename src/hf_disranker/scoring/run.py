@@ -7,7 +7,8 @@ import os
 import socket
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class ScoringRun:
         failures = []
         for shard, rows in made_ahead(self._read, todo):
             try:
-                record = self._score(shard, rows)
+                record = self._score(shard, rows, progress)
             except Exception as error:
                 self._note(shard, {"error": str(error)})
                 if not isinstance(error, TableError):
@@ -82,7 +83,7 @@ class ScoringRun:
                 failures.append(f"shard {shard}: {error}")
                 continue
             self._note(shard, record | {"worker": f"{worker} of {workers}", "host": socket.gethostname()})
-            progress.update(shard, record["pairs"], record["tokens"])
+            progress.store(shard, record["pairs"], record["tokens"])
         progress.close()
         if failures:
             raise TableError("\n".join([f"{len(failures)} shard(s) failed; run again for them.", *failures]))
@@ -95,12 +96,19 @@ class ScoringRun:
             raise ValueError("\n".join(["The old scores are those of another teacher.", *lines]))
         self.store.open(manifest)
 
-    def _score(self, shard: int, rows: pa.Table | TableError) -> dict[str, Any]:
+    def _score(self, shard: int, rows: pa.Table | TableError, progress: Progress) -> dict[str, Any]:
         """Score and store one shard; gives what the log shall know of it."""
         if isinstance(rows, TableError):
             raise rows
         started, tokens = time.time(), self.engine.tokens
-        scored = score_shard(self.engine, rows, self.old)
+        done = 0
+
+        def show(pairs: int) -> None:
+            nonlocal done
+            done += pairs
+            progress.show(shard, done, self.engine.tokens - tokens)
+
+        scored = score_shard(self.engine, rows, self.old, show)
         self.store.write(shard, scored.rows, scored.quarantined, scored.reused)
         record = {"shard": shard, "pairs": len(rows), "tokens": self.engine.tokens - tokens}
         return record | {"started": started, "ended": time.time()}
@@ -131,13 +139,16 @@ class ScoredShard:
     reused: int
 
 
-def score_shard(engine: Engine, rows: pa.Table, old: OldScores | None = None) -> ScoredShard:
+def score_shard(
+    engine: Engine, rows: pa.Table, old: OldScores | None = None, callback: Callable[[int], None] | None = None
+) -> ScoredShard:
     """Score the rows of one shard; what cannot be scored is set apart with the reason.
 
     Args:
         engine: who computes the scores.
         rows: a candidates table with texts.
         old: scores to take over.
+        callback: called with the number of pairs that were scored since the last call.
 
     Raises:
         TableError: of many rows that could be read none got a score: that is no fault of the rows.
@@ -148,7 +159,7 @@ def score_shard(engine: Engine, rows: pa.Table, old: OldScores | None = None) ->
     reused = (reasons == "") & np.isfinite(scores)
     todo = np.flatnonzero((reasons == "") & ~reused)
     if len(todo):
-        scores[todo] = engine.predict(pair_texts(frame.iloc[todo]))
+        scores[todo] = engine.predict(pair_texts(frame.iloc[todo]), callback)
         reasons[todo[~np.isfinite(scores[todo])]] = "the teacher gave no finite score"
         if len(todo) >= _MANY and (reasons[todo] != "").all():
             raise TableError(f"The teacher gave no finite score for any of {len(todo)} pairs.")
@@ -209,12 +220,14 @@ def verify(engine: Engine, store: ScoreStore, pairs: int = 256, seed: int = 0) -
         seed: of the draw.
 
     Returns:
-        The largest difference to what is stored.
+        The largest difference to what is stored; inf where a pair has no finite score now.
 
     Raises:
         ValueError: the store is another teacher's; the differences are spelled out. Or it holds no shard.
     """
-    if lines := differences(store.manifest(), {"format": 2, **engine.describe()}, INPUT):
+    there, now = store.manifest(), {"format": 2, **engine.describe()}
+    unknown = set() if "tokenizer" in there else now.keys() - there.keys()  # an earlier version wrote it
+    if lines := differences(there, now, INPUT | unknown):
         raise ValueError("\n".join([f"{store.path} holds the scores of another teacher.", *lines]))
     draw = np.random.default_rng(seed)
     shards = sorted(store.shards())
@@ -225,7 +238,8 @@ def verify(engine: Engine, store: ScoreStore, pairs: int = 256, seed: int = 0) -
         rows = store.rows(int(shard))
         taken = rows.take(np.sort(draw.permutation(len(rows))[: -(-pairs // min(8, len(shards)))]))
         again = engine.predict(pair_texts(taken.select(TEXT_COLUMNS).to_pandas()))
-        largest = max(largest, float(np.abs(again - taken["teacher_score"].to_numpy()).max(initial=0)))
+        apart = np.abs(again - taken["teacher_score"].to_numpy())
+        largest = max(largest, float(np.where(np.isfinite(apart), apart, np.inf).max(initial=0)))
     return largest
 
 
@@ -242,25 +256,34 @@ class Progress:
     shown: bool = True
     done: int = 0
     tokens: int = 0
-    started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self._spoke = self.started
+        self._started = self._spoke = time.monotonic()
         self._bar = tqdm(total=self.total, unit=" pairs", disable=not (self.shown and sys.stderr.isatty()))
 
-    def update(self, shard: int, pairs: int, tokens: int) -> None:
-        """A shard is stored."""
-        self.done, self.tokens = self.done + pairs, self.tokens + tokens
+    def show(self, shard: int, pairs: int, tokens: int) -> None:
+        """Tell how far the run is.
+
+        Args:
+            shard: under way.
+            pairs: of it that are scored so far.
+            tokens: of it that were read so far.
+        """
+        done, read = self.done + pairs, self.tokens + tokens
         now = time.monotonic()
-        seconds = max(1e-9, now - self.started)
-        self._bar.set_postfix_str(f"{self.tokens / seconds:,.0f} tokens/s, shard {shard}", refresh=False)
-        self._bar.update(pairs)
-        if self.shown and self._bar.disable and (now - self._spoke >= _QUIET or self.done == self.total):
+        seconds = max(1e-9, now - self._started)
+        self._bar.set_postfix_str(f"{read / seconds:,.0f} tokens/s, shard {shard}", refresh=False)
+        self._bar.update(done - self._bar.n)  # backwards where a shard failed
+        if self.shown and self._bar.disable and done and (now - self._spoke >= _QUIET or self.done == self.total):
             self._spoke = now
-            share = f"{self.done / self.total:.1%} of {self.total:,} pairs"
-            left = duration((self.total - self.done) * seconds / self.done)
-            speed = rates(self.done / seconds, self.tokens / seconds)
-            logger.info("%s, %s, %s to go, last shard %d", share, speed, left, shard)
+            share = f"{done / self.total:.1%} of {self.total:,} pairs"
+            left = duration((self.total - done) * seconds / done)
+            logger.info("%s, %s, %s to go, shard %d", share, rates(done / seconds, read / seconds), left, shard)
+
+    def store(self, shard: int, pairs: int, tokens: int) -> None:
+        """Count a shard that is stored, with all its pairs and tokens."""
+        self.done, self.tokens = self.done + pairs, self.tokens + tokens
+        self.show(shard, 0, 0)
 
     def close(self) -> None:
         """The worker has no more shards."""

@@ -205,12 +205,20 @@ def _parquet(rows: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def differences(there: dict[str, Any], now: dict[str, Any], ignoring: Collection[str] = ()) -> list[str]:
-    """In what two manifests differ that matters, a line for each key."""
+def differences(
+    there: dict[str, Any], now: dict[str, Any], ignoring: Collection[str] = (), absent: str = "not known"
+) -> list[str]:
+    """In what two manifests differ that matters, a line for each key and for each field of the config."""
     # Where a digest tells the weights apart, it does not matter from where they came.
     ignored = _MAY_DIFFER | set(ignoring) | (_NAMES_OF_WEIGHTS if there.get("weights") else set())
-    keys = sorted(key for key in (there.keys() | now.keys()) - ignored if there.get(key) != now.get(key))
-    return [f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in keys]
+    lines = []
+    for key in sorted((there.keys() | now.keys()) - ignored):
+        if key == "config" and there.get(key) and now.get(key):
+            lines += [f"  config.{line.strip()}" for line in differences(there[key], now[key], absent="default")]
+        elif there.get(key) != now.get(key):
+            before, after = (repr(one[key]) if key in one else absent for one in (there, now))
+            lines.append(f"  {key}: {before} there, {after} now")
+    return lines
 
 
 def teacher_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -5,23 +5,34 @@ The rows go to trl's `SFTTrainer`; this module makes them and sets its defaults.
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
-from hf_disranker.models.hub import TokenFreeArguments
-from hf_disranker.models.teacher import prepare_tokenizer
+from hf_disranker.models.checkpoint import check_length
+from hf_disranker.models.teacher import fit_embeddings, prepare_tokenizer
+from hf_disranker.training.arguments import StageArguments, settle_arguments
+from hf_disranker.training.evaluation_loss import WholeSetLoss
+from hf_disranker.training.losses import LossTerm
+from hf_disranker.training.setup import (
+    cast_weights,
+    own_tokenizer,
+    with_own_config,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +41,13 @@ _PROMPT, _TITLE, _SUMMARY = range(3)
 
 
 @dataclass
-class CptConfig(TokenFreeArguments, SFTConfig):
+class CptConfig(StageArguments, SFTConfig):
     """Options of the continued pre-training.
 
     Defaults that differ from trl's `SFTConfig`: learning_rate 1e-4, max_length 256, warmup_steps 0.03 (a share of all
     steps), completion_only_loss True (the loss is on title and summary), gradient_checkpointing None (off), bf16
-    False, eval_strategy "epoch", save_total_limit 1, report_to "none", hub_private_repo True (the model has read the
-    clicks), dataloader_pin_memory only with a GPU.
+    False, eval_strategy "auto" (every epoch if there is an eval_dataset), save_total_limit 1, report_to "none",
+    hub_private_repo True (the model has read the clicks), dataloader_pin_memory only with a GPU.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
@@ -46,7 +57,6 @@ class CptConfig(TokenFreeArguments, SFTConfig):
     # Not False: newer versions of transformers take any value of this name for a request to be renamed, and warn.
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Trade time for memory."})
     bf16: bool | None = field(default=False, metadata={"help": "Train in bf16 where the hardware has it."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for the way to a GPU."}
     )
@@ -55,25 +65,97 @@ class CptConfig(TokenFreeArguments, SFTConfig):
     hub_private_repo: bool | None = field(default=True, metadata={"help": "Whether a new repository is private."})
 
 
-class ClickTrainer(SFTTrainer):
+class ClickTrainer(WholeSetLoss, SFTTrainer):
     """trl's `SFTTrainer`; on a CPU with the model's own loss.
 
     trl folds the vocabulary into the loss chunk by chunk, which saves GPU memory; on a CPU the same loss took three to
-    eight times as long (32 x 48 tokens, 4,000 words).
+    eight times as long (32 x 48 tokens, 4,000 words). The evaluation loss is the mean over all tokens of the set.
+
+    Args:
+        model: A causal language model, also inside a peft model, or a folder or Hub id.
+        args: The options; None takes the defaults.
+        train_dataset: Rows of `click_dataset`.
+        eval_dataset: Rows of `click_dataset`.
+        processing_class: The model's tokenizer, which is copied and prepared as a teacher's; None loads the one of
+            the model's checkpoint.
+        compute_loss_func: As in `SFTTrainer`.
+        compute_metrics: As in `SFTTrainer`.
+        callbacks: As in `SFTTrainer`.
+        optimizers: As in `SFTTrainer`.
+        optimizer_cls_and_kwargs: As in `SFTTrainer`.
+        preprocess_logits_for_metrics: As in `SFTTrainer`.
+        peft_config: As in `SFTTrainer`.
 
     Raises:
-        ValueError: `packing` with a model whose attention does not keep the packed samples apart.
+        TypeError: arguments of another class.
+        ValueError: `packing` with a model whose attention does not keep the packed samples apart, or a max_length
+            beyond the model's positions.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.args.packing:
+    def __init__(  # noqa: PLR0913
+        self,
+        model: PreTrainedModel | torch.nn.Module | str | os.PathLike,
+        args: CptConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        compute_loss_func: Callable[..., torch.Tensor] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        args = settle_arguments(args, CptConfig, type(self).__name__, eval_dataset is not None)
+        chosen: Any = os.fspath(model) if isinstance(model, str | os.PathLike) else with_own_config(model)
+        source = chosen if isinstance(chosen, str) else chosen.config._name_or_path
+        tokenizer = own_tokenizer(processing_class, source)
+        super().__init__(
+            model=chosen,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=prepare_tokenizer(tokenizer),
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            peft_config=peft_config,
+        )
+        check_length(self.model.config, args.max_length or 1)
+        fit_embeddings(self.model, tokenizer)
+        if peft_config is None:  # trl chooses the type of an adapter that it makes
+            cast_weights(self.model, args.weights_dtype)
+        if args.packing:
             check_packing(self.model)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """See `Trainer.compute_loss`."""
-        kind = Trainer if self.args.device.type == "cpu" else SFTTrainer
+        own = self.args.device.type == "cpu" and self.args.loss_type == "nll"
+        kind = Trainer if own else SFTTrainer
         return kind.compute_loss(self, model, inputs, *args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """See `Trainer.prediction_step` and `WholeSetLoss`."""
+        rows = len(inputs["input_ids"])
+        real = self.real_rows(rows) if prediction_loss_only else rows
+        if real < rows:
+            inputs = {key: value[: max(real, 1)] for key, value in inputs.items()}
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.compute_loss_func is None:
+            tokens = (inputs["labels"][:real, 1:] != -100).sum().float()
+            self.add_terms({"loss": (1.0, LossTerm(loss.detach() * tokens, tokens))})
+        return loss, logits, labels
 
 
 @torch.no_grad()
@@ -137,7 +219,7 @@ def click_dataset(
 
     Args:
         clicks: columns query, title, summary.
-        tokenizer: the model's; it is prepared as a teacher's.
+        tokenizer: the model's; a copy is prepared as a teacher's.
         max_length: tokens of a row at most; longer rows lose their end.
         templates: the teacher's.
 
@@ -190,7 +272,7 @@ def _encoded(
     clicks: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int, templates: Templates
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Token ids of each click, and to which part of the text each token belongs."""
-    tokenizer = prepare_tokenizer(tokenizer)
+    tokenizer = prepare_tokenizer(copy.deepcopy(tokenizer))
     for start in range(0, len(clicks), _CHUNK):
         chunk = clicks.iloc[start : start + _CHUNK]
         queries = [templates.render_query(query) for query in chunk["query"]]

@@ -9,9 +9,10 @@ import numpy as np
 from datasets import Dataset
 from torch import Tensor
 
+from hf_disranker.training.arguments import RankingConfig
 from hf_disranker.training.losses import LossTerm, kl, margin_mse, point_mse
-from hf_disranker.training.monitor import warn_squashed
-from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
+from hf_disranker.training.monitor import known_values, warn_squashed
+from hf_disranker.training.ranking_trainer import RankingTrainer
 
 
 @dataclass
@@ -46,12 +47,14 @@ class DistillationConfig(RankingConfig):
 class DistillationTrainer(RankingTrainer):
     """Distil teacher scores into a ranker, query by query, with mixed Point-MSE and Margin-MSE.
 
-    Not the language-model distillation of the same name in trl and setfit; `RankDistillationTrainer` is another name
-    for this class. Arguments are those of `RankingTrainer`; the training rows need `teacher_scores`, and `labels` too
-    when a loss on labels weighs. Labels of some documents only will do.
+    Not the language-model distillation of the same name in trl and setfit; `RankDistillationTrainer` and
+    `RankDistillationConfig` are other names for this class and its options. Arguments are those of `RankingTrainer`;
+    the training rows need `teacher_scores`, and `labels` too when a loss on labels weighs. A loss takes the documents
+    whose score or label is known.
     """
 
     target = "teacher_scores"
+    config_class = DistillationConfig
     args: DistillationConfig
     _shift, _scale = 0.0, 1.0
 
@@ -59,9 +62,9 @@ class DistillationTrainer(RankingTrainer):
         """As in `RankingTrainer`; also fixes the transform of the scores, of a stream from its first 1,000 queries."""
         spread = super().check_groups(groups)
         weights = self.args.loss_weights()
-        if any(weights[name] for name in ("hinge", "ranknet", "softmax")) and "labels" not in groups.column_names:
+        if any(weights[name] for name in ("hinge", "ranknet", "softmax")) and not any(known_values(groups, "labels")):
             raise ValueError(f"A loss on labels weighs, but the rows have none: {groups.column_names}.")
-        scores = np.concatenate(groups["teacher_scores"])
+        scores = np.concatenate(known_values(groups, "teacher_scores"))
         warn_squashed(scores)
         if self.args.score_transform == "affine":
             self._shift, self._scale = float(scores.mean()), float(scores.std())
@@ -74,7 +77,8 @@ class DistillationTrainer(RankingTrainer):
 
     def loss_terms(self, scores: Tensor, batch: dict[str, Tensor]) -> dict[str, tuple[float, LossTerm]]:
         """Point-MSE, Margin-MSE and what else weighs; see `RankingTrainer.loss_terms`."""
-        teacher, mask, args = (batch["teacher_scores"] - self._shift) / self._scale, batch["mask"], self.args
+        teacher, args = (batch["teacher_scores"] - self._shift) / self._scale, self.args
+        mask = batch["mask"] & ~teacher.isnan()
         terms = {}
         if args.point_weight:
             terms["point_mse"] = (args.point_weight, point_mse(scores, teacher, mask))
@@ -85,4 +89,5 @@ class DistillationTrainer(RankingTrainer):
         return terms | super().loss_terms(scores, batch)
 
 
+RankDistillationConfig = DistillationConfig
 RankDistillationTrainer = DistillationTrainer

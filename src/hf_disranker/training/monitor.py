@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -14,6 +16,7 @@ from hf_disranker.data.collators import GroupCollator
 
 logger = logging.getLogger(__name__)
 
+_GROUP_COLUMNS = ("query", "doc_ids", "titles", "summaries")
 _SAMPLE = 1000
 _CUT_SHARE = 0.05
 _COLLAPSED = 0.1
@@ -26,24 +29,79 @@ def sample_groups(groups: Dataset | IterableDataset) -> Dataset:
     return Dataset.from_list(list(islice(groups, _SAMPLE)))
 
 
+def check_columns(groups: Any, name: str) -> None:
+    """Refuse a data set that does not hold rows of `load_groups`.
+
+    Raises:
+        TypeError: a path, or a mapping of splits.
+        ValueError: columns are missing.
+    """
+    if isinstance(groups, str | os.PathLike):
+        raise TypeError(f"{name} is the path {os.fspath(groups)!r}: read it by load_groups.")
+    if isinstance(groups, Mapping):
+        raise TypeError(f"{name} holds several sets, {sorted(groups)}: choose one.")
+    columns = getattr(groups, "column_names", None)
+    missing = [column for column in _GROUP_COLUMNS if columns is not None and column not in columns]
+    if missing:
+        raise ValueError(f"{name} lacks the columns {missing} of load_groups; it has {columns}.")
+
+
+def check_sampling(groups: Any, name: str, args: Any) -> None:
+    """Raise ValueError when queries are to be sorted by a length that the rows do not hold."""
+    strategy, column = args.train_sampling_strategy, args.length_column_name
+    applies = strategy == "group_by_length" or (strategy == "batch_rebalance" and name == "train_dataset")
+    if applies and isinstance(groups, Dataset) and column not in groups.column_names:
+        raise ValueError(
+            f"train_sampling_strategy {strategy!r} needs a column {column!r} in {name}; token_budget puts queries of "
+            "like length together without one."
+        )
+
+
+def known_values(groups: Dataset, column: str) -> list[list[float]]:
+    """The values of a column of lists that are there, for each row: neither None nor NaN."""
+    rows = groups[column] if column in groups.column_names else []
+    return [[value for value in row or () if value is not None and value == value] for row in rows]
+
+
 def check_target(groups: Dataset, target: str, reader: str) -> float:
     """Refuse rows that teach no order, and count queries that teach none.
 
     Returns:
-        The standard deviation of the target within a query, averaged over the queries.
+        The standard deviation of the target within a query, averaged over the queries that have it.
 
     Raises:
         ValueError: the rows lack the target, or no query holds two different values of it.
     """
-    if target not in groups.column_names:
-        raise ValueError(f"{reader} learns from '{target}'; the rows have {groups.column_names}.")
-    values = groups[target]
+    values = known_values(groups, target)
+    if not any(values):
+        raise ValueError(
+            f"{reader} learns from '{target}', of which the rows hold none; they have {groups.column_names}."
+        )
     idle = sum(len(set(row)) < 2 for row in values)
     if idle == len(groups):
         raise ValueError(f"In every query all documents have the same {target}: there is no order to learn.")
     if idle:
         logger.warning("%d of %d queries hold no pair of different %s.", idle, len(groups), target)
-    return float(np.mean([np.std(row) for row in values]))
+    return float(np.mean([np.std(row) for row in values if row]))
+
+
+def warn_shared_queries(train: Iterable[str], held_out: Iterable[str]) -> None:
+    """Warn of queries that are trained on and measured on, in whatever case and with whatever blanks."""
+    seen = set(map(_spelling, train))
+    measured = {_spelling(query): query for query in held_out}
+    shared = [query for spelling, query in measured.items() if spelling in seen]
+    if shared:
+        logger.warning(
+            "%d of %d queries to measure on are trained on too, up to case and blanks, first '%.100s': the measures "
+            "will flatter. Split by query.strip().casefold().",
+            len(shared),
+            len(measured),
+            shared[0],
+        )
+
+
+def _spelling(query: str) -> str:
+    return " ".join(query.casefold().split())
 
 
 def warn_squashed(scores: np.ndarray) -> None:

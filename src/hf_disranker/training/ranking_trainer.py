@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -17,148 +19,185 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
+    TrainerCallback,
+    set_seed,
 )
 
 from hf_disranker.data.collators import GroupCollator
 from hf_disranker.evaluation import metrics
-from hf_disranker.models.hub import TokenFreeArguments, TrainerHubMixin
+from hf_disranker.models.checkpoint import check_length
+from hf_disranker.models.hub import TrainerHubMixin
 from hf_disranker.models.ranker import pair_collator
+from hf_disranker.models.teacher import fit_embeddings, prepare_tokenizer
+from hf_disranker.training.arguments import RankingConfig, check_arguments, settle_arguments
 from hf_disranker.training.batching import BudgetStream, EpochOrder, TokenBudgetSampler, group_lengths
+from hf_disranker.training.evaluation_loss import WholeSetLoss
 from hf_disranker.training.losses import LossTerm, hinge, ranknet, softmax
-from hf_disranker.training.monitor import TrainingWatch, check_target, sample_groups, warn_cut
+from hf_disranker.training.monitor import (
+    TrainingWatch,
+    check_columns,
+    check_sampling,
+    check_target,
+    sample_groups,
+    warn_cut,
+)
+from hf_disranker.training.setup import (
+    add_adapter,
+    as_ranker,
+    cast_weights,
+    own_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
 _GROUP_KEYS = ("mask", "labels", "teacher_scores")
 
 
-@dataclass
-class RankingConfig(TokenFreeArguments, TrainingArguments):
-    """Training options of the ranking stages.
+def ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """PNR, pair accuracy, NDCG@5, NDCG@10 and MRR; empty without labels.
 
-    A batch counts queries, each with all its documents, or tokens when `token_budget` is set. Defaults that differ
-    from `TrainingArguments`: per_device_train_batch_size 8 and per_device_eval_batch_size 16, learning_rate 2e-5,
-    warmup_steps 0.05 (a share of all steps), logging_steps 10, eval_strategy and save_strategy "epoch",
-    save_total_limit 1, remove_unused_columns and ddp_find_unused_parameters False, dataloader_pin_memory only with a
-    GPU.
+    Args:
+        prediction: scores and labels, arrays of shape (queries, docs) or lists of such arrays, a batch each.
     """
-
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Queries per step and device."})
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Queries per evaluation step and device."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of AdamW."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for the way to a GPU."}
+    parts = [
+        [np.asarray(part) for part in (column if isinstance(column, list) else [column])]
+        for column in (prediction.label_ids, prediction.predictions)
+    ]
+    known = [labels >= 0 for labels in parts[0]]
+    labels, scores = (
+        np.concatenate([part[mask] for part, mask in zip(column, known, strict=True)]) for column in parts
     )
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Search for weights without gradient at every step; rankers have none."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: texts are tokenised late."})
-    max_length: int = field(default=256, metadata={"help": "Tokens of a query-document pair at most."})
-    max_query_length: int = field(default=32, metadata={"help": "Tokens of a query at most."})
-    token_budget: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens per step and device, padding included; queries of like length share a step. "
-            "None goes by per_device_train_batch_size."
-        },
-    )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Queries of a stream among which the next is drawn."})
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Evaluations without a better metric_for_best_model before training stops."}
-    )
-    hinge_weight: float = field(default=1.0, metadata={"help": "Weight of the pairwise hinge on labels."})
-    hinge_margin: float = field(
-        default=1.0, metadata={"help": "Score difference wanted between grades. Ours: the paper's is not known."}
-    )
-    ranknet_weight: float = field(default=0.0, metadata={"help": "Weight of the pairwise logistic loss on labels."})
-    softmax_weight: float = field(default=0.0, metadata={"help": "Weight of the listwise softmax loss on labels."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # Batches have ragged shapes, which the first process cannot cut up for the others.
-        if self.accelerator_config.dispatch_batches is None:
-            self.accelerator_config.dispatch_batches = False
-        weights = self.loss_weights()
-        if min(weights.values()) < 0 or not any(weights.values()):
-            raise ValueError(f"Weights of losses are not negative, and one is positive: {weights}.")
-
-    def loss_weights(self) -> dict[str, float]:
-        """The weight of each loss term by its name."""
-        names = [name for name in self.__dataclass_fields__ if name.endswith("_weight")]
-        return {name.removesuffix("_weight"): getattr(self, name) for name in names}
+    if not len(labels):
+        return {}
+    documents = np.concatenate([mask.sum(axis=1) for mask in known])
+    values = metrics.evaluate(labels, scores, np.repeat(np.arange(len(documents)), documents), ks=(5, 10))
+    return {name: values[name] for name in ("pnr", "pair_accuracy", "ndcg@5", "ndcg@10", "mrr")}
 
 
-class RankingTrainer(TrainerHubMixin, Trainer):
+class RankingTrainer(WholeSetLoss, TrainerHubMixin, Trainer):
     """Fit a ranker to graded labels, query by query: pairwise hinge, RankNet, listwise softmax, or a sum of them.
 
     Every loss is a mean over the whole optimizer step: with gradient accumulation, on several processes, and with
     groups of any sizes, the gradient is that of the one big batch. Each loss term and the spread of the scores
-    within a query are logged; evaluation gives PNR and NDCG.
+    within a query are logged; evaluation gives PNR and NDCG, and the loss over the whole set. Override `loss_terms`
+    for a loss of your own.
 
     Args:
-        model: a `BertDistilledRanker` or an `LLMForLastTokenRanking` (also inside a peft model).
-        args: the options.
-        train_dataset: rows of `load_groups`, with `labels`. A stream is repeated without end and drawn from a
+        model: A `BertDistilledRanker` or an `LLMForLastTokenRanking` (also inside a peft model), a stock sequence
+            classifier with one label, whose weights are shared, or a folder or Hub id.
+        args: The options; None takes the defaults.
+        train_dataset: Rows of `load_groups`, with `labels`. A stream is repeated without end and drawn from a
             shuffle buffer, so it needs `max_steps`; resuming reads again what was read.
-        eval_dataset: rows of `load_groups`, with `labels` for the measures.
-        processing_class: the model's tokenizer.
-        options: go to `Trainer`.
+        eval_dataset: Rows of `load_groups`, with `labels` for the measures.
+        processing_class: The model's tokenizer, which is copied; None loads the one of the model's checkpoint.
+        model_init: Makes the model, in place of `model`, for every training and for `hyperparameter_search`.
+        compute_metrics: As in `Trainer`; None computes the loss alone.
+        callbacks: As in `Trainer`.
+        optimizers: As in `Trainer`.
+        optimizer_cls_and_kwargs: As in `Trainer`.
+        preprocess_logits_for_metrics: As in `Trainer`.
+        peft_config: Puts an adapter on the model; the head is trained with it.
+        data_collator: Refused: pairs are made from whole queries by the model's templates.
+        compute_loss_func: Refused: override `loss_terms`.
 
     Raises:
-        ValueError: the rows lack what is learned from, or hold nothing to learn.
+        TypeError: a model, arguments or rows of another kind.
+        ValueError: the rows lack what is learned from, or hold nothing to learn; options that have no effect here.
     """
 
     target = "labels"
+    config_class: type[RankingConfig] = RankingConfig
     # compute_loss divides by the weights of the whole accumulated batch.
     loss_is_scaled_for_ga = True
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
-        model: PreTrainedModel,
-        args: RankingConfig,
+        model: PreTrainedModel | nn.Module | str | os.PathLike | None = None,
+        args: RankingConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        **options: Any,
+        *,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = ranking_metrics,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        peft_config: PeftConfig | None = None,
+        data_collator: None = None,
+        compute_loss_func: None = None,
     ) -> None:
-        if processing_class is None:
-            raise ValueError(f"{type(self).__name__} needs processing_class, the model's tokenizer.")
+        name = type(self).__name__
+        check_arguments(name, model, model_init, optimizers, [data_collator, compute_loss_func])
+        self.args = args = settle_arguments(args, self.config_class, name, eval_dataset is not None)
+        if args.batch_eval_metrics and compute_metrics is ranking_metrics:
+            raise ValueError("batch_eval_metrics needs a compute_metrics of your own: ours reads the whole set.")
         if args.n_gpu > 1:
             logger.warning("Using one GPU of %d: start with `accelerate launch` to use them all.", args.n_gpu)
             args._n_gpu = 1
-        self.args = args
-        sample = None if train_dataset is None else sample_groups(train_dataset)
-        if sample is not None:
-            self.watch = TrainingWatch(self.check_groups(sample))
+        sample = self._check_datasets(train_dataset, eval_dataset)
         if isinstance(train_dataset, IterableDataset):
             # Repeated first: each pass has its own order, and a step number says all about where a run stands.
             train_dataset = train_dataset.repeat(None).shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
-        model.config.disranker |= self.marker()
-        # CrossEncoder and the servers cut at the tokenizer's limit.
-        processing_class.model_max_length = args.max_length
-        options.setdefault("compute_metrics", ranking_metrics)
-        collator = GroupCollator(pair_collator(model, processing_class))
+        set_seed(args.seed)  # a new head or adapter is random: the same in every run and process
+        self.model_init, self.peft_config, self.processing_class = model_init, peft_config, processing_class
+        self._own_tokenizer: Any = None
+        ranker = self.call_model_init() if model is None else self._prepare_model(model)
+        collator = GroupCollator(pair_collator(ranker, self._own_tokenizer))
         if sample is not None:
             warn_cut(sample, collator)
         super().__init__(
-            model=model,
+            model=ranker,
             args=args,
             data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **options,
+            processing_class=self._own_tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        self.model_init = model_init  # the first model is there: Trainer would make it once more
         self._logged: dict[str, LossTerm] = {}
         self.add_callback(EpochOrder())
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As in `Trainer`; the model is prepared for training."""
+        return self._prepare_model(super().call_model_init(trial))
+
+    def _check_datasets(self, train_dataset: Any, eval_dataset: Any) -> Dataset | None:
+        """Refuse what cannot be learned from or evaluated on; gives the rows that further checks look at."""
+        eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        for name, groups in {"train_dataset": train_dataset, **eval_sets}.items():
+            check_columns(groups, name)
+            check_sampling(groups, name, self.args)
+        if train_dataset is None:
+            return None
+        sample = sample_groups(train_dataset)
+        self.watch = TrainingWatch(self.check_groups(sample))
+        return sample
+
+    def _prepare_model(self, model: Any) -> Any:
+        """The ranker that is trained, with its limits in its config; also prepares the tokenizer, once."""
+        model = as_ranker(model, frozen=self.peft_config is not None)
+        check_length(model.config, self.args.max_length or 1)
+        if self._own_tokenizer is None:
+            self._own_tokenizer = own_tokenizer(self.processing_class, model.config._name_or_path)
+            # CrossEncoder and the servers cut at the tokenizer's limit.
+            self._own_tokenizer.model_max_length = self.args.max_length
+        if model.config.disranker["role"] == "teacher":
+            prepare_tokenizer(self._own_tokenizer, model.config.disranker.get("ending"))
+            fit_embeddings(model, self._own_tokenizer)
+        model.config.disranker |= self.marker()
+        if self.peft_config is not None:
+            model = add_adapter(model, self.peft_config)
+        cast_weights(model, self.args.weights_dtype)
+        return model
 
     def check_groups(self, groups: Dataset) -> float:
         """Refuse what teaches nothing; see `guards.check_target`."""
@@ -246,12 +285,14 @@ class RankingTrainer(TrainerHubMixin, Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss (where the rows hold what is learned from), scores and labels, the last two NaN where there is none."""
+        """The batch's loss, scores and labels, NaN where there is none; see also `WholeSetLoss`."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, scores = self.compute_loss(model, inputs, return_outputs=True)
-        known = inputs["mask"] & inputs[self.target].isnan()
-        return (None if known.any() else loss), scores, inputs["labels"]
+            if type(self).compute_loss is RankingTrainer.compute_loss:
+                rows = slice(self.real_rows(len(scores)))
+                self.add_terms(self.loss_terms(scores[rows], {key: inputs[key][rows] for key in _GROUP_KEYS}))
+        return (loss, None, None) if prediction_loss_only else (loss, scores, inputs["labels"])
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean of each loss term and of the score spread since the last line."""
@@ -264,6 +305,8 @@ class RankingTrainer(TrainerHubMixin, Trainer):
         super().log(logs, *args, **kwargs)
 
     def _weights(self, terms: dict[str, tuple[float, LossTerm]]) -> Tensor:
+        if not terms:
+            raise ValueError(f"No loss of {type(self).__name__} weighs: {self.args.loss_weights()}.")
         return torch.stack([term.weight for _, term in terms.values()])
 
     def _remember(self, terms: dict[str, tuple[float, LossTerm]], scores: Tensor, mask: Tensor) -> None:
@@ -278,14 +321,3 @@ def score_spread(scores: Tensor, mask: Tensor) -> LossTerm:
     count = mask.sum(dim=1).clamp(min=1)
     centred = torch.where(mask, scores - (scores * mask).sum(dim=1, keepdim=True) / count.unsqueeze(1), 0.0)
     return LossTerm((centred.square().sum(dim=1) / count).sqrt().sum(), torch.ones_like(count).sum().float())
-
-
-def ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """PNR, pair accuracy, NDCG@5, NDCG@10 and MRR, of columns of shape (queries, docs); empty without labels."""
-    labels, scores = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
-    known = labels >= 0
-    if not known.any():
-        return {}
-    queries = np.broadcast_to(np.arange(len(labels))[:, None], labels.shape)
-    values = metrics.evaluate(labels[known], scores[known], queries[known], ks=(5, 10))
-    return {name: values[name] for name in ("pnr", "pair_accuracy", "ndcg@5", "ndcg@10", "mrr")}

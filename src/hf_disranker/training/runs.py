@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import subprocess
+import uuid
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -21,15 +22,38 @@ from fsspec.core import url_to_fs
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
+from hf_disranker.data.beir import beir_files
+from hf_disranker.data.outputs import check_output_folder, json_in
 from hf_disranker.data.tables import parquet_files
 
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("hf_disranker", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+def check_output_dir(training_args: TrainingArguments, model: str) -> None:
+    """Refuse to train into the folder of the model that is trained, or of one that another stage or program made.
+
+    A stage's own folder holds its run.json or, of a run that was cut off, checkpoints.
+
+    Args:
+        training_args: with the output_dir; their class says which stage it is.
+        model: where training starts: folder or Hub id.
+
+    Raises:
+        ValueError: the folder is refused.
+    """
+    folder = Path(training_args.output_dir)
+    if (folder / "run.json").is_file():
+        record = json_in(folder / "run.json")
+        is_ours = isinstance(record, dict) and type(training_args).__name__ in record.get("options", {})
+    else:
+        is_ours = (folder / "started.json").is_file() or any(folder.glob("checkpoint-*/trainer_state.json"))
+    check_output_folder(folder, is_ours, [model])
 
 
 def resume_point(output_dir: str) -> str | None:
@@ -82,10 +106,22 @@ def _merged(model: PeftModel) -> PreTrainedModel:
 def save_json(content: Any, path: str) -> None:
     """Write json for people and programs, making the folder; the file appears whole or not at all."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    beside = f"{path}.{uuid.uuid4().hex}.tmp"  # a name that nobody else has given
+    with open(beside, "x", encoding="utf-8") as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
-    os.replace(f"{path}.tmp", path)
+    os.replace(beside, path)
+
+
+def refuse_foreign(path: str | None, made_by: str) -> None:
+    """Raise a ValueError if there is a file at the path of a json that this command did not write."""
+    if path and os.path.exists(path):
+        try:
+            ours = json.loads(Path(path).read_text(encoding="utf-8"))["made_by"] == made_by
+        except (OSError, ValueError, KeyError, TypeError):
+            ours = False
+        if not ours:
+            raise ValueError(f"{path}: `{made_by}` did not write this file and does not overwrite it.")
 
 
 def save_record(output_dir: str, arguments: Sequence[Any], sources: Mapping[str, str | None]) -> None:
@@ -107,9 +143,9 @@ def save_record(output_dir: str, arguments: Sequence[Any], sources: Mapping[str,
 
 
 def fingerprint(source: str) -> str | None:
-    """SHA-256 of a local file or of a folder's parquet files, the commit of a Hub data set; else None."""
+    """SHA-256 of a local file or of a folder's parquet or BEIR files, the commit of a Hub data set; else None."""
     fs, path = url_to_fs(source)
-    files = [path] if fs.isfile(path) else parquet_files(source)
+    files = [path] if fs.isfile(path) else beir_files(source) or parquet_files(source)
     if "file" in fs.protocol and files:
         digest = hashlib.sha256()
         for name in files:

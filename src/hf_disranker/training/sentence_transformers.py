@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 
 import pandas as pd
 import torch
@@ -36,6 +37,13 @@ class PointMarginMSELoss(nn.Module):
 
     def __init__(self, model: CrossEncoder, point_weight: float = 0.5, margin_weight: float = 0.5) -> None:
         super().__init__()
+        dtype = next(model.parameters()).dtype
+        if dtype != torch.float32:
+            logger.warning(
+                "The CrossEncoder is trained in %s, in which most small updates are lost: load it with "
+                "model_kwargs={'dtype': 'float32'}.",
+                str(dtype).removeprefix("torch."),
+            )
         self.model = model
         self.point_weight, self.margin_weight = point_weight, margin_weight
 
@@ -79,7 +87,8 @@ def to_n_tuples(groups: Dataset, documents: int, templates: Templates = STUDENT_
     """Rows of `load_groups` as n-tuples with scores: query, positive, negative_1, ..., scores.
 
     The positive is the query's best-scored document. A query with more documents gives several rows, in which the
-    positive returns; the last of them is filled up with negatives of the one before, so that no document is lost.
+    positive returns; the last of them is filled up with negatives of the one before, so that no document with a score
+    is lost.
 
     Args:
         groups: rows with `teacher_scores`, or `labels`, which are then the scores.
@@ -96,19 +105,25 @@ def to_n_tuples(groups: Dataset, documents: int, templates: Templates = STUDENT_
     rows, short = [], 0
     for group in groups:
         texts = [templates.render_document(*pair) for pair in zip(group["titles"], group["summaries"], strict=True)]
-        best, *others = sorted(range(len(texts)), key=lambda place: -group[target][place])
-        short += len(texts) < documents
+        scores = [math.nan if score is None else score for score in group[target] or ()]
+        known = [place for place, score in enumerate(scores) if not math.isnan(score)]
+        if len(known) < documents:
+            short += 1
+            continue
+        best, *others = sorted(known, key=lambda place: -scores[place])
         width = documents - 1
-        for start in range(0, len(others) if len(texts) >= documents else 0, width):
+        for start in range(0, len(others), width):
             end = min(start + width, len(others))
             places = [best, *others[end - width : end]]
             found = zip(names, places, strict=True)
             row = {"query": templates.render_query(group["query"])} | {name: texts[place] for name, place in found}
-            rows.append(row | {"scores": [float(group[target][place]) for place in places]})
+            rows.append(row | {"scores": [float(scores[place]) for place in places]})
     if not rows:
-        raise ValueError(f"No query has {documents} documents.")
+        raise ValueError(f"No query has {documents} documents with a score.")
     if short:
-        logger.warning("%d of %d queries have fewer than %d documents: left out.", short, len(groups), documents)
+        logger.warning(
+            "%d of %d queries have fewer than %d documents with a score: left out.", short, len(groups), documents
+        )
     return Dataset.from_list(rows)
 
 

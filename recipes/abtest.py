@@ -1,0 +1,170 @@
+"""What an A/B test of rankers says, from its impression log.
+
+    disranker abtest log.parquet --control bm25
+    disranker abtest log.parquet --control bm25 --slices device --covariates clicks_before --out abtest.json
+
+PageCTR, UserCTR, clicks per page and dwell time after the click: each treatment against the control with 95% interval,
+p-value and the same corrected for all measures (Holm), by the delta method over users. Users must have fallen into the
+buckets as they were meant to; if they did not, nothing is concluded and the exit code is 1.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pandas as pd
+from trl import TrlParser
+
+from hf_disranker.data.impressions import read_log
+from hf_disranker.evaluation import online
+from hf_disranker.evaluation.online import Effect, buckets_of, by_user, effects
+from hf_disranker.evaluation.significance import LEVEL
+from hf_disranker.training.runs import recipe_parser, refuse_foreign, save_json
+
+MADE_BY = "disranker abtest"
+MOST_SLICES = 20
+
+
+@dataclass
+class AbtestArguments:
+    """What is analysed."""
+
+    log: str = field(
+        metadata={"help": "Parquet, csv or jsonl with user_id, bucket, clicked, dwell_seconds [, page_id, day]."}
+    )
+    control: str = field(metadata={"help": "Name of the control bucket."})
+    slices: list[str] = field(default_factory=list, metadata={"help": "Columns by which the effects are also shown."})
+    covariates: list[str] = field(
+        default_factory=list, metadata={"help": "Columns from before the test that reduce the variance (CUPED)."}
+    )
+    shares: list[str] = field(
+        default_factory=list, metadata={"help": "Meant share of users as BUCKET=SHARE ...; equal ones by default."}
+    )
+    exclude_mixed_users: bool = field(
+        default=False, metadata={"help": "Leave out users who are in several buckets instead of refusing the log."}
+    )
+    out: str | None = field(default=None, metadata={"help": "Where to write all of it as json."})
+
+
+def make_parser() -> TrlParser:
+    """The command line of this stage."""
+    return recipe_parser("abtest", __doc__, AbtestArguments)
+
+
+def main(args: AbtestArguments) -> dict[str, Any]:
+    """Analyse the log, print tables, write json; exits with 1 if nothing may be concluded."""
+    refuse_foreign(args.out, MADE_BY)
+    shares = meant(args.shares)
+    log, excluded = read_log(args.log, args.slices, args.covariates, args.exclude_mixed_users)
+    buckets, users = buckets_of(log, args.control), by_user(log, args.covariates)
+    counts = {name: int((users["bucket"] == name).sum()) for name in buckets}
+    p = online.sample_ratio(counts, shares)
+    found = {"made_by": MADE_BY, "log": args.log, "control": args.control, "users": counts, "excluded_users": excluded}
+    found |= {"sample_ratio": {"shares": shares, "p": p}, "refusal": online.refusal(counts, p), "measures": []}
+    print(f"{'users':16} {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
+    print(
+        f"{'sample ratio':16} p = {p:.4f}" + (f"; {excluded:,} users in several buckets left out" if excluded else "")
+    )
+    if not found["refusal"]:
+        found |= analyse(args, log, users, buckets)
+    if args.out:
+        save_json(json.loads(json.dumps(found), parse_constant=lambda _: None), args.out)
+    if found["refusal"]:
+        sys.exit(f"Nothing is concluded: {found['refusal']}.")
+    return found
+
+
+def meant(texts: Sequence[str]) -> dict[str, float]:
+    """The shares of --shares."""
+    try:
+        return {name: float(share) for name, share in (text.split("=") for text in texts)}
+    except ValueError:
+        raise SystemExit(f"--shares takes BUCKET=SHARE, such as old=0.9 new=0.1, not {' '.join(texts)}.") from None
+
+
+def analyse(args: AbtestArguments, log: pd.DataFrame, users: pd.DataFrame, buckets: list[str]) -> dict[str, Any]:
+    """Everything after the check of the sample ratio, printed on the way."""
+    main_effects = effects(users, buckets, args.covariates)
+    show("all users", main_effects)
+    significant = [f"{one.name} of {one.bucket}" for one in main_effects if one.p_holm < LEVEL]
+    print(f"Significant at 5% after Holm: {', '.join(significant) or 'nothing'}.")
+    found: dict[str, Any] = {"measures": rows(main_effects, buckets)}
+    if args.covariates:
+        plain = effects(users, buckets)
+        pairs = zip(main_effects, plain, strict=True)
+        reduced = {f"{one.name} of {one.bucket}": 1 - (spread(one) / spread(other)) ** 2 for one, other in pairs}
+        print("Variance less by " + ", ".join(f"{share:.0%} ({name})" for name, share in reduced.items()) + ".")
+        cuped = {"covariates": args.covariates, "variance_reduction": reduced, "without": rows(plain, buckets)}
+        found["cuped"] = cuped
+    days = log["day"].nunique() if "day" in log else None
+    found["power"] = online.power(users, buckets, args.covariates, days)
+    print("\nNeeded in each bucket to find the paper's effects four times out of five (and what this log can find)")
+    for row in found["power"]:
+        needed = f"{row['effect']:+.2%}: {row['users']:,} users" if row["users"] else "-"
+        time = f", {row['days']:,} days" if row["days"] else ""
+        print(f"{row['name']:16} {needed}{time}  ({row['detectable']:+.2%})")
+    if days and days > 1:
+        by_day, found["trends"] = online.novelty(log, buckets)
+        found["days"] = {day: rows(one, buckets) for day, one in by_day.items()}
+        show_days(by_day, found["trends"])
+    found["slices"] = {column: by_slice(log, column, buckets, args.covariates) for column in args.slices}
+    return found
+
+
+def by_slice(log: pd.DataFrame, column: str, buckets: list[str], covariates: Sequence[str]) -> list[dict[str, Any]]:
+    """The effects among the rows of each value of a column, the most frequent values first."""
+    found = []
+    values = log.groupby(column)["user"].nunique().sort_values(ascending=False, kind="stable")
+    for value in values.index[:MOST_SLICES]:
+        users = by_user(log[log[column] == value], covariates)
+        counts = {name: int((users["bucket"] == name).sum()) for name in buckets}
+        few = min(counts.values()) < online.ENOUGH_USERS
+        shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        inside = effects(users, buckets, covariates)
+        show(f"{column} = {value}: {shown} users{' (few)' if few else ''}", inside)
+        found.append({"value": value, "users": counts, "few": few, "measures": rows(inside, buckets)})
+    if len(values) > MOST_SLICES:
+        print(f"{column}: {len(values) - MOST_SLICES:,} rarer values are left out.")
+    return found
+
+
+def rows(found: Sequence[Effect], buckets: Sequence[str]) -> list[dict[str, Any]]:
+    """Effects for json; `bucket` is named where there are several treatments."""
+    return [{k: v for k, v in asdict(one).items() if k != "bucket" or len(buckets) > 2} for one in found]
+
+
+def spread(one: Effect) -> float:
+    """Width of the interval on the scale of the log ratio, which goes like the standard error."""
+    return math.log1p(one.interval[1]) - math.log1p(one.interval[0])
+
+
+def show(title: str, found: Sequence[Effect]) -> None:
+    """A table of effects."""
+    print(
+        f"\n{title}\n{'':16}{'control':>10}{'treatment':>11}{'difference':>12}{'95% interval':>22}{'p':>9}{'Holm':>9}"
+    )
+    for one in found:
+        interval = "[{:+.2%}, {:+.2%}]".format(*one.interval)
+        print(
+            f"{one.name:16}{one.control:10.4f}{one.treatment:11.4f}{one.relative_difference:+12.2%}{interval:>22}"
+            f"{one.p:9.4f}{one.p_holm:9.4f}  {one.bucket}"
+        )
+
+
+def show_days(days: Mapping[str, Sequence[Effect]], trends: Sequence[Mapping[str, Any]]) -> None:
+    """Relative differences day by day, and whether they change."""
+    columns = next(iter(days.values()))
+    print(f"\n{'day':16}" + "".join(f"{one.name:>17}" for one in columns))
+    print(" " * 16 + "".join(f"{one.bucket:>17}" for one in columns))
+    for day, found in days.items():
+        print(f"{day:16}" + "".join(f"{one.relative_difference:+17.2%}" for one in found))
+    for one in trends:
+        interval = "[{:+.2%}, {:+.2%}]".format(*one["interval"])
+        print(f"{one['name']} of {one['bucket']}: {one['per_day']:+.2%} a day {interval}, p = {one['p']:.4f}")
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

@@ -1,0 +1,166 @@
+"""Simulated searchers: click logs of A/B tests and interleavings whose true effect is known.
+
+    control, treatment = (graded(run, "judgments.parquet") for run in ("bm25.run", "student.run"))
+    ab_log({"bm25": control, "student": treatment}, users=20_000).to_parquet("log.parquet")
+    print(true_measures(control), true_measures(treatment))
+
+Two click models over judged documents. `position` (examination hypothesis): place k is looked at with probability
+`EXAMINED[k]`, whatever stands above it, and a document that is looked at is clicked by its grade. `cascade` (Craswell,
+Zoeter, Taylor and Ramsey 2008): documents are read from the top, each clicked by its grade, until the first click.
+Users differ: some click more readily, some read longer, some come often. That is why pages of one user are alike.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from hf_disranker.data.trec import read_judgments, read_run
+
+Model = Literal["position", "cascade"]
+# By grade, the last one for all above: probability of a click once looked at, and mean seconds after it.
+ATTRACTION, SECONDS = np.array([0.04, 0.12, 0.3]), np.array([15.0, 45.0, 75.0])
+EXAMINED = 1 / np.sqrt(np.arange(1, 101))
+# Kinds of users, equally frequent, by how much more readily they click; and how many pages a user sees.
+READINESS = np.array([0.2, 0.8, 2.0])
+PAGES, PAGES_SHARE = np.array([1, 2, 4, 8, 30]), np.array([0.4, 0.25, 0.2, 0.1, 0.05])
+PAGES_BEFORE = 10
+
+
+def graded(run: str, judgments: str, split: str = "dev", depth: int = 10) -> pd.DataFrame:
+    """Grades of the first documents of a run, a row for each query: 0 if nobody judged one, -1 past the end."""
+    rows = read_run(run).sort_values("teacher_score", ascending=False, kind="stable")
+    judged = read_judgments(judgments, split)[["query_id", "doc_id", "label"]]
+    rows = rows.assign(place=rows.groupby("query_id").cumcount()).query("place < @depth")
+    rows = rows.merge(judged, on=["query_id", "doc_id"], how="left").fillna({"label": 0})
+    return rows.pivot(index="query_id", columns="place", values="label").fillna(-1).astype(int)
+
+
+def true_measures(
+    control: pd.DataFrame, treatment: pd.DataFrame | None = None, share: float = 1.0, model: Model = "position"
+) -> dict[str, float]:
+    """The measures' values in an endless log of pages of which a share shows the treatment's ranking."""
+    pages = np.zeros((3, len(READINESS)))  # clicked pages, clicks and seconds per page, by kind of user
+    for grades, weight in ((control, 1.0 - share), (treatment if treatment is not None else control, share)):
+        clicks = _probabilities(grades.to_numpy(), model)
+        clicked = 1 - (1 - clicks).prod(axis=2)
+        if model == "cascade":
+            above = np.cumprod(1 - clicks, axis=2) / (1 - clicks)
+            clicks = clicks * above
+        seconds = clicks * SECONDS[_grade(grades.to_numpy())]
+        pages += weight * np.array([clicked.mean(1), clicks.sum(2).mean(1), seconds.sum(2).mean(1)])
+    never = ((1 - pages[0][:, None]) ** PAGES * PAGES_SHARE).sum(axis=1)
+    clicked, clicks, seconds = pages.mean(axis=1)
+    values = clicked, 1 - never.mean(), clicks, seconds / clicks
+    return dict(zip(("page_ctr", "user_ctr", "clicks_per_page", "dwell"), map(float, values), strict=True))
+
+
+def ab_log(
+    rankings: Mapping[str, pd.DataFrame],
+    users: int,
+    model: Model = "position",
+    share: float | Sequence[float] = 1.0,
+    days: int = 14,
+    documents: bool = False,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The log of an A/B test over the queries that all rankings have.
+
+    Args:
+        rankings: What `graded` gives, by bucket; the first is the control.
+        users: In all buckets together, who fall into each with the same probability.
+        model: How they click.
+        share: The share of a treatment's pages that shows its ranking, the others the control's; one for each day
+            gives an effect that changes.
+        days: Length of the test.
+        documents: A row for each shown document and a page_id instead of a row for each page.
+        seed: Of all draws.
+
+    Returns:
+        Columns user_id, bucket, query_id, day, device, clicks_before (in as many pages from before the test for every
+        user), clicked, dwell_seconds.
+    """
+    rng = np.random.default_rng(seed)
+    names, control = [*rankings], next(iter(rankings.values()))
+    grades = np.stack([one.loc[control.index].to_numpy() for one in rankings.values()])
+    bucket, kind, visitor = _visitors(users, rng, len(rankings))
+    query, day = rng.integers(len(control), size=len(visitor)), rng.integers(days, size=len(visitor))
+    shown = np.where(rng.random(len(visitor)) < np.broadcast_to(share, days)[day], bucket[visitor], 0)
+    clicks, seconds = _clicks(
+        grades[shown, query], kind[visitor], rng.lognormal(-0.125, 0.5, users)[visitor], model, rng
+    )
+    before = _probabilities(grades[0], model).mean(axis=(1, 2))[kind] * grades.shape[2]
+    rows = {"user_id": np.char.add("u", visitor.astype(str)), "bucket": np.array(names)[bucket[visitor]]}
+    rows |= {"query_id": control.index.to_numpy()[query], "day": np.datetime64("2026-03-02") + day}
+    rows |= {"device": np.where(rng.random(users) < 0.6, "phone", "desktop")[visitor]}
+    log = pd.DataFrame(rows | {"clicks_before": rng.poisson(PAGES_BEFORE * before)[visitor]})
+    if not documents:
+        return log.assign(clicked=clicks.sum(axis=1), dwell_seconds=seconds.sum(axis=1))
+    log = log.assign(page_id=np.arange(len(log))).loc[np.repeat(log.index, clicks.shape[1])]
+    return log.assign(clicked=clicks.ravel(), dwell_seconds=seconds.ravel()).reset_index(drop=True)
+
+
+def interleaved_log(
+    lists: pd.DataFrame, judgments: str, users: int, split: str = "dev", model: Model = "position", seed: int = 0
+) -> pd.DataFrame:
+    """The log of an interleaving: a row for each shown document; a user's drafts follow from the user's id.
+
+    Args:
+        lists: What `draft_lists` made.
+        judgments: The grades.
+        users: Who search.
+        split: Of the judgments.
+        model: How they click.
+        seed: Of all draws.
+    """
+    rng = np.random.default_rng(seed)
+    judged = read_judgments(judgments, split).set_index(["query_id", "doc_id"])["label"]
+    key = pd.MultiIndex.from_frame(lists[["query_id", "doc_id"]])
+    places = lists.assign(grade=judged.reindex(key).fillna(0).to_numpy(int)).set_index(["query_id", "draft", "rank"])
+    grades = places["grade"].unstack(fill_value=-1)  # -1 past the end of a list
+    documents = places["doc_id"].unstack().reindex(grades.index).to_numpy()
+    drafts = lists["draft"].nunique()
+    _, kind, visitor = _visitors(users, rng, 1)
+    draft = np.array([zlib.crc32(b"u%d" % user) % drafts for user in range(users)])[visitor]
+    query = rng.integers(len(grades) // drafts, size=len(visitor))
+    row, depth = query * drafts + draft, grades.shape[1]
+    clicks, _ = _clicks(grades.to_numpy()[row], kind[visitor], np.ones(len(visitor)), model, rng)
+    log = pd.DataFrame(
+        {"user_id": np.char.add("u", visitor.astype(str)), "draft": draft, "page_id": np.arange(len(row))}
+    )
+    log["query_id"] = grades.index.get_level_values("query_id").to_numpy()[row]
+    log = log.loc[np.repeat(log.index, depth)].assign(doc_id=documents[row].ravel(), clicked=clicks.ravel())
+    return log.dropna(subset="doc_id").reset_index(drop=True)
+
+
+def _visitors(users: int, rng: np.random.Generator, buckets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bucket and kind of each user, and whose each page is."""
+    pages = rng.choice(PAGES, size=users, p=PAGES_SHARE)
+    kind = rng.integers(len(READINESS), size=users)
+    return rng.integers(buckets, size=users), kind, np.repeat(np.arange(users), pages)
+
+
+def _grade(grades: np.ndarray) -> np.ndarray:
+    return np.minimum(grades, len(ATTRACTION) - 1)
+
+
+def _probabilities(grades: np.ndarray, model: Model) -> np.ndarray:
+    """Of a click on each place, in the cascade once it is reached; shape (kinds of users, *grades.shape)."""
+    looked = EXAMINED[: grades.shape[-1]] if model == "position" else 1.0
+    attraction = np.where(grades >= 0, ATTRACTION[_grade(grades)], 0)
+    return np.minimum(READINESS.reshape(-1, *[1] * grades.ndim) * attraction * looked, 0.95)
+
+
+def _clicks(
+    grades: np.ndarray, kind: np.ndarray, patience: np.ndarray, model: Model, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Clicks and seconds on the documents of pages, shape (pages, depth)."""
+    looked = EXAMINED[: grades.shape[1]] if model == "position" else 1.0
+    chance = READINESS[kind][:, None] * np.where(grades >= 0, ATTRACTION[_grade(grades)], 0) * looked
+    clicks = rng.random(grades.shape) < np.minimum(chance, 0.95)
+    if model == "cascade":
+        clicks &= np.cumsum(clicks, axis=1) == 1
+    seconds = rng.exponential(SECONDS[_grade(grades)]) * patience[:, None]
+    return clicks.astype(int), np.where(clicks, seconds, 0.0)

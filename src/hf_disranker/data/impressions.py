@@ -1,0 +1,190 @@
+"""Impression logs of search: what was shown and clicked, added up in batches as they are read.
+
+Parquet (a file or a folder), csv or jsonl; a row is a page, or a document of the page that `page_id` names.
+
+| column        | holds                                                                                |
+|---------------|--------------------------------------------------------------------------------------|
+| user_id       | who was randomised                                                                   |
+| bucket        | which ranker the user saw; one for each user                                         |
+| clicked       | clicks on the row: a number, true or false                                           |
+| dwell_seconds | seconds on the clicked documents together; nothing where it is not known             |
+| page_id       | optional: names the page of a user; rows of one page are one page                    |
+| day           | optional: a date, a timestamp, or the number of a day                                |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.dataset
+
+from hf_disranker.data.schema import SHOWN_ROWS, TableError
+
+_MOST_DAYS, _PENDING_ROWS = 400, 1_000_000
+_FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", "": "parquet"}
+
+
+def read_log(
+    source: str, slices: Sequence[str] = (), covariates: Sequence[str] = (), exclude_mixed: bool = False
+) -> tuple[pd.DataFrame, int]:
+    """Sum an impression log by user; memory grows with users and pages, not with rows.
+
+    Args:
+        source: Path of a log as above.
+        slices: Columns that are equal for all rows of a page.
+        covariates: Numbers from before the test, equal for all rows of a user.
+        exclude_mixed: Leave out users who are in several buckets instead of refusing the log.
+
+    Returns:
+        A row for each user, day and combination of slices with user (a number), bucket, day if there is one, slices,
+        covariates, pages, clicked_pages, clicks, timed_clicks and seconds; and how many users were left out.
+
+    Raises:
+        TableError: A column is missing or holds what it must not; the message names source, column and first rows.
+    """
+    log = open_log(source, ["user_id", "bucket", "clicked", "dwell_seconds", *slices, *covariates])
+    page, day = ([name] if name in log.schema.names else [] for name in ("page_id", "day"))
+    unit = ["user_id", "bucket", *covariates, *slices]
+    rows_of = batches(log, [*unit, *page, *day, "clicked", "dwell_seconds"], source)
+    parts: Iterator[pa.Table] = (_events(rows, first, source, covariates) for first, rows in rows_of)
+    if page:
+        pages = add_up(parts, [*unit, *page])
+        if several := pages.num_rows - pages.group_by(["user_id", "bucket", *page]).aggregate([]).num_rows:
+            changing = ", ".join([*slices, *covariates])
+            raise TableError(f"{source}: {several:,} page(s) have several values in {changing}.")
+        parts = iter([pages.drop_columns(page)])
+    table = add_up(map(_with_pages, parts), [*unit, *day]).to_pandas()
+    table.insert(0, "user", pd.factorize(table["user_id"])[0])
+    for name in covariates:
+        if table[name].isna().all():
+            raise TableError(f"{source}: column '{name}' holds no number.")
+        if several := int((table.groupby("user")[name].nunique(dropna=False) > 1).sum()):
+            raise TableError(f"{source}: column '{name}': {several:,} user(s) have several values; it takes one each.")
+    if day and (days := table["day"].nunique()) > _MOST_DAYS:
+        raise TableError(f"{source}: column 'day' has {days:,} values; it takes dates, timestamps or numbers of days.")
+    mixed = table["user"].map(table.groupby("user")["bucket"].nunique() > 1)
+    names = table.loc[mixed, "user_id"].drop_duplicates()
+    if len(names) and not exclude_mixed:
+        shown = ", ".join(map(repr, names.head(SHOWN_ROWS)))
+        raise TableError(f"{source}: column 'bucket': {len(names):,} user(s) are in several buckets. First: {shown}.")
+    texts = dict.fromkeys([*day, *slices, "bucket"], "category")
+    return table[~mixed].drop(columns="user_id").astype(texts), len(names)
+
+
+def open_log(source: str, required: Sequence[str]) -> pa.dataset.Dataset:
+    """A log on disk, checked for its columns."""
+    if (kind := _FORMATS.get(Path(source).suffix)) is None or not os.path.exists(source):
+        raise TableError(f"{source}: {'no such file or folder' if kind else 'a log is .parquet, .csv or .jsonl'}.")
+    try:
+        log = pa.dataset.dataset(source, format=kind)
+        names = log.schema.names
+        if kind == "csv":  # as text: the first rows do not say what the others hold
+            types = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True)
+            parse = pa.csv.ParseOptions(newlines_in_values=True)
+            log = pa.dataset.dataset(source, format=pa.dataset.CsvFileFormat(parse, convert_options=types))
+        elif kind == "json" and "dwell_seconds" in names:
+            place = log.schema.get_field_index("dwell_seconds")
+            log = log.replace_schema(log.schema.set(place, pa.field("dwell_seconds", pa.float64())))
+    except pa.ArrowInvalid as error:
+        raise TableError(f"{source}: cannot be read: {error}") from error
+    if missing := [name for name in required if name not in names]:
+        raise TableError(f"{source}: the log needs the column(s) {', '.join(missing)}; it has: {', '.join(names)}.")
+    return log
+
+
+def batches(log: pa.dataset.Dataset, columns: Iterable[str], source: str) -> Iterator[tuple[int, pa.Table]]:
+    """(number of the first row, rows) of each batch."""
+    first = 0
+    try:
+        for batch in log.to_batches(columns=list(dict.fromkeys(columns))):
+            table = pa.table(batch)
+            coded = [field.name for field in table.schema if pa.types.is_dictionary(field.type)]
+            for name in coded:
+                place = table.schema.get_field_index(name)
+                table = table.set_column(place, name, table[name].cast(table[name].type.value_type))
+            yield first, table
+            first += len(batch)
+    except pa.ArrowInvalid as error:
+        raise TableError(f"{source}: cannot be read: {error}") from error
+    if not first:
+        raise TableError(f"{source}: the log has no rows.")
+
+
+def refuse(rows: pa.Table, name: str, bad: np.ndarray, what: str, where: tuple[str, int]) -> None:
+    """Raise a `TableError` with the first bad rows; `where` is the source and the number of the first row."""
+    if bad.any():
+        (source, first), places = where, np.flatnonzero(bad)[:SHOWN_ROWS]
+        shown = "; ".join(f"row {first + place}: {rows[name][place].as_py()!r:.100}" for place in places)
+        raise TableError(f"{source}: column '{name}': {int(bad.sum()):,} row(s) {what}. First: {shown}.")
+
+
+def _events(rows: pa.Table, first: int, source: str, covariates: Sequence[str]) -> pa.Table:
+    """Rows with their keys as they are grouped, and clicks, timed_clicks and seconds."""
+    where, found = (source, first), {}
+    for name in rows.column_names:
+        column = rows[name]
+        if name in ("user_id", "bucket", "page_id", "day"):
+            refuse(rows, name, _missing(column), "hold nothing", where)
+        if name in ("clicked", "dwell_seconds", *covariates):
+            found[name] = numbers(column)
+            refuse(rows, name, ~np.isfinite(found[name]) & ~_missing(column), "hold no finite number", where)
+        elif name == "day":
+            texts = (column.cast(pa.date32()) if pa.types.is_temporal(column.type) else column).cast(pa.string())
+            readable = pc.match_substring_regex(texts, r"^(\d{1,8}$|\d{4}-\d\d-\d\d)").to_numpy()
+            refuse(rows, name, ~readable, "hold no date, timestamp or number of a day", where)
+            found[name] = pc.utf8_lpad(pc.utf8_slice_codeunits(texts, 0, 10), 10)  # so that text sorts like numbers
+        else:
+            found[name] = column if name in ("user_id", "page_id") else column.cast(pa.string()).fill_null("(none)")
+    clicks, seconds = found.pop("clicked"), found.pop("dwell_seconds")
+    refuse(rows, "clicked", ~((clicks >= 0) & (clicks == np.floor(clicks))), "hold no number of clicks", where)
+    refuse(rows, "dwell_seconds", seconds < 0, "hold a negative time", where)
+    refuse(rows, "dwell_seconds", (seconds > 0) & (clicks == 0), "hold a time without a click", where)
+    found |= {name: pa.array(found[name], from_pandas=True) for name in covariates}
+    timed = np.where(np.isnan(seconds), 0, clicks)
+    return pa.table(found | {"clicks": clicks, "timed_clicks": timed, "seconds": np.nan_to_num(seconds)})
+
+
+def _missing(column: pa.ChunkedArray) -> np.ndarray:
+    return column.is_null(nan_is_null=True).to_numpy()
+
+
+def numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """Values as float64; true is 1, false is 0, what is no number is nan."""
+    try:
+        return column.cast(pa.float64()).to_numpy()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        texts = column.to_pandas().astype(str).str.strip().str.lower().replace({"true": "1", "false": "0"})
+        return pd.to_numeric(texts, errors="coerce").to_numpy(np.float64)
+
+
+def _with_pages(rows: pa.Table) -> pa.Table:
+    """The same with every row as a page."""
+    clicks = rows["clicks"].to_numpy()
+    return rows.append_column("pages", [np.ones(len(clicks))]).append_column("clicked_pages", [(clicks > 0) * 1.0])
+
+
+def add_up(parts: Iterable[pa.Table], keys: Sequence[str]) -> pa.Table:
+    """Add up tables by keys as they come; a day that is no key becomes the first one."""
+    keys, waiting, rows, limit = list(dict.fromkeys(keys)), [], 0, _PENDING_ROWS
+
+    def added() -> pa.Table:
+        table = pa.concat_tables(waiting)
+        how = [(name, "min" if name == "day" else "sum") for name in table.column_names if name not in keys]
+        table = table.group_by(keys, use_threads=False).aggregate(how)
+        return table.select([*keys, *map("_".join, how)]).rename_columns([*keys, *(name for name, _ in how)])
+
+    for part in parts:
+        waiting.append(part)
+        rows += len(part)
+        if rows > limit:
+            waiting = [added()]
+            rows = len(waiting[0])
+            limit = rows + max(rows, _PENDING_ROWS)
+    return added()
