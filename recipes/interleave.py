@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from trl import TrlParser
 
-from hf_disranker.online import draft_lists, preference, read_credit
+from hf_disranker.impressions import read_credit
+from hf_disranker.online import draft_lists, preference
 from hf_disranker.runs import recipe_parser, refuse_foreign, save_json
 
 MADE_BY = "disranker interleave"

@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose
 from scipy.stats import binom, binomtest, chisquare, ttest_1samp
 from scipy.stats.contingency import relative_risk
 
+from hf_disranker.impressions import read_credit
 from hf_disranker.online import (
     MEASURES,
     PAPER,
@@ -20,7 +21,6 @@ from hf_disranker.online import (
     novelty,
     power,
     preference,
-    read_credit,
     refusal,
     sample_ratio,
     team_draft,
@@ -311,6 +311,11 @@ def test_lists_are_the_same_whenever_they_are_made_and_fair_in_pairs(runs):
     assert lists.groupby(["query_id", "draft"])["team"].sum().eq(2).all()
 
 
+def test_queries_that_one_run_lacks_are_counted(runs, caplog):
+    draft_lists(*runs, depth=4)
+    assert "1 queries that only one of" in caplog.text
+
+
 def test_runs_that_share_nothing_and_odd_sizes_are_refused(runs, tmp_path):
     with pytest.raises(ValueError, match="share no query"):
         draft_lists(runs[0], run_file(tmp_path / "c.run", {"q9": "a"}))
@@ -346,6 +351,9 @@ def test_a_click_on_what_the_list_does_not_hold_is_refused(tmp_path):
     log = pd.DataFrame({"user_id": "u", "query_id": "7", "draft": [0, 2], "doc_id": ["x", "y"], "clicked": 1})
     log.to_csv(tmp_path / "log.csv", index=False)
     with pytest.raises(TableError, match=r"'doc_id': 1 row\(s\) are not on the list of their query_id.*row 1: 'y'"):
+        read_credit(str(tmp_path / "log.csv"), LISTS)
+    log.assign(draft=0, user_id=["u", None]).to_csv(tmp_path / "log.csv", index=False)
+    with pytest.raises(TableError, match=r"'user_id': 1 row\(s\) hold nothing. First: row 1: None"):
         read_credit(str(tmp_path / "log.csv"), LISTS)
     log.assign(draft=0, clicked=[-1, 0]).to_csv(tmp_path / "log.csv", index=False)
     with pytest.raises(TableError, match=r"'clicked': 1 row\(s\) hold no number of clicks"):

@@ -10,20 +10,21 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from scipy.stats import binomtest, chisquare, norm, ttest_1samp
 
-from hf_disranker.impressions import add_up, batches, numbers, open_log, refuse
 from hf_disranker.readers import read_run
 from hf_disranker.schema import TableError
 from hf_disranker.significance import LEVEL, Interval, holm
+
+logger = logging.getLogger(__name__)
 
 MEASURES = {
     "page_ctr": ("clicked_pages", "pages"),
@@ -255,6 +256,8 @@ def draft_lists(first: str, second: str, depth: int = 10, drafts: int = 16) -> p
     one, other = (run.groupby("query_id")["doc_id"].agg(list) for run in runs)
     if not len(both := one.index.intersection(other.index)):
         raise ValueError(f"{first} and {second} share no query.")
+    if alone := len(one) + len(other) - 2 * len(both):
+        logger.warning("%d queries that only one of %s and %s ranks get no list.", alone, first, second)
     rows = []
     for query in both:
         for draft in range(drafts):
@@ -262,37 +265,6 @@ def draft_lists(first: str, second: str, depth: int = 10, drafts: int = 16) -> p
             picked = team_draft(one[query], other[query], [int(flip) ^ draft % 2 for flip in flips])
             rows += [(query, draft, rank, *pick) for rank, pick in enumerate(picked.items(), 1)]
     return pd.DataFrame(rows, columns=["query_id", "draft", "rank", "doc_id", "team"])
-
-
-def read_credit(source: str, lists: pd.DataFrame) -> pd.DataFrame:
-    """Who won each page of an interleaving: the ranker whose picks got more clicks.
-
-    Args:
-        source: Log with user_id, query_id, draft, doc_id, clicked [, page_id]; a row is a shown document.
-        lists: What `draft_lists` made.
-
-    Returns:
-        A row for each page with user_id and credit: 1 if the second ranker won, -1 if the first did, 0 for a tie.
-
-    Raises:
-        TableError: A row's document is not on its list, or a column is missing or holds what it must not.
-    """
-    log = open_log(source, ["user_id", "query_id", "draft", "doc_id", "clicked"])
-    page = ["user_id", "query_id", "draft", *(["page_id"] if "page_id" in log.schema.names else [])]
-    key = ["query_id", "draft", "doc_id"]
-    team = lists.astype(dict.fromkeys(key, str)).set_index(key)["team"]
-
-    def parts() -> Iterator[pa.Table]:
-        for first, rows in batches(log, [*page, "doc_id", "clicked"], source):
-            clicks, where = numbers(rows["clicked"]), (source, first)
-            refuse(rows, "clicked", ~(clicks >= 0), "hold no number of clicks", where)
-            shown = pd.MultiIndex.from_frame(rows.select(key).to_pandas().astype(str))
-            picks = team.reindex(shown).to_numpy(np.float64)
-            refuse(rows, "doc_id", np.isnan(picks), "are not on the list of their query_id and draft", where)
-            yield rows.select(page).append_column("credit", [np.where(clicks > 0, 2 * picks - 1, 0)])
-
-    pages = add_up(parts(), page).to_pandas()
-    return pages[["user_id"]].assign(credit=np.sign(pages["credit"]).astype(int))
 
 
 def preference(pages: pd.DataFrame) -> dict[str, Any]:
