@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from numpy.testing import assert_allclose
-from scipy.stats import binom, binomtest, chisquare, ttest_1samp
+from scipy.stats import binom, binomtest, chisquare, norm, ttest_1samp
 from scipy.stats.contingency import relative_risk
 
 from hf_disranker.impressions import read_credit
@@ -26,7 +26,7 @@ from hf_disranker.online import (
     team_draft,
 )
 from hf_disranker.schema import TableError
-from hf_disranker.significance import holm
+from hf_disranker.significance import bootstrap, holm
 
 simulator = importlib.import_module("hf_disranker.recipes.simulator")
 BUCKETS = ["old", "new"]
@@ -344,7 +344,7 @@ def test_credit_matches_hand_example(tmp_path):
     assert sorted(found.values.tolist()) == [["u1", 0], ["u1", 1], ["u2", -1]]
     result = preference(found)
     assert [result[name] for name in ("users", "pages", "first_wins", "second_wins", "ties")] == [2, 3, 1, 1, 1]
-    assert result["difference"] == pytest.approx((0.5 - 1) / 2)
+    assert result["difference"] == 0
 
 
 def test_a_click_on_what_the_list_does_not_hold_is_refused(tmp_path):
@@ -361,14 +361,24 @@ def test_a_click_on_what_the_list_does_not_hold_is_refused(tmp_path):
 
 
 def test_the_preference_is_tested_by_user():
-    credit = np.random.default_rng(0).choice([-1, 0, 1], size=600, p=[0.2, 0.5, 0.3])
-    pages = pd.DataFrame({"user_id": np.arange(600) // 3, "credit": credit})
-    means = credit.reshape(200, 3).mean(axis=1)
-    found, expected = preference(pages), ttest_1samp(means, 0)
-    assert found["p"] == pytest.approx(expected.pvalue)
-    assert_allclose(found["interval"], expected.confidence_interval())
-    wins, losses = int((means > 0).sum()), int((means < 0).sum())
-    assert found["p_sign"] == pytest.approx(binomtest(wins, wins + losses).pvalue)
+    rng = np.random.default_rng(0)
+    size = rng.choice([1, 2, 9], size=400)
+    taste = np.repeat(rng.choice([-1, 0, 0, 1, 1], size=400), size)
+    credit = np.where(rng.random(len(taste)) < 0.5, taste, rng.integers(-1, 2, size=len(taste)))
+    found = preference(pd.DataFrame({"user_id": np.repeat(np.arange(400), size), "credit": credit}))
+    sums = np.add.reduceat(credit, np.r_[0, np.cumsum(size)[:-1]])
+    low, high = bootstrap(sums, size, rounds=4000)
+    assert found["difference"] == pytest.approx(credit.mean())
+    assert_allclose(found["interval"], [low, high], atol=0.06 * (high - low))
+    assert found["p"] == pytest.approx(2 * norm.sf(credit.mean() * 2 * 1.96 / (high - low)), rel=0.3)
+    assert found["p_sign"] == pytest.approx(binomtest(int((sums > 0).sum()), int((sums != 0).sum())).pvalue)
+
+
+def test_one_page_of_each_user_is_the_t_test():
+    credit = np.random.default_rng(0).choice([-1, 0, 1], size=3000, p=[0.2, 0.58, 0.22])
+    found, expected = preference(pd.DataFrame({"user_id": range(3000), "credit": credit})), ttest_1samp(credit, 0)
+    assert found["p"] == pytest.approx(expected.pvalue, rel=0.01)
+    assert_allclose(found["interval"], expected.confidence_interval(), rtol=0.01)
 
 
 @pytest.fixture
