@@ -248,13 +248,19 @@ def test_the_simulator_knows_its_truth(model):
 
 
 def coverage(tests, users, share, first_seed=0):
-    """How often intervals by user and by page hold the truth, by measure."""
+    """How often intervals by user, with a covariate, and by page hold the truth, by measure."""
     old, new = (simulator.true_measures(OLD, NEW, part) for part in (0.0, share))
-    held = {"user": dict.fromkeys(MEASURES, 0), "page": dict.fromkeys(MEASURES, 0)}
+    held = {unit: dict.fromkeys(MEASURES, 0) for unit in ("user", "cuped", "page")}
     for seed in range(first_seed, first_seed + tests):
         pages = pages_of(users, seed, share=share)
-        for unit, rows in (("user", by_user(pages)), ("page", pages.assign(clicked=pages["clicked_pages"]))):
-            for one in effects(rows, BUCKETS):
+        people = by_user(pages, ["clicks_before"])
+        naive = pages.assign(clicked=pages["clicked_pages"])
+        for unit, rows, covariates in (
+            ("user", people, []),
+            ("cuped", people, ["clicks_before"]),
+            ("page", naive, []),
+        ):
+            for one in effects(rows, BUCKETS, covariates):
                 low, high = one.interval
                 held[unit][one.name] += low <= new[one.name] / old[one.name] - 1 <= high
     return held
@@ -263,7 +269,7 @@ def coverage(tests, users, share, first_seed=0):
 def test_intervals_by_user_hold_the_truth_and_naive_ones_do_not():
     held = coverage(tests=60, users=1000, share=1.0)
     for name in MEASURES:
-        assert held["user"][name] >= binom.ppf(0.001, 60, 0.95), name
+        assert min(held["user"][name], held["cuped"][name]) >= binom.ppf(0.001, 60, 0.95), name
     assert held["page"]["page_ctr"] < binom.ppf(0.001, 60, 0.95)
 
 
@@ -274,8 +280,8 @@ def test_intervals_cover_95_percent_of_500_tests(share):
     tests, low, high = 500, *binom.ppf([0.0005, 0.9995], 500, 0.95)
     held = coverage(tests, users=2000, share=share, first_seed=5000 if share else 1000)
     for name in MEASURES:
-        print(f"{name}: by user {held['user'][name] / tests:.1%}, by page {held['page'][name] / tests:.1%}")
-        assert low <= held["user"][name] <= high, name
+        print(name, ", ".join(f"by {unit} {found[name] / tests:.1%}" for unit, found in held.items()))
+        assert low <= min(held["user"][name], held["cuped"][name]) and held["user"][name] <= high, name
     for name in ("page_ctr", "clicks_per_page"):
         assert held["page"][name] < 0.9 * tests
 
