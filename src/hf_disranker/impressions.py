@@ -132,12 +132,9 @@ def _batches(log: pa.dataset.Dataset, columns: Iterable[str], source: str) -> It
     first = 0
     try:
         for batch in log.to_batches(columns=list(dict.fromkeys(columns))):
-            table = pa.table(batch)
-            coded = [field.name for field in table.schema if pa.types.is_dictionary(field.type)]
-            for name in coded:
-                place = table.schema.get_field_index(name)
-                table = table.set_column(place, name, table[name].cast(table[name].type.value_type))
-            yield first, table
+            # Categories as their values: every batch may number them anew.
+            plain = [part.dictionary_decode() if pa.types.is_dictionary(part.type) else part for part in batch.columns]
+            yield first, pa.table(plain, names=batch.schema.names)
             first += len(batch)
     except pa.ArrowInvalid as error:
         raise TableError(f"{source}: cannot be read: {error}") from error
