@@ -26,6 +26,7 @@ from hf_disranker.training.runs import recipe_parser, refuse_foreign, save_json
 
 MADE_BY = "disranker abtest"
 MOST_SLICES = 20
+HEAD = f"{'':16}{'control':>10}{'treatment':>11}{'difference':>12}{'95% interval':>22}{'p':>9}{'Holm':>9}"
 
 
 @dataclass
@@ -65,9 +66,8 @@ def main(args: AbtestArguments) -> dict[str, Any]:
     found = {"made_by": MADE_BY, "log": args.log, "control": args.control, "users": counts, "excluded_users": excluded}
     found |= {"sample_ratio": {"shares": shares, "p": p}, "refusal": online.refusal(counts, p), "measures": []}
     print(f"{'users':16} {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
-    print(
-        f"{'sample ratio':16} p = {p:.4f}" + (f"; {excluded:,} users in several buckets left out" if excluded else "")
-    )
+    left_out = f"; {excluded:,} users in several buckets left out" if excluded else ""
+    print(f"{'sample ratio':16} p = {p:.4f}{left_out}")
     if not found["refusal"]:
         found |= analyse(args, log, users, buckets)
     if args.out:
@@ -94,8 +94,10 @@ def analyse(args: AbtestArguments, log: pd.DataFrame, users: pd.DataFrame, bucke
     found: dict[str, Any] = {"measures": rows(main_effects, buckets)}
     if args.covariates:
         plain = effects(users, buckets)
-        pairs = zip(main_effects, plain, strict=True)
-        reduced = {f"{one.name} of {one.bucket}": 1 - (spread(one) / spread(other)) ** 2 for one, other in pairs}
+        reduced = {
+            f"{one.name} of {one.bucket}": 1 - (spread(one) / spread(other)) ** 2 if spread(other) else 0.0
+            for one, other in zip(main_effects, plain, strict=True)
+        }
         print("Variance less by " + ", ".join(f"{share:.0%} ({name})" for name, share in reduced.items()) + ".")
         cuped = {"covariates": args.covariates, "variance_reduction": reduced, "without": rows(plain, buckets)}
         found["cuped"] = cuped
@@ -143,9 +145,7 @@ def spread(one: Effect) -> float:
 
 def show(title: str, found: Sequence[Effect]) -> None:
     """A table of effects."""
-    print(
-        f"\n{title}\n{'':16}{'control':>10}{'treatment':>11}{'difference':>12}{'95% interval':>22}{'p':>9}{'Holm':>9}"
-    )
+    print(f"\n{title}\n{HEAD}")
     for one in found:
         interval = "[{:+.2%}, {:+.2%}]".format(*one.interval)
         print(

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from trl import TrlParser
 
-from hf_disranker.evaluation.online import draft_lists, preference, read_credit
+from hf_disranker.data.impressions import read_credit
+from hf_disranker.evaluation.online import draft_lists, preference
 from hf_disranker.training.runs import recipe_parser, refuse_foreign, save_json
 
 MADE_BY = "disranker interleave"
@@ -74,11 +75,8 @@ def read_clicks(lists: str, log: str, out: str | None) -> dict[str, Any]:
     low, high = found["interval"]
     print(f"{found['users']:,} users, {found['pages']:,} pages: a wins {found['first_wins']:,}, ", end="")
     print(f"b wins {found['second_wins']:,}, {found['ties']:,} are ties")
-    print(
-        f"b less a, by user: {found['difference']:+.4f} [{low:+.4f}, {high:+.4f}], p = {found['p']:.4f} (t-test), ",
-        end="",
-    )
-    print(f"{found['p_sign']:.4f} (sign test)")
+    print(f"b less a: {found['difference']:+.2%} of the pages [{low:+.2%}, {high:+.2%}], p = {found['p']:.4f}")
+    print(f"sign test over users: p = {found['p_sign']:.4f}")
     if out:
         save_json(json.loads(json.dumps(found), parse_constant=lambda _: None), out)
     return found

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from numpy.testing import assert_allclose
-from scipy.stats import binom, binomtest, chisquare, ttest_1samp
+from scipy.stats import binom, binomtest, chisquare, norm, ttest_1samp
 from scipy.stats.contingency import relative_risk
 
+from hf_disranker.data.impressions import read_credit
 from hf_disranker.data.schema import TableError
 from hf_disranker.evaluation.online import (
     MEASURES,
@@ -21,12 +22,11 @@ from hf_disranker.evaluation.online import (
     novelty,
     power,
     preference,
-    read_credit,
     refusal,
     sample_ratio,
     team_draft,
 )
-from hf_disranker.evaluation.significance import holm
+from hf_disranker.evaluation.significance import bootstrap, holm
 
 simulator = importlib.import_module("hf_disranker.recipes.simulator")
 BUCKETS = ["old", "new"]
@@ -248,13 +248,19 @@ def test_the_simulator_knows_its_truth(model):
 
 
 def coverage(tests, users, share, first_seed=0):
-    """How often intervals by user and by page hold the truth, by measure."""
+    """How often intervals by user, with a covariate, and by page hold the truth, by measure."""
     old, new = (simulator.true_measures(OLD, NEW, part) for part in (0.0, share))
-    held = {"user": dict.fromkeys(MEASURES, 0), "page": dict.fromkeys(MEASURES, 0)}
+    held = {unit: dict.fromkeys(MEASURES, 0) for unit in ("user", "cuped", "page")}
     for seed in range(first_seed, first_seed + tests):
         pages = pages_of(users, seed, share=share)
-        for unit, rows in (("user", by_user(pages)), ("page", pages.assign(clicked=pages["clicked_pages"]))):
-            for one in effects(rows, BUCKETS):
+        people = by_user(pages, ["clicks_before"])
+        naive = pages.assign(clicked=pages["clicked_pages"])
+        for unit, rows, covariates in (
+            ("user", people, []),
+            ("cuped", people, ["clicks_before"]),
+            ("page", naive, []),
+        ):
+            for one in effects(rows, BUCKETS, covariates):
                 low, high = one.interval
                 held[unit][one.name] += low <= new[one.name] / old[one.name] - 1 <= high
     return held
@@ -263,7 +269,7 @@ def coverage(tests, users, share, first_seed=0):
 def test_intervals_by_user_hold_the_truth_and_naive_ones_do_not():
     held = coverage(tests=60, users=1000, share=1.0)
     for name in MEASURES:
-        assert held["user"][name] >= binom.ppf(0.001, 60, 0.95), name
+        assert min(held["user"][name], held["cuped"][name]) >= binom.ppf(0.001, 60, 0.95), name
     assert held["page"]["page_ctr"] < binom.ppf(0.001, 60, 0.95)
 
 
@@ -274,8 +280,8 @@ def test_intervals_cover_95_percent_of_500_tests(share):
     tests, low, high = 500, *binom.ppf([0.0005, 0.9995], 500, 0.95)
     held = coverage(tests, users=2000, share=share, first_seed=5000 if share else 1000)
     for name in MEASURES:
-        print(f"{name}: by user {held['user'][name] / tests:.1%}, by page {held['page'][name] / tests:.1%}")
-        assert low <= held["user"][name] <= high, name
+        print(name, ", ".join(f"by {unit} {found[name] / tests:.1%}" for unit, found in held.items()))
+        assert low <= min(held["user"][name], held["cuped"][name]) and held["user"][name] <= high, name
     for name in ("page_ctr", "clicks_per_page"):
         assert held["page"][name] < 0.9 * tests
 
@@ -311,6 +317,11 @@ def test_lists_are_the_same_whenever_they_are_made_and_fair_in_pairs(runs):
     assert lists.groupby(["query_id", "draft"])["team"].sum().eq(2).all()
 
 
+def test_queries_that_one_run_lacks_are_counted(runs, caplog):
+    draft_lists(*runs, depth=4)
+    assert "1 queries that only one of" in caplog.text
+
+
 def test_runs_that_share_nothing_and_odd_sizes_are_refused(runs, tmp_path):
     with pytest.raises(ValueError, match="share no query"):
         draft_lists(runs[0], run_file(tmp_path / "c.run", {"q9": "a"}))
@@ -339,7 +350,7 @@ def test_credit_matches_hand_example(tmp_path):
     assert sorted(found.values.tolist()) == [["u1", 0], ["u1", 1], ["u2", -1]]
     result = preference(found)
     assert [result[name] for name in ("users", "pages", "first_wins", "second_wins", "ties")] == [2, 3, 1, 1, 1]
-    assert result["difference"] == pytest.approx((0.5 - 1) / 2)
+    assert result["difference"] == 0
 
 
 def test_a_click_on_what_the_list_does_not_hold_is_refused(tmp_path):
@@ -347,20 +358,33 @@ def test_a_click_on_what_the_list_does_not_hold_is_refused(tmp_path):
     log.to_csv(tmp_path / "log.csv", index=False)
     with pytest.raises(TableError, match=r"'doc_id': 1 row\(s\) are not on the list of their query_id.*row 1: 'y'"):
         read_credit(str(tmp_path / "log.csv"), LISTS)
+    log.assign(draft=0, user_id=["u", None]).to_csv(tmp_path / "log.csv", index=False)
+    with pytest.raises(TableError, match=r"'user_id': 1 row\(s\) hold nothing. First: row 1: None"):
+        read_credit(str(tmp_path / "log.csv"), LISTS)
     log.assign(draft=0, clicked=[-1, 0]).to_csv(tmp_path / "log.csv", index=False)
     with pytest.raises(TableError, match=r"'clicked': 1 row\(s\) hold no number of clicks"):
         read_credit(str(tmp_path / "log.csv"), LISTS)
 
 
 def test_the_preference_is_tested_by_user():
-    credit = np.random.default_rng(0).choice([-1, 0, 1], size=600, p=[0.2, 0.5, 0.3])
-    pages = pd.DataFrame({"user_id": np.arange(600) // 3, "credit": credit})
-    means = credit.reshape(200, 3).mean(axis=1)
-    found, expected = preference(pages), ttest_1samp(means, 0)
-    assert found["p"] == pytest.approx(expected.pvalue)
-    assert_allclose(found["interval"], expected.confidence_interval())
-    wins, losses = int((means > 0).sum()), int((means < 0).sum())
-    assert found["p_sign"] == pytest.approx(binomtest(wins, wins + losses).pvalue)
+    rng = np.random.default_rng(0)
+    size = rng.choice([1, 2, 9], size=400)
+    taste = np.repeat(rng.choice([-1, 0, 0, 1, 1], size=400), size)
+    credit = np.where(rng.random(len(taste)) < 0.5, taste, rng.integers(-1, 2, size=len(taste)))
+    found = preference(pd.DataFrame({"user_id": np.repeat(np.arange(400), size), "credit": credit}))
+    sums = np.add.reduceat(credit, np.r_[0, np.cumsum(size)[:-1]])
+    low, high = bootstrap(sums, size, rounds=4000)
+    assert found["difference"] == pytest.approx(credit.mean())
+    assert_allclose(found["interval"], [low, high], atol=0.06 * (high - low))
+    assert found["p"] == pytest.approx(2 * norm.sf(credit.mean() * 2 * 1.96 / (high - low)), rel=0.3)
+    assert found["p_sign"] == pytest.approx(binomtest(int((sums > 0).sum()), int((sums != 0).sum())).pvalue)
+
+
+def test_one_page_of_each_user_is_the_t_test():
+    credit = np.random.default_rng(0).choice([-1, 0, 1], size=3000, p=[0.2, 0.58, 0.22])
+    found, expected = preference(pd.DataFrame({"user_id": range(3000), "credit": credit})), ttest_1samp(credit, 0)
+    assert found["p"] == pytest.approx(expected.pvalue, rel=0.01)
+    assert_allclose(found["interval"], expected.confidence_interval(), rtol=0.01)
 
 
 @pytest.fixture

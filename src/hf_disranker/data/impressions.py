@@ -28,7 +28,7 @@ import pyarrow.dataset
 from hf_disranker.data.schema import SHOWN_ROWS, TableError
 
 _MOST_DAYS, _PENDING_ROWS = 400, 1_000_000
-_FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", "": "parquet"}
+_FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json"}
 
 
 def read_log(
@@ -49,26 +49,20 @@ def read_log(
     Raises:
         TableError: A column is missing or holds what it must not; the message names source, column and first rows.
     """
-    log = open_log(source, ["user_id", "bucket", "clicked", "dwell_seconds", *slices, *covariates])
+    log = _open(source, ["user_id", "bucket", "clicked", "dwell_seconds", *slices, *covariates])
     page, day = ([name] if name in log.schema.names else [] for name in ("page_id", "day"))
     unit = ["user_id", "bucket", *covariates, *slices]
-    rows_of = batches(log, [*unit, *page, *day, "clicked", "dwell_seconds"], source)
+    rows_of = _batches(log, [*unit, *page, *day, "clicked", "dwell_seconds"], source)
     parts: Iterator[pa.Table] = (_events(rows, first, source, covariates) for first, rows in rows_of)
     if page:
-        pages = add_up(parts, [*unit, *page])
+        pages = _add_up(parts, [*unit, *page])
         if several := pages.num_rows - pages.group_by(["user_id", "bucket", *page]).aggregate([]).num_rows:
             changing = ", ".join([*slices, *covariates])
             raise TableError(f"{source}: {several:,} page(s) have several values in {changing}.")
         parts = iter([pages.drop_columns(page)])
-    table = add_up(map(_with_pages, parts), [*unit, *day]).to_pandas()
+    table = _add_up(map(_with_pages, parts), [*unit, *day]).to_pandas()
     table.insert(0, "user", pd.factorize(table["user_id"])[0])
-    for name in covariates:
-        if table[name].isna().all():
-            raise TableError(f"{source}: column '{name}' holds no number.")
-        if several := int((table.groupby("user")[name].nunique(dropna=False) > 1).sum()):
-            raise TableError(f"{source}: column '{name}': {several:,} user(s) have several values; it takes one each.")
-    if day and (days := table["day"].nunique()) > _MOST_DAYS:
-        raise TableError(f"{source}: column 'day' has {days:,} values; it takes dates, timestamps or numbers of days.")
+    _check_users(table, covariates, source)
     mixed = table["user"].map(table.groupby("user")["bucket"].nunique() > 1)
     names = table.loc[mixed, "user_id"].drop_duplicates()
     if len(names) and not exclude_mixed:
@@ -78,9 +72,43 @@ def read_log(
     return table[~mixed].drop(columns="user_id").astype(texts), len(names)
 
 
-def open_log(source: str, required: Sequence[str]) -> pa.dataset.Dataset:
+def read_credit(source: str, lists: pd.DataFrame) -> pd.DataFrame:
+    """Who won each page of an interleaving: the ranker whose picks got more clicks.
+
+    Args:
+        source: Log with user_id, query_id, draft, doc_id, clicked [, page_id]; a row is a shown document.
+        lists: What `online.draft_lists` made.
+
+    Returns:
+        A row for each page with user_id and credit: 1 if the second ranker won, -1 if the first did, 0 for a tie.
+
+    Raises:
+        TableError: A row's document is not on its list, or a column is missing or holds what it must not.
+    """
+    log = _open(source, ["user_id", "query_id", "draft", "doc_id", "clicked"])
+    page = ["user_id", "query_id", "draft", *(["page_id"] if "page_id" in log.schema.names else [])]
+    key = ["query_id", "draft", "doc_id"]
+    team = lists.astype(dict.fromkeys(key, str)).set_index(key)["team"]
+
+    def parts() -> Iterator[pa.Table]:
+        for first, rows in _batches(log, [*page, "doc_id", "clicked"], source):
+            clicks, where = _numbers(rows["clicked"]), (source, first)
+            for name in page:
+                _refuse(rows, name, _missing(rows[name]), "hold nothing", where)
+            _refuse(rows, "clicked", ~(clicks >= 0), "hold no number of clicks", where)
+            shown = pd.MultiIndex.from_frame(rows.select(key).to_pandas().astype(str))
+            picks = team.reindex(shown).to_numpy(np.float64)
+            _refuse(rows, "doc_id", np.isnan(picks), "are not on the list of their query_id and draft", where)
+            yield rows.select(page).append_column("credit", [np.where(clicks > 0, 2 * picks - 1, 0)])
+
+    pages = _add_up(parts(), page).to_pandas()
+    return pages[["user_id"]].assign(credit=np.sign(pages["credit"]).astype(int))
+
+
+def _open(source: str, required: Sequence[str]) -> pa.dataset.Dataset:
     """A log on disk, checked for its columns."""
-    if (kind := _FORMATS.get(Path(source).suffix)) is None or not os.path.exists(source):
+    kind = "parquet" if os.path.isdir(source) else _FORMATS.get(Path(source).suffix)
+    if kind is None or not os.path.exists(source):
         raise TableError(f"{source}: {'no such file or folder' if kind else 'a log is .parquet, .csv or .jsonl'}.")
     try:
         log = pa.dataset.dataset(source, format=kind)
@@ -99,17 +127,14 @@ def open_log(source: str, required: Sequence[str]) -> pa.dataset.Dataset:
     return log
 
 
-def batches(log: pa.dataset.Dataset, columns: Iterable[str], source: str) -> Iterator[tuple[int, pa.Table]]:
+def _batches(log: pa.dataset.Dataset, columns: Iterable[str], source: str) -> Iterator[tuple[int, pa.Table]]:
     """(number of the first row, rows) of each batch."""
     first = 0
     try:
         for batch in log.to_batches(columns=list(dict.fromkeys(columns))):
-            table = pa.table(batch)
-            coded = [field.name for field in table.schema if pa.types.is_dictionary(field.type)]
-            for name in coded:
-                place = table.schema.get_field_index(name)
-                table = table.set_column(place, name, table[name].cast(table[name].type.value_type))
-            yield first, table
+            # Categories as their values: every batch may number them anew.
+            plain = [part.dictionary_decode() if pa.types.is_dictionary(part.type) else part for part in batch.columns]
+            yield first, pa.table(plain, names=batch.schema.names)
             first += len(batch)
     except pa.ArrowInvalid as error:
         raise TableError(f"{source}: cannot be read: {error}") from error
@@ -117,7 +142,7 @@ def batches(log: pa.dataset.Dataset, columns: Iterable[str], source: str) -> Ite
         raise TableError(f"{source}: the log has no rows.")
 
 
-def refuse(rows: pa.Table, name: str, bad: np.ndarray, what: str, where: tuple[str, int]) -> None:
+def _refuse(rows: pa.Table, name: str, bad: np.ndarray, what: str, where: tuple[str, int]) -> None:
     """Raise a `TableError` with the first bad rows; `where` is the source and the number of the first row."""
     if bad.any():
         (source, first), places = where, np.flatnonzero(bad)[:SHOWN_ROWS]
@@ -131,21 +156,21 @@ def _events(rows: pa.Table, first: int, source: str, covariates: Sequence[str]) 
     for name in rows.column_names:
         column = rows[name]
         if name in ("user_id", "bucket", "page_id", "day"):
-            refuse(rows, name, _missing(column), "hold nothing", where)
+            _refuse(rows, name, _missing(column), "hold nothing", where)
         if name in ("clicked", "dwell_seconds", *covariates):
-            found[name] = numbers(column)
-            refuse(rows, name, ~np.isfinite(found[name]) & ~_missing(column), "hold no finite number", where)
+            found[name] = _numbers(column)
+            _refuse(rows, name, ~np.isfinite(found[name]) & ~_missing(column), "hold no finite number", where)
         elif name == "day":
             texts = (column.cast(pa.date32()) if pa.types.is_temporal(column.type) else column).cast(pa.string())
             readable = pc.match_substring_regex(texts, r"^(\d{1,8}$|\d{4}-\d\d-\d\d)").to_numpy()
-            refuse(rows, name, ~readable, "hold no date, timestamp or number of a day", where)
+            _refuse(rows, name, ~readable, "hold no date, timestamp or number of a day", where)
             found[name] = pc.utf8_lpad(pc.utf8_slice_codeunits(texts, 0, 10), 10)  # so that text sorts like numbers
         else:
             found[name] = column if name in ("user_id", "page_id") else column.cast(pa.string()).fill_null("(none)")
     clicks, seconds = found.pop("clicked"), found.pop("dwell_seconds")
-    refuse(rows, "clicked", ~((clicks >= 0) & (clicks == np.floor(clicks))), "hold no number of clicks", where)
-    refuse(rows, "dwell_seconds", seconds < 0, "hold a negative time", where)
-    refuse(rows, "dwell_seconds", (seconds > 0) & (clicks == 0), "hold a time without a click", where)
+    _refuse(rows, "clicked", ~((clicks >= 0) & (clicks == np.floor(clicks))), "hold no number of clicks", where)
+    _refuse(rows, "dwell_seconds", seconds < 0, "hold a negative time", where)
+    _refuse(rows, "dwell_seconds", (seconds > 0) & (clicks == 0), "hold a time without a click", where)
     found |= {name: pa.array(found[name], from_pandas=True) for name in covariates}
     timed = np.where(np.isnan(seconds), 0, clicks)
     return pa.table(found | {"clicks": clicks, "timed_clicks": timed, "seconds": np.nan_to_num(seconds)})
@@ -155,7 +180,7 @@ def _missing(column: pa.ChunkedArray) -> np.ndarray:
     return column.is_null(nan_is_null=True).to_numpy()
 
 
-def numbers(column: pa.ChunkedArray) -> np.ndarray:
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     """Values as float64; true is 1, false is 0, what is no number is nan."""
     try:
         return column.cast(pa.float64()).to_numpy()
@@ -164,15 +189,27 @@ def numbers(column: pa.ChunkedArray) -> np.ndarray:
         return pd.to_numeric(texts, errors="coerce").to_numpy(np.float64)
 
 
+def _check_users(table: pd.DataFrame, covariates: Sequence[str], source: str) -> None:
+    """Raise a `TableError` for covariates that change within a user, and for days that are none."""
+    for name in covariates:
+        if table[name].isna().all():
+            raise TableError(f"{source}: column '{name}' holds no number.")
+        if several := int((table.groupby("user")[name].nunique(dropna=False) > 1).sum()):
+            raise TableError(f"{source}: column '{name}': {several:,} user(s) have several values; it takes one each.")
+    if "day" in table and (days := table["day"].nunique()) > _MOST_DAYS:
+        raise TableError(f"{source}: column 'day' has {days:,} values; it takes dates, timestamps or numbers of days.")
+
+
 def _with_pages(rows: pa.Table) -> pa.Table:
     """The same with every row as a page."""
     clicks = rows["clicks"].to_numpy()
     return rows.append_column("pages", [np.ones(len(clicks))]).append_column("clicked_pages", [(clicks > 0) * 1.0])
 
 
-def add_up(parts: Iterable[pa.Table], keys: Sequence[str]) -> pa.Table:
+def _add_up(parts: Iterable[pa.Table], keys: Sequence[str]) -> pa.Table:
     """Add up tables by keys as they come; a day that is no key becomes the first one."""
-    keys, waiting, rows, limit = list(dict.fromkeys(keys)), [], 0, _PENDING_ROWS
+    keys, rows, limit = list(dict.fromkeys(keys)), 0, _PENDING_ROWS
+    waiting: list[pa.Table] = []
 
     def added() -> pa.Table:
         table = pa.concat_tables(waiting)
