@@ -17,7 +17,8 @@ from trl import TrlParser
 from hf_disranker.data.outputs import check_output, json_in
 from hf_disranker.evaluation.rankings import compare_evaluations, load_evaluations
 from hf_disranker.evaluation.significance import Comparison, bootstrap, marks, refusal
-from hf_disranker.training.runs import recipe_parser, save_json
+from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.training.runs import save_json
 
 
 @dataclass

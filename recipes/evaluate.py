@@ -41,8 +41,8 @@ from hf_disranker.evaluation.rankings import (
     slices_text,
     table_text,
 )
+from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.scoring.engines import load_engine
-from hf_disranker.training.runs import recipe_parser
 
 logger = logging.getLogger("hf_disranker")
 

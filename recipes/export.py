@@ -23,8 +23,8 @@ from trl import TrlParser
 from hf_disranker.data.outputs import check_output_folder
 from hf_disranker.data.tables import read_table
 from hf_disranker.models.ranker import Ranker
+from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.serving.export import Parity, export
-from hf_disranker.training.runs import recipe_parser
 
 logger = logging.getLogger(__name__)
 

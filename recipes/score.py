@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from trl import TrlParser
 
 from hf_disranker.data.candidates import Candidates
+from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.scoring.engines import SERVERS, Engine, HttpEngine, load_engine
 from hf_disranker.scoring.run import OldScores, ScoringRun, verify
 from hf_disranker.scoring.store import ScoreStore
 from hf_disranker.scoring.summary import moved
-from hf_disranker.training.runs import recipe_parser
 
 
 @dataclass

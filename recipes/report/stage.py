@@ -15,8 +15,8 @@ from trl import TrlParser
 
 from hf_disranker.data.outputs import check_output
 from hf_disranker.evaluation.rankings import load_evaluations
+from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.recipes.report.page import is_report, write_report
-from hf_disranker.training.runs import recipe_parser
 
 
 @dataclass

@@ -38,7 +38,7 @@ def test_resume_point_passes_over_a_checkpoint_that_was_cut_off(tmp_path, caplog
     (tmp_path / "checkpoint-15").mkdir()
     (tmp_path / "checkpoint-15" / "trainer_state.json").write_text('{"global_step": 1')
     assert resume_point(str(tmp_path)) == str(tmp_path / "checkpoint-5")
-    assert "checkpoint-10 is half written" in caplog.text
+    assert "checkpoint-10 is incomplete" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5"]
 
 
