@@ -40,6 +40,12 @@ def test_every_stage_has_a_help(run, capsys, stage):
     assert f"usage: disranker {stage} [--config FILE.yaml]" in capsys.readouterr().out
 
 
+def test_a_stage_may_be_spelled_with_a_dash(run, capsys):
+    with pytest.raises(SystemExit) as end:
+        run("fit-teacher", "--help")
+    assert end.value.code == 0 and "usage: disranker fit_teacher" in capsys.readouterr().out
+
+
 def test_an_unknown_stage_is_refused_with_those_that_there_are(run):
     with pytest.raises(SystemExit) as end:
         run("destill")

@@ -1,10 +1,10 @@
-"""One HTML page from what `disranker evaluate --out` wrote, for one ranker or several side by side.
+"""HTML report of one or several rankers, from the files of `disranker evaluate --out`.
 
     disranker report runs/eval/student.json runs/eval/teacher.json runs/eval/bm25.json --out report.html
     disranker report runs/eval --out report.html --texts false
     disranker report runs/eval --abtest abtest.json
 
-The page needs no network and no scripts. Evaluations are files, or folders of them, of the same judgments.
+The page needs no network and no scripts. All evaluations must be of the same judgments.
 """
 
 import json
@@ -21,16 +21,16 @@ from hf_disranker.recipes.report.page import is_report, write_report
 
 @dataclass
 class ReportArguments:
-    """What goes into the page."""
+    """Evaluations and page."""
 
     runs: list[str] = field(metadata={"help": "Json files of `disranker evaluate --out`, or folders of them."})
-    out: str = field(default="report.html", metadata={"help": "The file to write."})
-    abtest: str | None = field(default=None, metadata={"help": "Json of `disranker abtest --out` to show too."})
-    texts: bool = field(default=True, metadata={"help": "Show queries and documents; --no_texts keeps ids alone."})
+    out: str = field(default="report.html", metadata={"help": "HTML file."})
+    abtest: str | None = field(default=None, metadata={"help": "Json of `disranker abtest --out` to include."})
+    texts: bool = field(default=True, metadata={"help": "Show queries and documents; --no_texts shows only ids."})
 
 
 def make_parser() -> TrlParser:
-    """The command line of this stage."""
+    """Build the command line of this stage."""
     return recipe_parser("report", __doc__, ReportArguments)
 
 

@@ -93,9 +93,9 @@ def test_a_loss_on_labels_needs_labels(student_dir, tmp_path):
 
 
 def test_loss_weights_are_checked(tmp_path):
-    with pytest.raises(ValueError, match="not negative"):
+    with pytest.raises(ValueError, match="must not be negative"):
         RankingConfig(str(tmp_path), hinge_weight=0.0)
-    with pytest.raises(ValueError, match="not negative"):
+    with pytest.raises(ValueError, match="must not be negative"):
         DistillationConfig(str(tmp_path), point_weight=-1.0)
 
 

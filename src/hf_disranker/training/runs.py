@@ -102,13 +102,13 @@ def save_run(
     """
     if not trainer.is_world_process_zero():
         return
-    out = trainer.args.output_dir
-    model = save_model(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, out)
+    out, tokenizer = trainer.args.output_dir, trainer.processing_class
+    model = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out)
     if measures:
         save_json(measures, f"{out}/{measures_name}")
     save_record(out, arguments, sources)
     if trainer.args.push_to_hub and isinstance(trainer, TrainerHubMixin):
-        publish(trainer, model, trainer.processing_class)
+        publish(trainer, model, tokenizer)
     logger.info("Model saved to %s. Next: %s", out, next_step)
 
 
