@@ -31,7 +31,7 @@ class CompareArguments:
 
 
 def make_parser() -> TrlParser:
-    """Build the command line of this stage."""
+    """Return the argument parser of this stage."""
     return recipe_parser("compare", __doc__, CompareArguments)
 
 

@@ -41,7 +41,7 @@ class ScriptArguments:
 
 
 def make_parser() -> TrlParser:
-    """Build the command line of this stage."""
+    """Return the argument parser of this stage."""
     return recipe_parser("cpt", __doc__, ScriptArguments, CptConfig, ModelConfig)
 
 

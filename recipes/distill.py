@@ -61,7 +61,7 @@ class ScriptArguments:
 
 
 def make_parser() -> TrlParser:
-    """Build the command line of this stage."""
+    """Return the argument parser of this stage."""
     return recipe_parser("distill", __doc__, ScriptArguments, DistillationConfig)
 
 
@@ -82,16 +82,7 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
         eval_dataset = load_groups(script_args.judgments, split=eval_split)
         warn_shared_queries(sample_groups(train_dataset)["query"], eval_dataset["query"])
 
-    set_seed(training_args.seed)  # same new head in every run and process
-    tokenizer = load_tokenizer(script_args.model, revision=script_args.model_revision)
-    student = BertDistilledRanker.from_pretrained(
-        script_args.model,
-        revision=script_args.model_revision,
-        dtype=training_args.weights_dtype,
-        attn_implementation=script_args.attn_implementation,
-    )
-    if script_args.student_layers:
-        student.keep_layers([int(layer) for layer in script_args.student_layers.split(",")])
+    student = load_student(script_args, training_args)
     if not student.config.disranker.get("teacher") and training_args.score_transform == "none":
         student.start_at(float(np.mean(np.concatenate(sample_groups(train_dataset)["teacher_scores"]))))
     several = {"id": " + ".join(str(teacher["id"]) for teacher in teachers), "revision": None}
@@ -102,13 +93,27 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=tokenizer,
+        processing_class=load_tokenizer(script_args.model, revision=script_args.model_revision),
     )
     measures = train(trainer)
     tables = {"corpus": script_args.corpus, "judgments": script_args.judgments}
     tables |= {f"scores_{number}": path for number, path in enumerate(sources)}
     next_step = f"disranker evaluate --model {training_args.output_dir} --judgments {script_args.judgments or 'TABLE'}"
     save_run(trainer, (script_args, training_args), tables, measures, next_step)
+
+
+def load_student(script_args: ScriptArguments, training_args: DistillationConfig) -> BertDistilledRanker:
+    """Load the BERT to start from, with the chosen layers."""
+    set_seed(training_args.seed)  # same new head in every run and process
+    student = BertDistilledRanker.from_pretrained(
+        script_args.model,
+        revision=script_args.model_revision,
+        dtype=training_args.weights_dtype,
+        attn_implementation=script_args.attn_implementation,
+    )
+    if script_args.student_layers:
+        student.keep_layers([int(layer) for layer in script_args.student_layers.split(",")])
+    return student
 
 
 if __name__ == "__main__":

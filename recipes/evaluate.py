@@ -93,7 +93,7 @@ class EvaluateArguments:
 
 
 def make_parser() -> TrlParser:
-    """Build the command line of this stage."""
+    """Return the argument parser of this stage."""
     return recipe_parser("evaluate", __doc__, EvaluateArguments)
 
 

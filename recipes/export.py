@@ -51,7 +51,7 @@ class ExportArguments:
 
 
 def make_parser() -> TrlParser:
-    """Build the command line of this stage."""
+    """Return the argument parser of this stage."""
     return recipe_parser("export", __doc__, ExportArguments)
 
 

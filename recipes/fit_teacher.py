@@ -13,6 +13,7 @@ last checkpoint.
 import logging
 from dataclasses import dataclass, field
 
+from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -56,7 +57,7 @@ class ScriptArguments:
 
 
 def make_parser() -> TrlParser:
-    """Build the command line of this stage."""
+    """Return the argument parser of this stage."""
     return recipe_parser("fit_teacher", __doc__, ScriptArguments, RankingConfig, ModelConfig)
 
 
@@ -67,18 +68,7 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     config = load_config(source, revision=revision)  # before the tables are read
     if script_args.student_layers and config.model_type != "bert":
         raise ValueError(f"--student_layers is for a BERT; {source} is a {config.model_type}.")
-    train_split = usual_split(script_args.judgments, script_args.train_split, "train")
-    train_dataset = load_groups(script_args.judgments, split=train_split)
-    eval_dataset = None
-    if training_args.eval_strategy != "no":
-        eval_judgments = script_args.eval_judgments or script_args.judgments
-        eval_split = usual_split(eval_judgments, script_args.eval_split, "dev")
-        if script_args.eval_judgments is None and eval_split is None:
-            logger.warning("%s has no splits: training on all rows, without evaluation.", script_args.judgments)
-            training_args.eval_strategy = "no"
-        else:
-            eval_dataset = load_groups(eval_judgments, split=eval_split)
-            warn_shared_queries(train_dataset["query"], eval_dataset["query"])
+    train_dataset, eval_dataset = load_datasets(script_args, training_args)
 
     set_seed(training_args.seed)  # same new head in every run and process
     tokenizer = load_tokenizer(source, revision=revision)
@@ -112,6 +102,23 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     if config.model_type == "bert":
         next_step = f"disranker evaluate --model {out} --judgments {script_args.judgments}"
     save_run(trainer, (script_args, training_args, model_args), tables, measures, next_step)
+
+
+def load_datasets(script_args: ScriptArguments, training_args: RankingConfig) -> tuple[Dataset, Dataset | None]:
+    """Load the judgments to train and to evaluate on; a table without splits is not evaluated on."""
+    train_split = usual_split(script_args.judgments, script_args.train_split, "train")
+    train_dataset = load_groups(script_args.judgments, split=train_split)
+    if training_args.eval_strategy == "no":
+        return train_dataset, None
+    eval_judgments = script_args.eval_judgments or script_args.judgments
+    eval_split = usual_split(eval_judgments, script_args.eval_split, "dev")
+    if script_args.eval_judgments is None and eval_split is None:
+        logger.warning("%s has no splits: training on all rows, without evaluation.", script_args.judgments)
+        training_args.eval_strategy = "no"
+        return train_dataset, None
+    eval_dataset = load_groups(eval_judgments, split=eval_split)
+    warn_shared_queries(train_dataset["query"], eval_dataset["query"])
+    return train_dataset, eval_dataset
 
 
 if __name__ == "__main__":

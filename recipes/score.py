@@ -25,7 +25,7 @@ from hf_disranker.scoring.summary import moved
 
 @dataclass
 class ScoreArguments:
-    """Teacher, pairs and output."""
+    """What the stage reads and writes."""
 
     model: str | None = field(default=None, metadata={"help": "Teacher: folder, Hub id, or model name on a server."})
     pairs: str | None = field(default=None, metadata={"help": "Candidates: file, folder, URL or Hub data set id."})
@@ -35,31 +35,31 @@ class ScoreArguments:
     token_budget: int | None = field(default=None, metadata={"help": "Tokens per forward pass; default: by device."})
     shard_rows: int = field(default=10_000, metadata={"help": "Pairs per shard, the most a crash can lose."})
     engine: str = field(default="transformers", metadata={"help": f"transformers, or a server: {', '.join(SERVERS)}."})
-    url: str = field(default="http://localhost:8000", metadata={"help": "Base URL of the server."})
-    concurrency: int = field(default=8, metadata={"help": "Concurrent requests to the server."})
-    per_second: float | None = field(default=None, metadata={"help": "Maximum requests per second to the server."})
-    num_shards: int = field(default=1, metadata={"help": "Number of jobs that share the run."})
-    shard_index: int = field(default=0, metadata={"help": "Index of this job, from 0."})
-    reuse: str | None = field(default=None, metadata={"help": "Score store to reuse scores from for equal texts."})
-    status: str | None = field(default=None, metadata={"help": "Only print the progress of the run in this folder."})
-    against: str | None = field(default=None, metadata={"help": "With status: compare the scores with this store."})
+    url: str = field(default="http://localhost:8000", metadata={"help": "Where the server listens."})
+    concurrency: int = field(default=8, metadata={"help": "Requests to the server under way at a time."})
+    per_second: float | None = field(default=None, metadata={"help": "Requests to the server in a second at most."})
+    num_shards: int = field(default=1, metadata={"help": "Jobs that share the run."})
+    shard_index: int = field(default=0, metadata={"help": "Which of them this is, from 0."})
+    reuse: str | None = field(default=None, metadata={"help": "Store whose scores hold where the texts are the same."})
+    status: str | None = field(default=None, metadata={"help": "Only tell how far the run in this folder is."})
+    against: str | None = field(default=None, metadata={"help": "With status: how the scores moved from this store."})
     verify: bool = field(default=False, metadata={"help": "Only score a sample of `out` again and compare."})
     tolerance: float = field(
         default=0.05,
-        metadata={"help": "With verify: maximum difference in standard deviations of the stored scores."},
+        metadata={"help": "With verify: the largest difference allowed, in standard deviations of the stored scores."},
     )
     generative: bool = field(
-        default=False, metadata={"help": "If true, the model is a causal language model that answers yes or no."}
+        default=False, metadata={"help": "The model is a causal language model that answers yes or no."}
     )
 
 
 def make_parser() -> TrlParser:
-    """Build the command line of this stage."""
+    """Return the argument parser of this stage."""
     return recipe_parser("score", __doc__, ScoreArguments)
 
 
 def main(args: ScoreArguments) -> None:
-    """Score the missing shards of a store, print its status, or verify it."""
+    """Score what the store does not hold yet, or tell what it holds."""
     if args.status:
         print(status := ScoreStore(args.status).status())
         if args.against:
@@ -68,7 +68,7 @@ def main(args: ScoreArguments) -> None:
     if not (args.model and args.out and (args.pairs or args.verify)):
         raise SystemExit("disranker score: name --model, --pairs and --out, or --status.")
     if not 0 <= args.shard_index < args.num_shards:
-        raise SystemExit(f"--shard_index {args.shard_index} of --num_shards {args.num_shards}: counted from 0.")
+        raise SystemExit(f"--shard_index {args.shard_index} of --num_shards {args.num_shards}: they count from 0.")
     store = ScoreStore(args.out)
     if args.verify:
         check(make_engine(args), store, args.tolerance)
@@ -81,20 +81,20 @@ def main(args: ScoreArguments) -> None:
     worker = args.shard_index * processes + int(os.environ.get("RANK", 0))
     done = ScoringRun(engine, candidates, store, args.shard_rows, old).run(worker, args.num_shards * processes)
     ranker = getattr(engine, "ranker", None)
-    cut = f"; {ranker.documents_cut} documents and {ranker.queries_cut} queries were truncated" if ranker else ""
+    cut = f"; {ranker.documents_cut} documents and {ranker.queries_cut} queries were cut" if ranker else ""
     print(f"Scored {done} of {len(candidates)} pairs into {args.out}{cut}.")
 
 
 def check(engine: Engine, store: ScoreStore, tolerance: float) -> None:
-    """Score a sample of a store again; exit with an error if the scores differ too much."""
+    """Score a sample of a store again; ends the program where it differs too much."""
     largest, std = verify(engine, store), store.summary().std or 1.0
     print(f"Largest difference: {largest:.2g}, {largest / std:.2g} standard deviations of the scores.")
     if largest > tolerance * std:
-        sys.exit(f"{store.path}: the stored scores are not those of this teacher; --tolerance is {tolerance:g}.")
+        sys.exit(f"{store.path} holds other scores than this teacher gives now: --tolerance is {tolerance:g}.")
 
 
 def make_engine(args: ScoreArguments) -> Engine:
-    """Build the scoring backend."""
+    """Who computes the scores."""
     assert args.model is not None
     if args.engine != "transformers":
         concurrency, pace = args.concurrency, args.per_second

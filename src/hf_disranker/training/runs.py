@@ -34,16 +34,9 @@ _PACKAGES = ("hf_disranker", "torch", "transformers", "trl", "peft", "accelerate
 
 
 def check_output_dir(training_args: TrainingArguments, model: str) -> None:
-    """Refuse to train into the folder of the start model, or into one that another stage or program wrote.
+    """Raise ValueError if the output folder is that of the start model, or another stage or program wrote it.
 
-    A stage recognizes its own folder by run.json or, after an interrupted run, by its checkpoints.
-
-    Args:
-        training_args: Options with the output_dir; their class identifies the stage.
-        model: Folder or Hub id of the model to start from.
-
-    Raises:
-        ValueError: If the folder is refused.
+    A stage recognizes its folder by run.json, with the class of its options, or by checkpoints of an interrupted run.
     """
     folder = Path(training_args.output_dir)
     if (folder / "run.json").is_file():
@@ -151,13 +144,7 @@ def refuse_foreign(path: str | None, made_by: str) -> None:
 
 
 def save_record(output_dir: str, arguments: Sequence[Any], sources: Mapping[str, str | None]) -> None:
-    """Write run.json: all resolved options, data fingerprints, package versions and the git revision.
-
-    Args:
-        output_dir: Folder of the model.
-        arguments: Dataclasses of the recipe; access tokens are not recorded.
-        sources: Tables that were read, by name; None values are skipped.
-    """
+    """Write run.json: resolved options without tokens, fingerprints of the tables, versions and git revision."""
     options = {
         type(part).__name__: part.to_dict() if hasattr(part, "to_dict") else dataclasses.asdict(part)
         for part in arguments

@@ -122,14 +122,7 @@ class RankingConfig(StageArguments, TrainingArguments):
 
 
 def check_arguments(trainer: str, model: Any, model_init: Any, optimizers: Any, refused: list[Any]) -> None:
-    """Refuse arguments of `Trainer` that a trainer of rankers cannot use.
-
-    Args:
-        trainer: Name of the trainer, for messages.
-        model: `model` of the user.
-        model_init: `model_init` of the user.
-        optimizers: `optimizers` of the user.
-        refused: `data_collator` and `compute_loss_func` of the user.
+    """Refuse arguments of `Trainer` that a trainer of rankers cannot use; `refused` are collator and loss function.
 
     Raises:
         TypeError: If there is a collator or a loss function.
@@ -147,13 +140,7 @@ def check_arguments(trainer: str, model: Any, model_init: Any, optimizers: Any, 
 
 
 def resolve_arguments(args: Any, kind: Any, trainer: str, has_eval_dataset: bool) -> Any:
-    """Apply default arguments and resolve the automatic evaluation strategy.
-
-    Args:
-        args: Arguments of the user, or None for the defaults of `kind`.
-        kind: Arguments class of the trainer.
-        trainer: Name of the trainer, for messages.
-        has_eval_dataset: True if there is an evaluation set.
+    """Apply the default arguments of class `kind` and resolve the automatic evaluation strategy.
 
     Raises:
         TypeError: If the arguments are of another class.
