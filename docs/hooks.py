@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hf_disranker.cli import STAGES, load_stage
+from hf_disranker.recipes.command_line import NAMES
 
 MARK = "<!-- options of every stage -->"
 _CJK = "[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
@@ -38,6 +39,7 @@ def option_tables() -> Iterator[str]:
     """Yield lines of markdown: a section per stage with a table per group of options."""
     for stage, what in STAGES.items():
         recipe = load_stage(stage)
+        what = what.strip()
         yield f"\n## disranker {stage}\n\n{what[0].upper() + what[1:] if what[0].isalpha() else f'Stage {what}'}.\n"
         for kind in recipe.make_parser().dataclass_types:
             yield from _option_table(stage, kind)
@@ -45,15 +47,17 @@ def option_tables() -> Iterator[str]:
 
 def _option_table(stage: str, kind: type) -> Iterator[str]:
     """Yield the options of a dataclass that we define or whose default we change."""
-    chosen = {name for base in kind.__mro__ if _is_ours(base) for name in inspect.get_annotations(base)}
+    chosen = {name for base in kind.__mro__ if _is_ours(base) for name in inspect.get_annotations(base)} | NAMES.keys()
     rows = [option for option in dataclasses.fields(kind) if option.name in chosen]
     foreign = [base.__name__ for base in kind.__mro__ if dataclasses.is_dataclass(base) and not _is_ours(base)]
     if rows:
         yield f"\n### {kind.__name__} of {stage}\n" if foreign else ""
         yield "| option | default | meaning | stated by the paper? |\n|---|---|---|---|"
     for option in rows:
-        stated = PAPER.get((stage, option.name), "no" if foreign else "–")  # paths have no counterpart in the paper
-        yield f"| `{option.name}` | {_default(option)} | {_cell(option.metadata['help'])} | {stated} |"
+        # Paths have no counterpart in the paper.
+        stated = PAPER.get((stage, option.name), "no" if foreign and option.name not in NAMES else "–")
+        name, text = NAMES.get(option.name, option.name), _cell(option.metadata["help"])
+        yield f"| `{name}` | {_default(option)} | {text} | {stated} |"
     if foreign:
         yield f"\n{'and all' if rows else 'All'} options of `{foreign[0]}`: see `disranker {stage} --help`.\n"
 

@@ -16,8 +16,8 @@ NAMES = {"model_name_or_path": "model", "output_dir": "out"}
 def recipe_parser(stage: str, description: str | None, *arguments: type) -> TrlParser:
     """Build the parser of a recipe.
 
-    Options come from a YAML file (`--config`) and the command line, which wins. The help has one group for each
-    dataclass, ours before those of the libraries.
+    Options come from a YAML file (`--config`) and the command line, which wins. The help has a group for model and
+    output and one for each dataclass, ours before those of the libraries.
 
     Args:
         stage: Name of the stage, for the usage line.
@@ -34,6 +34,9 @@ def recipe_parser(stage: str, description: str | None, *arguments: type) -> TrlP
     bases = dict.fromkeys(base for kind in arguments for base in kind.__mro__ if inspect.get_annotations(base))
     owner = {name: base for base in reversed(bases) for name in inspect.get_annotations(base)}
     options = parser._optionals._group_actions
+    if renamed := [action for action in options if action.dest in NAMES]:
+        parser.add_argument_group("Model and output")._group_actions += renamed
+        options[:] = [action for action in options if action.dest not in NAMES]
     for base in sorted(bases, key=lambda base: not _is_ours(base)):
         title = f"{base.__name__} of {_package(base)}"
         if _is_ours(base):

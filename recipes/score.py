@@ -25,7 +25,7 @@ from hf_disranker.scoring.summary import moved
 
 @dataclass
 class ScoreArguments:
-    """What the stage reads and writes."""
+    """Teacher, pairs and output."""
 
     model: str | None = field(default=None, metadata={"help": "Teacher: folder, Hub id, or model name on a server."})
     pairs: str | None = field(default=None, metadata={"help": "Candidates: file, folder, URL or Hub data set id."})

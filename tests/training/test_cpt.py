@@ -135,7 +135,7 @@ def test_queries_of_few_users_are_dropped_and_counted(caplog):
 
 def test_without_users_it_warns_and_cannot_filter(caplog):
     prepare_clicks(CLICKS)
-    assert [record.getMessage() for record in caplog.records if "memorise rare queries" in record.getMessage()]
+    assert [record.getMessage() for record in caplog.records if "memorize rare" in record.getMessage()]
     with pytest.raises(TableError, match="--min_users 3 needs a column 'users'"):
         prepare_clicks(CLICKS, min_users=3)
 

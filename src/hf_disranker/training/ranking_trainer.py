@@ -155,7 +155,7 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self.model_init = model_init  # hidden from Trainer until now, which would build the first model again
+        self.model_init = model_init  # not passed to Trainer, which would build the first model again
         self._logged: dict[str, LossTerm] = {}
         self.add_callback(SetEpoch())
         if args.early_stopping_patience is not None:

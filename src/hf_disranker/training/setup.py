@@ -41,7 +41,7 @@ class StageArguments(TokenFreeArguments):
     weights_dtype: str = field(
         default="float32",
         metadata={
-            "help": "Type of the trained weights, whatever the type in the checkpoint; --bf16 computes in bf16 and "
+            "help": "Type of the trained weights, independent of the checkpoint; --bf16 computes in bf16 and "
             "keeps this type. In bfloat16 most small updates are lost. Frozen weights, as under LoRA, keep theirs.",
             "choices": list(WEIGHTS_DTYPES),
         },
