@@ -81,11 +81,10 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
 
     measures = losses("before", trainer.evaluate() if held_out is not None else {})
     measures |= losses("after", train(trainer))
-    perplexities = {name.replace("loss", "perplexity"): math.exp(loss) for name, loss in measures.items()}
     tables = {"clicks": script_args.clicks, "eval_clicks": script_args.eval_clicks}
     next_step = f"disranker fit_teacher --model {training_args.output_dir} --judgments TABLE --out FOLDER"
-    arguments = (script_args, training_args, model_args)
-    save_run(trainer, arguments, tables, measures | perplexities, next_step, "cpt.json")
+    measures |= {name.replace("loss", "perplexity"): math.exp(loss) for name, loss in measures.items()}
+    save_run(trainer, (script_args, training_args, model_args), tables, measures, next_step, "cpt.json")
 
 
 def load_model(model_args: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

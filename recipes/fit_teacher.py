@@ -97,10 +97,9 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     )
     measures = train(trainer)
     tables = {"judgments": script_args.judgments, "eval_judgments": script_args.eval_judgments}
-    out = training_args.output_dir
-    next_step = f"disranker score --model {out} --pairs TABLE --out FOLDER"
+    next_step = f"disranker score --model {training_args.output_dir} --pairs TABLE --out FOLDER"
     if config.model_type == "bert":
-        next_step = f"disranker evaluate --model {out} --judgments {script_args.judgments}"
+        next_step = f"disranker evaluate --model {training_args.output_dir} --judgments {script_args.judgments}"
     save_run(trainer, (script_args, training_args, model_args), tables, measures, next_step)
 
 
