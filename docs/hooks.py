@@ -1,6 +1,6 @@
-"""What the site shows of the code itself: a table of the options of every stage, made anew at each build.
+"""Hooks of mkdocs: tables of the options of every stage, generated from the code; line breaks in Chinese text.
 
-Chinese has no blanks between words, so a line break between its signs becomes nothing.
+Chinese has no spaces between words, so line breaks between its characters are removed.
 """
 
 import dataclasses
@@ -10,50 +10,54 @@ from collections.abc import Iterator
 from typing import Any
 
 from hf_disranker.cli import STAGES, load_stage
+from hf_disranker.recipes.command_line import NAMES
 
 MARK = "<!-- options of every stage -->"
 _CJK = "[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
 _BREAK = re.compile(f"(?<={_CJK})\\n(?={_CJK})")
 
-# What is known of the paper is its abstract and first page; what summaries of it add is marked as such.
+# Known of the paper: its abstract and first page; facts from summaries are marked as such.
 PAPER = {
     ("cpt", "text_template"): "query, title and summary: yes; wording: no",
     ("cpt", "completion_only_loss"): "query in, title and summary out: yes",
     ("fit_teacher", "head"): "last token: yes",
     ("fit_teacher", "label_words"): "no",
     ("fit_teacher", "hinge_weight"): "a rank loss: yes; hinge: by a summary",
-    ("distill", "student"): "a BERT: yes; 6 layers: by a summary",
+    ("distill", "model"): "a BERT: yes; 6 layers: by a summary",
     ("distill", "point_weight"): "the loss: yes; its weight: not known",
     ("distill", "margin_weight"): "the loss: yes; its weight: not known",
 }
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by mkdocs for every page: put the tables where the mark stands, and join lines of Chinese."""
+    """Replace the mark by the tables and join lines of Chinese; mkdocs calls this for every page."""
     markdown = _BREAK.sub("", markdown)
     return markdown.replace(MARK, "\n".join(option_tables())) if MARK in markdown else markdown
 
 
 def option_tables() -> Iterator[str]:
-    """Lines of markdown: a section for each stage, a table for each of its groups of options."""
+    """Yield lines of markdown: a section per stage with a table per group of options."""
     for stage, what in STAGES.items():
         recipe = load_stage(stage)
+        what = what.strip()
         yield f"\n## disranker {stage}\n\n{what[0].upper() + what[1:] if what[0].isalpha() else f'Stage {what}'}.\n"
         for kind in recipe.make_parser().dataclass_types:
             yield from _option_table(stage, kind)
 
 
 def _option_table(stage: str, kind: type) -> Iterator[str]:
-    """The options of one dataclass that are ours, or whose default is."""
-    chosen = {name for base in kind.__mro__ if _is_ours(base) for name in inspect.get_annotations(base)}
+    """Yield the options of a dataclass that we define or whose default we change."""
+    chosen = {name for base in kind.__mro__ if _is_ours(base) for name in inspect.get_annotations(base)} | NAMES.keys()
     rows = [option for option in dataclasses.fields(kind) if option.name in chosen]
     foreign = [base.__name__ for base in kind.__mro__ if dataclasses.is_dataclass(base) and not _is_ours(base)]
     if rows:
         yield f"\n### {kind.__name__} of {stage}\n" if foreign else ""
         yield "| option | default | meaning | stated by the paper? |\n|---|---|---|---|"
     for option in rows:
-        stated = PAPER.get((stage, option.name), "no" if foreign else "–")  # a path is nobody's finding
-        yield f"| `{option.name}` | {_default(option)} | {_cell(option.metadata['help'])} | {stated} |"
+        # Paths have no counterpart in the paper.
+        stated = PAPER.get((stage, option.name), "no" if foreign and option.name not in NAMES else "–")
+        name, text = NAMES.get(option.name, option.name), _cell(option.metadata["help"])
+        yield f"| `{name}` | {_default(option)} | {text} | {stated} |"
     if foreign:
         yield f"\n{'and all' if rows else 'All'} options of `{foreign[0]}`: see `disranker {stage} --help`.\n"
 

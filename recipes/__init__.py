@@ -1,1 +1,1 @@
-"""Stages as scripts: each file is a flow to copy and edit; `disranker STAGE` and `accelerate launch` run them."""
+"""Recipes: one script per stage to copy and edit, run by `disranker STAGE` or `accelerate launch`."""

@@ -22,7 +22,8 @@ from hf_disranker.data.impressions import read_log
 from hf_disranker.evaluation import online
 from hf_disranker.evaluation.online import Effect, buckets_of, by_user, effects
 from hf_disranker.evaluation.significance import LEVEL
-from hf_disranker.training.runs import recipe_parser, refuse_foreign, save_json
+from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.training.runs import refuse_foreign, save_json
 
 MADE_BY = "disranker abtest"
 MOST_SLICES = 20

@@ -1,11 +1,11 @@
-"""Whether rankers differ by more than chance, from what `disranker evaluate --out` wrote.
+"""Test whether evaluated rankers differ significantly, from the files of `disranker evaluate --out`.
 
     disranker compare runs/eval/student.json runs/eval/teacher.json runs/eval/bm25.json
     disranker compare runs/eval --measure mrr --out comparison.json
 
-For each two rankers: the difference on the same queries with its 95% paired bootstrap interval, the p-value of a
-paired randomisation test and the same corrected for all tests (Holm), the effect size, how many queries such a
-difference needs, and the share of queries whose first 1, 5 and 10 documents changed.
+For each pair of rankers: difference on the same queries with a 95% paired bootstrap interval, p-value of a paired
+randomisation test, with and without Holm correction, effect size, number of queries needed to detect the difference,
+and share of queries whose top 1, 5 and 10 documents changed.
 """
 
 from collections.abc import Mapping
@@ -17,20 +17,21 @@ from trl import TrlParser
 from hf_disranker.data.outputs import check_output, json_in
 from hf_disranker.evaluation.rankings import compare_evaluations, load_evaluations
 from hf_disranker.evaluation.significance import Comparison, bootstrap, marks, refusal
-from hf_disranker.training.runs import recipe_parser, save_json
+from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.training.runs import save_json
 
 
 @dataclass
 class CompareArguments:
-    """What is compared."""
+    """Evaluations to compare."""
 
     runs: list[str] = field(metadata={"help": "Json files of `disranker evaluate --out`, or folders of them."})
-    measure: str = field(default="ndcg@10", metadata={"help": "A measure by query; pair_accuracy stands for PNR."})
-    out: str | None = field(default=None, metadata={"help": "Where to write the comparisons as json."})
+    measure: str = field(default="ndcg@10", metadata={"help": "Measure per query; use pair_accuracy for PNR."})
+    out: str | None = field(default=None, metadata={"help": "Json file for the comparisons."})
 
 
 def make_parser() -> TrlParser:
-    """The command line of this stage."""
+    """Return the argument parser of this stage."""
     return recipe_parser("compare", __doc__, CompareArguments)
 
 
@@ -38,7 +39,7 @@ HEAD = f"{'':5}{'difference':>11}{'95% interval':>20}{'p':>9}{'Holm':>9}{'effect
 
 
 def main(args: CompareArguments) -> list[Comparison]:
-    """Compare each with each and print two tables."""
+    """Compare all pairs of rankers and print two tables."""
     if args.out:
         check_output(args.out, is_comparison, args.runs)
     evaluations = load_evaluations(args.runs)
@@ -64,7 +65,7 @@ def main(args: CompareArguments) -> list[Comparison]:
 
 
 def is_comparison(path: Path) -> bool:
-    """Whether a file was written by this command."""
+    """Return whether a file was written by this command."""
     found = json_in(path)
     return isinstance(found, list) and all(
         isinstance(one, dict) and {"first", "p_holm"} <= one.keys() for one in found
@@ -72,7 +73,7 @@ def is_comparison(path: Path) -> bool:
 
 
 def line(one: Comparison, letters: Mapping[str, str]) -> str:
-    """A comparison as a line under `HEAD`."""
+    """Format a comparison as a line below `HEAD`."""
     (low, high), needed = one.interval, f"{one.queries_needed:,}" if one.queries_needed else "-"
     changed = " / ".join(f"{share:.0%}" for share in one.changed.values())
     return (

@@ -1,10 +1,10 @@
 """Stage 1: continued pre-training of a language model on clicks: query in, clicked title + summary out.
 
-    disranker cpt --model_name_or_path Qwen/Qwen3-0.6B-Base --clicks clicks.parquet --output_dir runs/cpt
+    disranker cpt --model Qwen/Qwen3-0.6B-Base --clicks clicks.parquet --out runs/cpt
 
-`clicks` is a table with the columns query, title, summary and, if you have them, weight and users. Equal rows are
-joined, and a row is read as often as its weight says. The loss is on title and summary only. With `--use_peft` LoRA
-weights are trained and merged at the end. A run that was cut off goes on from its last checkpoint.
+`clicks` is a table with the columns query, title, summary and, optionally, weight and users. Duplicate rows are
+merged, and a row is repeated according to its weight. The loss covers title and summary only. With `--use_peft`, LoRA
+weights are trained and merged at the end. An interrupted run resumes from its last checkpoint.
 """
 
 import math
@@ -22,32 +22,26 @@ from hf_disranker.models.checkpoint import (
     load_tokenizer,
     position_limit,
 )
+from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.training.cpt import ClickTrainer, CptConfig, click_dataset, click_losses, prepare_clicks
-from hf_disranker.training.runs import (
-    check_output_dir,
-    recipe_parser,
-    resume_point,
-    save_json,
-    save_model,
-    save_record,
-)
+from hf_disranker.training.runs import check_output_dir, save_run, train
 
 
 @dataclass
 class ScriptArguments:
-    """What the stage reads."""
+    """Data."""
 
     clicks: str = field(metadata={"help": "Table of clicks: file, URL or Hub data set id."})
-    min_users: int = field(default=0, metadata={"help": "Drop queries that fewer users typed; needs a column users."})
+    min_users: int = field(default=0, metadata={"help": "Drop queries of fewer users; needs a column users."})
     text_template: str = field(
-        default=str(TEACHER_TEMPLATES.text), metadata={"help": "The text that the model reads; the teacher keeps it."}
+        default=str(TEACHER_TEMPLATES.text), metadata={"help": "Text of a click; the teacher keeps the template."}
     )
-    eval_clicks: str | None = field(default=None, metadata={"help": "Held-out clicks, to measure the loss on."})
-    eval_rows: int = field(default=1000, metadata={"help": "Held-out clicks that are used at most."})
+    eval_clicks: str | None = field(default=None, metadata={"help": "Held-out clicks for the evaluation loss."})
+    eval_rows: int = field(default=1000, metadata={"help": "Maximum number of held-out clicks."})
 
 
 def make_parser() -> TrlParser:
-    """The command line of this stage."""
+    """Return the argument parser of this stage."""
     return recipe_parser("cpt", __doc__, ScriptArguments, CptConfig, ModelConfig)
 
 
@@ -62,7 +56,7 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
         read_table(script_args.eval_clicks, "clicks")[: script_args.eval_rows] if script_args.eval_clicks else None
     )
 
-    set_seed(training_args.seed)  # new LoRA weights are random: the same in every run and process
+    set_seed(training_args.seed)  # same new LoRA weights in every run and process
     model, tokenizer = load_model(model_args)
     model.config.click_templates = templates.to_dict()
     limit = position_limit(config) or tokenizer.model_max_length
@@ -78,25 +72,23 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
-    losses = {}
-    for moment in ("before", "after"):
-        if moment == "after":
-            trainer.train(resume_from_checkpoint=resume_point(training_args.output_dir))
-        if held_out is not None:
-            losses[f"loss_{moment}"] = trainer.evaluate()["eval_loss"]
-            parts = click_losses(trainer.model, tokenizer, held_out, max_length, templates)
-            losses |= {f"{part}_loss_{moment}": value for part, value in parts.items()}
-    if trainer.is_world_process_zero():
-        save_model(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, training_args.output_dir)
-        tables = {"clicks": script_args.clicks, "eval_clicks": script_args.eval_clicks}
-        save_record(training_args.output_dir, (script_args, training_args, model_args), tables)
-        if losses:
-            perplexity = {name.replace("loss", "perplexity"): math.exp(loss) for name, loss in losses.items()}
-            save_json(losses | perplexity, f"{training_args.output_dir}/cpt.json")
+
+    def losses(moment: str, measures: dict[str, float]) -> dict[str, float]:
+        if held_out is None:
+            return {}
+        parts = click_losses(trainer.model, tokenizer, held_out, max_length, templates)
+        return {f"loss_{moment}": measures["eval_loss"]} | {f"{part}_loss_{moment}": parts[part] for part in parts}
+
+    measures = losses("before", trainer.evaluate() if held_out is not None else {})
+    measures |= losses("after", train(trainer))
+    tables = {"clicks": script_args.clicks, "eval_clicks": script_args.eval_clicks}
+    next_step = f"disranker fit_teacher --model {training_args.output_dir} --judgments TABLE --out FOLDER"
+    measures |= {name.replace("loss", "perplexity"): math.exp(loss) for name, loss in measures.items()}
+    save_run(trainer, (script_args, training_args, model_args), tables, measures, next_step, "cpt.json")
 
 
 def load_model(model_args: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the language model and its tokenizer, the weights checked."""
+    """Load the language model and its tokenizer and check the weights."""
     source, revision = model_args.model_name_or_path, model_args.model_revision
     tokenizer = load_tokenizer(source, revision=revision)
     model, info = AutoModelForCausalLM.from_pretrained(

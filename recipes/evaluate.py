@@ -4,13 +4,13 @@
     disranker evaluate --run bm25.run --judgments collection.qrels
     disranker evaluate --bm25 --judgments beir/scifact --split test --candidates first_stage.run
 
---model and --bm25 re-rank the judged documents: equal scores share their gain, and queries without a relevant document
-are left out. --run, --scores and --candidates make a run, judged as trec_eval and ir_measures judge it: what was not
-retrieved earns nothing, a query without an answer or a relevant document counts 0, equal scores rank by doc_id. In PNR
-a judged document that a run lacks ranks last.
+--model and --bm25 re-rank the judged documents: tied scores share their gain, and queries without a relevant document
+are skipped. --run, --scores and --candidates are evaluated as a run, as in trec_eval and ir_measures: documents that
+were not retrieved gain nothing, a query without results or relevant documents counts 0, ties are broken by doc_id. In
+PNR a judged document missing from a run ranks last.
 
-Prints PNR, pair accuracy, NDCG, MRR and MAP with 95% bootstrap intervals by query, and what compares raw scores across
-queries. `disranker compare` and `disranker report` read what --out wrote.
+Prints PNR, pair accuracy, NDCG, MRR and MAP with 95% bootstrap intervals over queries, and measures of raw scores
+across queries. `disranker compare` and `disranker report` read the files of --out.
 """
 
 import logging
@@ -41,62 +41,64 @@ from hf_disranker.evaluation.rankings import (
     slices_text,
     table_text,
 )
+from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.scoring.engines import load_engine
-from hf_disranker.training.runs import recipe_parser
 
 logger = logging.getLogger("hf_disranker")
 
 
 @dataclass
 class EvaluateArguments:
-    """What the stage reads and writes."""
+    """Ranking, judgments and output."""
 
     judgments: str = field(metadata={"help": "Table of judgments, TREC qrels, or a BEIR folder."})
     split: str | None = field(
-        default=None,
-        metadata={"help": "Split to evaluate on, by default dev where there are splits; '' for all rows."},
+        default=None, metadata={"help": "Split to evaluate on; default: dev if there are splits. '' uses all rows."}
     )
     model: str | None = field(
-        default=None, metadata={"help": "A student, a teacher or any CrossEncoder: folder or Hub id."}
+        default=None, metadata={"help": "Student, teacher or any CrossEncoder: folder or Hub id."}
     )
     generative: bool = field(
-        default=False, metadata={"help": "The model is a causal language model that answers yes or no."}
+        default=False, metadata={"help": "If true, the model is a causal language model that answers yes or no."}
     )
-    run: str | None = field(default=None, metadata={"help": "A run in TREC's format."})
-    scores: str | None = field(default=None, metadata={"help": "A score store or a table of scores."})
-    bm25: bool = field(default=False, metadata={"help": "Rank by BM25 over the corpus, or the judged documents."})
-    corpus: str | None = field(default=None, metadata={"help": "Documents, for BM25 and for judgments without texts."})
-    queries: str | None = field(default=None, metadata={"help": "For TREC qrels: table with query_id and query."})
+    run: str | None = field(default=None, metadata={"help": "Run in TREC format."})
+    scores: str | None = field(default=None, metadata={"help": "Score store or table of scores."})
+    bm25: bool = field(default=False, metadata={"help": "Rank by BM25 over the corpus or the judged documents."})
+    corpus: str | None = field(default=None, metadata={"help": "Documents for BM25 and for judgments without texts."})
+    queries: str | None = field(default=None, metadata={"help": "Table with query_id and query, for TREC qrels."})
     candidates: str | None = field(
         default=None,
-        metadata={"help": "A first stage's run or candidates table to rank instead of the judged documents: a run."},
+        metadata={"help": "First-stage run or candidates table to rank as a run, instead of the judged documents."},
     )
     measures: list[str] = field(
         default_factory=list,
-        metadata={"help": "Further measures by their ir_measures names, such as P@5 ERR@10, as it has them."},
+        metadata={"help": "More measures of ir_measures, for example P@5 ERR@10."},
     )
     by: str | None = field(
-        default=None, metadata={"help": "Also measure by a column: market, language ... or query_words."}
+        default=None, metadata={"help": "Column to slice the measures by: market, language ... or query_words."}
     )
     max_over: str | None = field(
-        default=None, metadata={"help": "Rows are passages: a document, named in this column, counts as its best one."}
+        default=None,
+        metadata={"help": "Column with the document of a passage; the best passage counts."},
     )
     name: str | None = field(default=None, metadata={"help": "Name of the ranker in tables and reports."})
     out: str | None = field(
-        default=None, metadata={"help": "Json to write; also OUT.run (TREC) and OUT.parquet (values by query)."}
+        default=None,
+        metadata={"help": "Json file to write, with OUT.run (TREC) and OUT.parquet (measures by query)."},
     )
     expect: str | None = field(
-        default=None, metadata={"help": "Yaml with measures to find again: tolerance, and a number for each measure."}
+        default=None,
+        metadata={"help": "Yaml with expected measures and a tolerance; differences are an error."},
     )
 
 
 def make_parser() -> TrlParser:
-    """The command line of this stage."""
+    """Return the argument parser of this stage."""
     return recipe_parser("evaluate", __doc__, EvaluateArguments)
 
 
 def main(args: EvaluateArguments) -> Evaluation:
-    """Score the judged pairs in the way that was asked for and measure the ranking."""
+    """Score the judged pairs and measure the ranking."""
     if sum(map(bool, (args.model, args.run, args.scores, args.bm25))) != 1:
         raise SystemExit("Name one of --model, --run, --scores and --bm25.")
     if args.out:
@@ -123,7 +125,7 @@ def main(args: EvaluateArguments) -> Evaluation:
 
 
 def rank(args: EvaluateArguments, judgments: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The rows with their scores, and what is known of the ranker; whatever can be refused is, before the scoring."""
+    """Return the scored rows and a description of the ranker; all checks run before the scoring."""
     if source := args.run or args.scores:
         rows = join_run(judgments, read_run(source))
         check(args, rows)
@@ -135,7 +137,7 @@ def rank(args: EvaluateArguments, judgments: pd.DataFrame) -> tuple[pd.DataFrame
         corpus = read_corpus(args.judgments) if corpus is None else corpus
         rows = read_candidates(args.candidates, judgments, corpus)
     if "title" not in rows.columns:
-        raise TableError(f"{args.judgments} holds no texts to rank: name --corpus and --queries.")
+        raise TableError(f"{args.judgments} has no texts to rank: name --corpus and --queries.")
     joined = join_run(judgments, rows.assign(teacher_score=np.arange(len(rows)))) if args.candidates else rows
     check(args, joined)
     if args.model:
@@ -152,7 +154,7 @@ def rank(args: EvaluateArguments, judgments: pd.DataFrame) -> tuple[pd.DataFrame
 
 
 def check(args: EvaluateArguments, rows: pd.DataFrame) -> None:
-    """Refuse options and rows that could not be measured, by measuring the query of the highest grade unscored."""
+    """Refuse options and rows that cannot be measured, with a trial on the query of the highest grade."""
     if args.out:
         check_run_ids(rows)
     rows = rows.assign(score=0.0)

@@ -1,14 +1,14 @@
-"""A ranker in other forms for other software, each checked against the ranker itself before it is written.
+"""Export a ranker for other software and check the scores of the export against it.
 
     disranker export --model runs/student --format onnx --pairs judgments.parquet --out runs/onnx
 
-cross-encoder  the checkpoint with all files that stock loaders and JVM tools ask for
+cross-encoder  checkpoint with all files for stock loaders and JVM tools
 onnx           onnx/model.onnx: fp32, opset 18, axes batch and sequence
 openvino       openvino/openvino_model.xml: fp32; compile it with INFERENCE_PRECISION_HINT f32
-vllm           a teacher: the checkpoint and score_template.jinja, for `vllm serve --chat-template`
+vllm           teacher checkpoint and score_template.jinja, for `vllm serve --chat-template`
 
-Several formats may go to one folder. The pairs are scored in both forms; a form that moves the scores by more than it
-may is not written. The figures go into export.json and into the model card.
+Several formats can share a folder. The pairs are scored in both formats; an export whose scores differ beyond its
+tolerance is not written. The differences are saved in export.json and in the model card.
 """
 
 import logging
@@ -23,8 +23,8 @@ from trl import TrlParser
 from hf_disranker.data.outputs import check_output_folder
 from hf_disranker.data.tables import read_table
 from hf_disranker.models.ranker import Ranker
+from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.serving.export import Parity, export
-from hf_disranker.training.runs import recipe_parser
 
 logger = logging.getLogger(__name__)
 
@@ -37,26 +37,26 @@ _FEW = [  # query, then documents
 
 @dataclass
 class ExportArguments:
-    """What is exported, and the pairs on which it is checked."""
+    """Ranker, format and pairs to check."""
 
-    model: str = field(metadata={"help": "The ranker: folder or Hub id."})
+    model: str = field(metadata={"help": "Ranker: folder or Hub id."})
     out: str = field(metadata={"help": "Folder for the exported files."})
-    format: Literal["cross-encoder", "onnx", "openvino", "vllm"] = field(metadata={"help": "See above."})
+    format: Literal["cross-encoder", "onnx", "openvino", "vllm"] = field(metadata={"help": "Format, see above."})
     pairs: str | None = field(
-        default=None, metadata={"help": "Judgments or candidates; by default nine built-in pairs."}
+        default=None, metadata={"help": "Judgments or candidates to check on; default: nine built-in pairs."}
     )
-    corpus: str | None = field(default=None, metadata={"help": "Where the texts of candidates lie."})
-    split: str = field(default="", metadata={"help": "Split of the pairs; '' for all rows."})
-    max_pairs: int = field(default=2000, metadata={"help": "Pairs to check, of whole queries."})
+    corpus: str | None = field(default=None, metadata={"help": "Table with the texts of candidates."})
+    split: str = field(default="", metadata={"help": "Split of the pairs; '' uses all rows."})
+    max_pairs: int = field(default=2000, metadata={"help": "Maximum number of pairs to check, from whole queries."})
 
 
 def make_parser() -> TrlParser:
-    """The command line of this stage."""
+    """Return the argument parser of this stage."""
     return recipe_parser("export", __doc__, ExportArguments)
 
 
 def main(args: ExportArguments) -> Parity:
-    """Load the ranker, export it, compare the scores."""
+    """Load the ranker, export it and compare the scores."""
     check_output_folder(args.out, Path(args.out, "export.json").is_file(), [args.model])
     ranker = Ranker.from_pretrained(args.model, device="cpu", dtype=torch.float32)
     parity = export(ranker, args.model, args.format, args.out, read_pairs(args, ranker))
@@ -65,9 +65,9 @@ def main(args: ExportArguments) -> Parity:
 
 
 def read_pairs(args: ExportArguments, ranker: Ranker) -> pd.DataFrame:
-    """The pairs to compare on: whole queries, without those that would be cut, a limit that stock loaders lack."""
+    """Read pairs of whole queries, without those of truncated queries: stock loaders have no query limit."""
     if args.pairs is None:
-        logger.warning("No --pairs: checked on nine pairs of ours, which say little about your data.")
+        logger.warning("No --pairs: checked on nine built-in pairs, which say little about your data.")
         few = [(query, query, text, "", text) for query, *texts in _FEW for text in texts]
         return pd.DataFrame(few, columns=["query_id", "query", "doc_id", "title", "summary"])
     rows = read_table(args.pairs, "candidates", split=args.split, corpus=args.corpus)

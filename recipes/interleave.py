@@ -20,7 +20,8 @@ from trl import TrlParser
 
 from hf_disranker.data.impressions import read_credit
 from hf_disranker.evaluation.online import draft_lists, preference
-from hf_disranker.training.runs import recipe_parser, refuse_foreign, save_json
+from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.training.runs import refuse_foreign, save_json
 
 MADE_BY = "disranker interleave"
 COLUMNS = ["query_id", "draft", "rank", "doc_id", "team"]

@@ -1,12 +1,12 @@
-"""Stage 3a: a teacher's scores for unlabelled pairs.
+"""Stage 3a: score unlabelled pairs with a teacher.
 
     disranker score --model runs/teacher --pairs candidates.parquet --corpus corpus.parquet --out runs/scores
     disranker score --status runs/scores
 
-`pairs` is a table with the columns query_id, query, doc_id and, unless a corpus holds them, title and summary. The
-output folder holds parquet shards and a manifest; a run that was cut off goes on with the shards that are missing.
-Several workers share one run: `accelerate launch -m hf_disranker.recipes.score ...` on the GPUs of a machine,
-`--num_shards N --shard_index I` in a job array. Shard i is worker i mod n's.
+`pairs` is a table with the columns query_id, query, doc_id and, unless they are in a corpus, title and summary. The
+output folder contains parquet shards and a manifest; an interrupted run resumes with the missing shards. Several
+workers can share a run: `accelerate launch -m hf_disranker.recipes.score ...` on the GPUs of a machine,
+`--num_shards N --shard_index I` in a job array. Worker i mod n scores shard i.
 """
 
 import os
@@ -16,24 +16,24 @@ from dataclasses import dataclass, field
 from trl import TrlParser
 
 from hf_disranker.data.candidates import Candidates
+from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.scoring.engines import SERVERS, Engine, HttpEngine, load_engine
 from hf_disranker.scoring.run import OldScores, ScoringRun, verify
 from hf_disranker.scoring.store import ScoreStore
 from hf_disranker.scoring.summary import moved
-from hf_disranker.training.runs import recipe_parser
 
 
 @dataclass
 class ScoreArguments:
-    """What the stage reads and writes."""
+    """Teacher, pairs and output."""
 
-    model: str | None = field(default=None, metadata={"help": "The teacher: folder, Hub id, or its name on a server."})
-    pairs: str | None = field(default=None, metadata={"help": "Table of candidates: file, folder, URL or Hub id."})
+    model: str | None = field(default=None, metadata={"help": "Teacher: folder, Hub id, or model name on a server."})
+    pairs: str | None = field(default=None, metadata={"help": "Candidates: file, folder, URL or Hub data set id."})
     out: str | None = field(default=None, metadata={"help": "Folder or URL for the scores."})
     corpus: str | None = field(default=None, metadata={"help": "Table with the texts of the candidates."})
     dtype: str = field(default="auto", metadata={"help": "Precision of the model: auto, float32, bfloat16 ..."})
-    token_budget: int | None = field(default=None, metadata={"help": "Tokens of a forward pass; by the device."})
-    shard_rows: int = field(default=10_000, metadata={"help": "Pairs per shard: what a crash can cost at most."})
+    token_budget: int | None = field(default=None, metadata={"help": "Tokens per forward pass; default: by device."})
+    shard_rows: int = field(default=10_000, metadata={"help": "Pairs per shard, the most a crash can lose."})
     engine: str = field(default="transformers", metadata={"help": f"transformers, or a server: {', '.join(SERVERS)}."})
     url: str = field(default="http://localhost:8000", metadata={"help": "Where the server listens."})
     concurrency: int = field(default=8, metadata={"help": "Requests to the server under way at a time."})
@@ -54,7 +54,7 @@ class ScoreArguments:
 
 
 def make_parser() -> TrlParser:
-    """The command line of this stage."""
+    """Return the argument parser of this stage."""
     return recipe_parser("score", __doc__, ScoreArguments)
 
 

@@ -40,6 +40,12 @@ def test_every_stage_has_a_help(run, capsys, stage):
     assert f"usage: disranker {stage} [--config FILE.yaml]" in capsys.readouterr().out
 
 
+def test_a_stage_may_be_spelled_with_a_dash(run, capsys):
+    with pytest.raises(SystemExit) as end:
+        run("fit-teacher", "--help")
+    assert end.value.code == 0 and "usage: disranker fit_teacher" in capsys.readouterr().out
+
+
 def test_an_unknown_stage_is_refused_with_those_that_there_are(run):
     with pytest.raises(SystemExit) as end:
         run("destill")
@@ -152,7 +158,7 @@ def test_what_an_evaluation_cannot_do_is_said_before_anything_is_scored(run, tmp
     (tmp_path / "first.run").write_text("q0 Q0 d5-1 1 3.0 x\n")
     first = ["--candidates", tmp_path / "first.run", "--corpus", tmp_path / "corpus.parquet"]
     for table, options, words in (
-        ("blanks", ["--out", tmp_path / "eval.json"], "no query_id with a blank, such as"),
+        ("blanks", ["--out", tmp_path / "eval.json"], "column 'query_id'"),
         ("steep", [], "labels up to 1000"),
         ("judgments", ["--measures", "AP", "nDGC@10"], "ir_measures knows no such measure"),
         ("judgments", ["--measures", "alpha_nDCG@10"], "ir_measures cannot compute alpha_nDCG@10"),

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from hf_disranker.data.outputs import check_output
-from hf_disranker.serving import export
+from hf_disranker.recipes import export
 from hf_disranker.training.distillation import DistillationConfig
 from hf_disranker.training.ranking_trainer import RankingConfig
 from hf_disranker.training.runs import check_output_dir
@@ -57,8 +57,7 @@ def test_every_training_recipe_looks_first(recipe, tmp_path, judgments, clicks):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     sources = {"cpt": "--clicks", "fit_teacher": "--judgments", "distill": "--scores"}
-    model = "--student" if recipe == "distill" else "--model_name_or_path"
-    arguments = [model, "org/model", sources[recipe], tmp_path / "rows.parquet", "--output_dir", tmp_path / "model"]
+    arguments = ["--model", "org/model", sources[recipe], tmp_path / "rows.parquet", "--out", tmp_path / "model"]
     module = importlib.import_module(f"hf_disranker.recipes.{recipe}")
     with pytest.raises(ValueError, match="such as config.json: choose another folder"):
         module.main(*module.make_parser().parse_args_and_config([*map(str, arguments), "--use_cpu", "true"]))

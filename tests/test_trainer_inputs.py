@@ -132,7 +132,7 @@ def test_clicks_are_learned_in_fp32_by_a_model_that_pads_with_its_end(plain_llam
     assert state_of(tokenizer) == before
     with pytest.raises(TypeError, match="ClickTrainer takes args of CptConfig"):
         ClickTrainer(plain_llama, TrainingArguments(str(tmp_path)), rows)
-    with pytest.raises(ValueError, match="max_length 65 is beyond the model's 64 positions"):
+    with pytest.raises(ValueError, match="max_length 65 is beyond the .*64 positions"):
         ClickTrainer(plain_llama, CptConfig(str(tmp_path), max_length=65, **SETTINGS), rows)
 
 
@@ -194,8 +194,8 @@ def test_models_that_are_no_rankers_are_refused(tiny_student, plain_llama, group
     two = BertForSequenceClassification(type(config).stock(**{**config.to_dict(), "num_labels": 2}))
     for model, error, message in (
         (two, ValueError, "has 2 labels; a ranker has one: load it with num_labels=1"),
-        (causal_in_bf16(plain_llama), TypeError, "A LlamaForCausalLM is no ranker: pass .* the folder or Hub id"),
-        (torch.nn.Linear(2, 2), TypeError, "A Linear is no ranker"),
+        (causal_in_bf16(plain_llama), TypeError, "A LlamaForCausalLM is not a ranker: pass .* the folder or Hub id"),
+        (torch.nn.Linear(2, 2), TypeError, "A Linear is not a ranker"),
     ):
         with pytest.raises(error, match=message):
             RankingTrainer(model, args, groups, processing_class=tokenizer)
@@ -236,13 +236,13 @@ def test_what_would_be_ignored_is_refused(student_dir, groups, tmp_path, trainer
             trainer_class.config_class(str(tmp_path), **SHORT | {name: value})
     with pytest.raises(ValueError, match="batch_eval_metrics needs a compute_metrics of your own"):
         trainer_class(student_dir, trainer_class.config_class(str(tmp_path), batch_eval_metrics=True, **SHORT), groups)
-    with pytest.raises(ValueError, match="max_length 65 is beyond the model's 64 positions"):
+    with pytest.raises(ValueError, match="max_length 65 is beyond the .*64 positions"):
         trainer_class(student_dir, trainer_class.config_class(str(tmp_path), **SHORT | {"max_length": 65}), groups)
 
 
 def test_losses_that_no_trainer_reads_are_refused(student_dir, groups, tmp_path):
     trainer = RankingTrainer(student_dir, DistillationConfig(str(tmp_path), **SHORT), groups)
-    with pytest.raises(ValueError, match="No loss of RankingTrainer weighs"):
+    with pytest.raises(ValueError, match="All losses of RankingTrainer have weight 0"):
         trainer.train()
 
 

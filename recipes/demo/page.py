@@ -28,7 +28,7 @@ from hf_disranker.data.bm25 import bm25_index, bm25_tokens
 from hf_disranker.data.tables import read_table
 from hf_disranker.models.hub import pushing
 from hf_disranker.models.ranker import Ranker
-from hf_disranker.training.runs import recipe_parser
+from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.version import __version__
 
 _SHOWN = 10

@@ -30,9 +30,10 @@ from hf_disranker.evaluation import metrics
 from hf_disranker.evaluation.evaluate import describe, score_with
 from hf_disranker.evaluation.rankings import Evaluation, compare_evaluations
 from hf_disranker.models.ranker import Ranker
+from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.recipes.quickstart import from_scratch, python_docs
 from hf_disranker.recipes.report.page import TITLES, results_picture, results_table, search_examples, write_report
-from hf_disranker.training.runs import recipe_parser, save_json
+from hf_disranker.training.runs import save_json
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

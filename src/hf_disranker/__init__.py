@@ -1,7 +1,7 @@
 """Distil a large language model's ranking skill into a BERT that any search stack can serve.
 
-Importing this package lets `transformers.AutoModel` return rankers for checkpoints that carry our marker. Public names
-load on first use, so the import itself takes neither torch nor transformers.
+Importing this package registers rankers with `transformers.AutoModel` for checkpoints with our config marker. Public
+names are imported on first use, so the package itself imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
         RankDistillationConfig,
         RankDistillationTrainer,
     )
-    from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
+    from hf_disranker.training.ranking_trainer import RankingTrainer
+    from hf_disranker.training.setup import RankingConfig
 
 _MODULES = {
     "training.cpt": ("ClickTrainer", "CptConfig", "click_dataset"),
@@ -39,7 +40,8 @@ _MODULES = {
     ),
     "data.bm25": ("mine_candidates",),
     "models.ranker": ("Ranker",),
-    "training.ranking_trainer": ("RankingConfig", "RankingTrainer"),
+    "training.ranking_trainer": ("RankingTrainer",),
+    "training.setup": ("RankingConfig",),
     "scoring.store": ("ScoreStore",),
     "models.student": ("BertDistilledRanker",),
     "models.teacher": ("LLMForLastTokenRanking",),

@@ -1,4 +1,4 @@
-"""The command `disranker STAGE`: runs the recipe of that name."""
+"""Command line interface: `disranker STAGE` runs the recipe of that name."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ STAGES = {
     "quickstart": "all stages on the Python documentation of this machine, in 15 to 30 minutes",
     "cpt": "1   continued pre-training of a language model on clicks",
     "fit_teacher": "2   fit a ranker to graded judgments",
-    "score": "3a  a teacher's scores for unlabelled pairs",
+    "score": "3a  score unlabelled pairs with a teacher",
     "distill": "3b  distil the scores into a BERT",
-    "evaluate": "4   PNR, NDCG, MRR and MAP of a model, of scores, of a run or of BM25",
-    "compare": "    whether evaluated rankers differ by more than chance",
-    "abtest": "    what an A/B test of rankers says, from its impression log",
-    "interleave": "    team-draft lists of two rankers, and the clicks on them",
-    "report": "    one HTML page of evaluated rankers",
-    "export": "    a ranker as ONNX, OpenVINO or for vLLM, checked against it",
-    "demo": "    a search page: BM25, student and teacher side by side",
+    "evaluate": "4   PNR, NDCG, MRR and MAP of a model, scores, a run or BM25",
+    "compare": "    significance tests between evaluated rankers",
+    "abtest": "    analyse an A/B test of rankers from its impression log",
+    "interleave": "    team-draft interleaving of two rankers, and its analysis",
+    "report": "    HTML report of evaluated rankers",
+    "export": "    export a ranker to ONNX, OpenVINO or vLLM and check it",
+    "demo": "    search page: BM25, student and teacher side by side",
 }
-# Stages whose first option may stand without its name.
+# Stages whose first option may be given without its name.
 FIRST = {"compare": "--runs", "report": "--runs", "abtest": "--log"}
-# Stages whose recipe is more than a page.
+# Stages with a folder of their own.
 _FOLDERS = {"quickstart": "quickstart.stages", "report": "report.stage", "demo": "demo.page"}
 
 USAGE = """disranker {version}: distil a large language model's ranking skill into a BERT.
@@ -35,13 +35,13 @@ usage: disranker STAGE [--config FILE.yaml] [--option value ...]
 
 {stages}
 
-disranker STAGE --help     the options of a stage, and what it reads and writes
-accelerate launch -m hf_disranker.recipes.STAGE ...     the same on several GPUs or machines
+disranker STAGE --help     options, inputs and outputs of a stage
+accelerate launch -m hf_disranker.recipes.STAGE ...     run a stage on several GPUs or machines
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one stage; a wrong option, table, path or checkpoint ends in one plain line."""
+    """Run one stage; report an invalid option, table, path or checkpoint in one line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments[0] == "--version":
         print(__version__)
         return
-    stage, *rest = arguments
+    stage, rest = arguments[0].replace("-", "_"), arguments[1:]
     if stage not in STAGES:
         sys.exit(f"disranker: there is no stage '{stage}'; there are: {', '.join(STAGES)}.")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -72,12 +72,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load_stage(stage: str) -> Any:
-    """The module of a stage, with `make_parser` and `main`."""
+    """Import the recipe of a stage, with its `make_parser` and `main`."""
     return importlib.import_module(f"hf_disranker.recipes.{_FOLDERS.get(stage, stage)}")
 
 
 def _raised_here(error: ValueError) -> bool:
-    """Whether our own code refused something in plain words; another library's error keeps its traceback."""
+    """Return whether our code raised the error; errors of other libraries keep their traceback."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
@@ -85,7 +85,7 @@ def _raised_here(error: ValueError) -> bool:
 
 
 def usage() -> str:
-    """The text of `disranker --help`."""
+    """Return the text of `disranker --help`."""
     return USAGE.format(version=__version__, stages="\n".join(f"  {name:<12} {what}" for name, what in STAGES.items()))
 
 

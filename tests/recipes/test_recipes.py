@@ -46,7 +46,7 @@ LORA = ["--use_peft", "true", "--lora_r", 4, "--lora_target_modules", "q_proj", 
 def test_cpt_and_fit_teacher_leave_stock_checkpoints(tables, language_model, lora):
     steps = [*SHORT, "--max_steps", 3, "--learning_rate", 0.01, "--save_strategy", "no", *lora]
     clicks = ["--clicks", tables / "clicks.parquet", "--eval_clicks", tables / "clicks.parquet"]
-    run("cpt", "--model_name_or_path", language_model, *clicks, "--output_dir", tables / "cpt", *steps)
+    run("cpt", "--model", language_model, *clicks, "--out", tables / "cpt", *steps)
     losses = json.loads((tables / "cpt" / "cpt.json").read_text())
     assert losses["loss_after"] < losses["loss_before"]
     assert losses["perplexity_after"] == pytest.approx(np.exp(losses["loss_after"]))
@@ -55,7 +55,7 @@ def test_cpt_and_fit_teacher_leave_stock_checkpoints(tables, language_model, lor
     assert set(json.loads((tables / "cpt" / "run.json").read_text())["data"]) == {"clicks", "eval_clicks"}
 
     judgments = ["--judgments", tables / "judgments.parquet"]
-    run("fit_teacher", "--model_name_or_path", tables / "cpt", *judgments, "--output_dir", tables / "teacher", *steps)
+    run("fit_teacher", "--model", tables / "cpt", *judgments, "--out", tables / "teacher", *steps)
     assert "eval_pnr" in json.loads((tables / "teacher" / "eval.json").read_text())
     assert not (tables / "teacher" / "adapter_config.json").exists()
     ranker = Ranker.from_pretrained(tables / "teacher")
@@ -73,8 +73,8 @@ def test_a_teacher_of_four_bits_leaves_a_stock_checkpoint(tables, language_model
     pytest.importorskip("bitsandbytes")
     # bitsandbytes passes no gradients on a CPU after an evaluation, so there is none.
     steps = [*SHORT, *LORA, "--load_in_4bit", "true", "--max_steps", 3, "--learning_rate", 0.01, "--logging_steps", 1]
-    inputs = ["--model_name_or_path", language_model, "--judgments", tables / "judgments.parquet"]
-    run("fit_teacher", *inputs, "--output_dir", tables / "teacher", "--eval_strategy", "no", *steps)
+    inputs = ["--model", language_model, "--judgments", tables / "judgments.parquet"]
+    run("fit_teacher", *inputs, "--out", tables / "teacher", "--eval_strategy", "no", *steps)
     (state,) = (tables / "teacher").glob("checkpoint-*/trainer_state.json")
     logged = json.loads(state.read_text())["log_history"]
     assert logged[-1]["grad_norm"] > 0
@@ -90,8 +90,8 @@ def test_a_tokenizer_that_pads_with_its_end_token_gets_a_pad_of_its_own(tables, 
     model = Qwen3(Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=16, **shape))
     model.save_pretrained(tables / "qwen")
     tokenizer.save_pretrained(tables / "qwen")
-    judgments = ["--judgments", tables / "judgments.parquet", "--output_dir", tables / "teacher"]
-    run("fit_teacher", "--model_name_or_path", tables / "qwen", *judgments, *SHORT, "--max_steps", 2)
+    judgments = ["--judgments", tables / "judgments.parquet", "--out", tables / "teacher"]
+    run("fit_teacher", "--model", tables / "qwen", *judgments, *SHORT, "--max_steps", 2)
     config = json.loads((tables / "teacher" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForSequenceClassification"]
     saved = AutoTokenizer.from_pretrained(tables / "teacher")
@@ -105,8 +105,8 @@ def test_a_teacher_learns_by_label_expectation_in_bf16_with_lora_and_recomputed_
     steps = [*SHORT, "--max_steps", 3, "--learning_rate", 0.01, "--save_strategy", "no", *LORA]
     large = ["--bf16", "true", "--gradient_checkpointing", "true"]
     head = ["--head", "label_expectation", "--label_words", "close", "read", "write"]
-    inputs = ["--model_name_or_path", language_model, "--judgments", tables / "judgments.parquet"]
-    run("fit_teacher", *inputs, "--output_dir", tables / "teacher", *steps, *large, *head)
+    inputs = ["--model", language_model, "--judgments", tables / "judgments.parquet"]
+    run("fit_teacher", *inputs, "--out", tables / "teacher", *steps, *large, *head)
     config = json.loads((tables / "teacher" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["disranker"]["head"] == "label_expectation" and config["disranker"]["ending"] == " relevance:"
@@ -123,14 +123,14 @@ def test_distill_resumes_and_keeps_the_chosen_layers(tables, student_dir, teache
     pairs = ["--pairs", tables / "candidates.parquet", "--corpus", tables / "corpus.parquet"]
     run("score", "--model", teacher_dir, *pairs, "--out", tables / "scores", "--shard_rows", 20)
     assert f"Scored {len(judgments)} of {len(judgments)} pairs" in capsys.readouterr().out
-    inputs = ["--student", student_dir, "--student_layers", "1", "--scores", tables / "scores"]
-    inputs += ["--judgments", tables / "judgments.parquet", "--output_dir", tables / "student", *SHORT]
+    inputs = ["--model", student_dir, "--student_layers", "1", "--scores", tables / "scores"]
+    inputs += ["--judgments", tables / "judgments.parquet", "--out", tables / "student", *SHORT]
     inputs += ["--save_strategy", "steps", "--save_steps", 1, "--logging_steps", 1]
     run("distill", *inputs, "--max_steps", 2)
     first = losses(tables / "student" / "checkpoint-2")
     run("distill", *inputs, "--max_steps", 4)
     whole = losses(tables / "student" / "checkpoint-4")
-    assert len(first) == 2 and len(whole) == 4 and whole[:2] == first  # went on, did not begin again
+    assert len(first) == 2 and len(whole) == 4 and whole[:2] == first  # resumed
     config = json.loads((tables / "student" / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert config["disranker"]["teacher"] == {"id": teacher_dir, "revision": None}
@@ -148,9 +148,9 @@ def test_distill_streams_samples_and_averages_teachers(tables, student_dir, judg
     scored = judgments.assign(teacher_score=np.arange(len(judgments), dtype=np.float32))
     scored.to_parquet(tables / "one.parquet")
     scored.assign(teacher_score=-scored["teacher_score"]).to_parquet(tables / "two.parquet")
-    common = ["--student", student_dir, *SHORT, "--max_steps", 2, "--save_strategy", "no", "--eval_strategy", "no"]
+    common = ["--model", student_dir, *SHORT, "--max_steps", 2, "--save_strategy", "no", "--eval_strategy", "no"]
     sampled = ["--document_sampling", "stratified", "--documents_per_query", 3, "--score_transform", "affine"]
-    one = ["--scores", tables / "one.parquet", "--output_dir", tables / "student"]
+    one = ["--scores", tables / "one.parquet", "--out", tables / "student"]
     run("distill", *common, *one, *sampled, "--streaming", "true", "--token_budget", 200)
     record = json.loads((tables / "student" / "run.json").read_text())
     assert record["options"]["ScriptArguments"]["document_sampling"] == "stratified"
@@ -170,14 +170,14 @@ def test_judgments_without_splits_need_none_named(tables, student_dir, judgments
         monkeypatch.setattr(module, "load_groups", lambda *a, load=load, **k: read.append(load(*a, **k)) or read[-1])
     judgments.drop(columns="split").to_parquet(tables / "whole.parquet")
     steps = [*SHORT, "--max_steps", 1, "--save_strategy", "no"]
-    start = ["--model_name_or_path", student_dir, "--judgments", tables / "whole.parquet", *steps]
-    run("fit_teacher", *start, "--output_dir", tables / "alone")
-    assert "whole.parquet has no splits: trained on as a whole, without evaluation." in caplog.text
+    start = ["--model", student_dir, "--judgments", tables / "whole.parquet", *steps]
+    run("fit_teacher", *start, "--out", tables / "alone")
+    assert "whole.parquet has no splits: training on all rows, without evaluation." in caplog.text
     assert not (tables / "alone" / "eval.json").exists()
-    run("fit_teacher", *start, "--eval_judgments", tables / "judgments.parquet", "--output_dir", tables / "other")
+    run("fit_teacher", *start, "--eval_judgments", tables / "judgments.parquet", "--out", tables / "other")
     judgments.assign(teacher_score=np.arange(len(judgments), dtype=np.float32)).to_parquet(tables / "scores.parquet")
-    inputs = ["--student", student_dir, "--scores", tables / "scores.parquet"]
-    run("distill", *inputs, "--judgments", tables / "whole.parquet", *steps, "--output_dir", tables / "student")
+    inputs = ["--model", student_dir, "--scores", tables / "scores.parquet"]
+    run("distill", *inputs, "--judgments", tables / "whole.parquet", *steps, "--out", tables / "student")
     queries, dev = (rows["query_id"].nunique() for rows in (judgments, judgments[judgments["split"] == "dev"]))
     assert list(map(len, read)) == [queries, queries, dev, queries, queries]
 
@@ -187,4 +187,15 @@ def test_distill_refuses_an_unfinished_store(tables, student_dir, teacher_dir):
     run("score", "--model", teacher_dir, *pairs, "--out", tables / "scores", "--shard_rows", 20)
     (tables / "scores" / "part-000001.parquet").unlink()
     with pytest.raises(ValueError, match="still lacks the scores of 20 pairs"):
-        run("distill", "--student", student_dir, "--scores", tables / "scores", "--output_dir", tables / "student")
+        run("distill", "--model", student_dir, "--scores", tables / "scores", "--out", tables / "student")
+
+
+def test_a_student_without_a_teacher_keeps_the_chosen_layers(tables, student_dir, language_model, caplog):
+    caplog.set_level("INFO", logger="hf_disranker")
+    rest = ["--judgments", tables / "judgments.parquet", "--out", tables / "student", "--student_layers", "1"]
+    rest += [*SHORT, "--max_steps", 1, "--save_strategy", "no"]
+    with pytest.raises(ValueError, match="--student_layers is for a BERT; .*decoder is a llama"):
+        run("fit_teacher", "--model", language_model, *rest)
+    run("fit_teacher", "--model", student_dir, *rest)
+    assert json.loads((tables / "student" / "config.json").read_text())["num_hidden_layers"] == 1
+    assert f"Model saved to {tables / 'student'}. Next: disranker evaluate --model" in caplog.text

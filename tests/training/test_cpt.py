@@ -128,14 +128,14 @@ def test_equal_weights_keep_every_click_once():
 def test_queries_of_few_users_are_dropped_and_counted(caplog):
     clicks = table(("a", "x", "", 1.0, 1), ("a", "y", "", 1.0, 5), ("b", "z", "", 1.0, 4), ("c", "z", "", 1.0, 5))
     assert prepare_clicks(clicks, min_users=5)["query"].tolist() == ["a", "a", "c"]
-    assert "25.0% of the clicks are dropped: fewer than 5 users typed their query" in caplog.text
-    with pytest.raises(TableError, match="No click is left"):
+    assert "Dropped 25.0% of the clicks: queries of fewer than 5 users" in caplog.text
+    with pytest.raises(TableError, match="No clicks left"):
         prepare_clicks(clicks, min_users=6)
 
 
 def test_without_users_it_warns_and_cannot_filter(caplog):
     prepare_clicks(CLICKS)
-    assert [record.getMessage() for record in caplog.records if "memorise rare queries" in record.getMessage()]
+    assert [record.getMessage() for record in caplog.records if "memorize rare" in record.getMessage()]
     with pytest.raises(TableError, match="--min_users 3 needs a column 'users'"):
         prepare_clicks(CLICKS, min_users=3)
 
@@ -178,7 +178,7 @@ def test_a_model_that_mixes_packed_samples_is_refused(tokenizer):
     model = small_llama(tokenizer, layers=1, size=64, initializer_range=0.5)
     whole = model.forward
     model.forward = lambda input_ids, position_ids: whole(input_ids)  # blind to where a sample begins
-    with pytest.raises(ValueError, match="lets packed samples read one another"):
+    with pytest.raises(ValueError, match="attends across packed samples"):
         check_packing(model)
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong is said in one line."""
+"""Early checks: one line for each common failure."""
 
 import math
 import os
@@ -14,38 +14,44 @@ from hf_disranker import DistillationConfig, RankingConfig
 from hf_disranker.data import collators
 from hf_disranker.data.collators import GroupCollator
 from hf_disranker.models.ranker import pair_collator
-from hf_disranker.training.monitor import TrainingWatch, sample_groups, warn_cut, warn_shared_queries, warn_squashed
+from hf_disranker.training.monitor import (
+    LossMonitor,
+    sample_groups,
+    warn_shared_queries,
+    warn_squashed,
+    warn_truncated,
+)
 
 
 def lines(caplog):
     return [record.getMessage() for record in caplog.records if record.name.startswith("hf_disranker")]
 
 
-def test_scores_that_become_equal_are_said_once(caplog):
-    watch = TrainingWatch(target_spread=2.0)
+def test_collapsing_scores_warn_once(caplog):
+    monitor = LossMonitor(target_spread=2.0)
     for step, spread in enumerate([0.5, 1.8, 0.9, 0.1, 0.0]):
-        watch.look(step, {"loss": 1.0, "score_spread": spread})
+        monitor.check(step, {"loss": 1.0, "score_spread": spread})
     assert len(lines(caplog)) == 1 and "Step 3: The scores within a query collapse" in lines(caplog)[0]
     assert "learning_rate" in lines(caplog)[0]
 
 
-def test_a_fresh_student_and_a_teacher_of_small_scale_are_no_collapse(caplog):
+def test_a_new_student_and_a_small_target_scale_do_not_warn(caplog):
     for target, spreads in ((2.0, [0.01, 0.05, 0.9]), (0.1, [3.0, 0.5, 0.1])):
-        watch = TrainingWatch(target)
+        monitor = LossMonitor(target)
         for spread in spreads:
-            watch.look(1, {"score_spread": spread})
+            monitor.check(1, {"score_spread": spread})
     assert lines(caplog) == []
 
 
-def test_equal_scores_are_said_at_once(caplog):
-    TrainingWatch(2.0).look(10, {"score_spread": 0.0})
+def test_equal_scores_warn_at_once(caplog):
+    LossMonitor(2.0).check(10, {"score_spread": 0.0})
     assert "Step 10: The model gives all documents of a query the same score" in lines(caplog)[0]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(value):
     with pytest.raises(FloatingPointError, match="Step 7: point_mse not finite. Lower --learning_rate"):
-        TrainingWatch(1.0).look(7, {"loss": 0.0, "point_mse": value, "score_spread": 1.0})
+        LossMonitor(1.0).check(7, {"loss": 0.0, "point_mse": value, "score_spread": 1.0})
 
 
 def test_a_broken_model_stops_its_trainer(student_dir, tmp_path):
@@ -55,26 +61,26 @@ def test_a_broken_model_stops_its_trainer(student_dir, tmp_path):
         trainer.train()
 
 
-def test_squashed_teacher_scores_are_said(caplog):
+def test_squashed_teacher_scores_warn(caplog):
     warn_squashed(np.array([0.2, 1.2]))
     assert lines(caplog) == []
     warn_squashed(np.array([0.2, 0.9]))
     assert "between 0 and 1" in lines(caplog)[0] and "raw logits" in lines(caplog)[0]
 
 
-def test_truncation_of_more_than_a_few_percent_is_said(tiny_student, caplog, monkeypatch):
+def test_truncation_of_more_than_five_percent_warns(tiny_student, caplog, monkeypatch):
     model, tokenizer = tiny_student
     collate = GroupCollator(pair_collator(model, tokenizer))
     groups = ragged_groups(20, 5)
-    warn_cut(groups, collate)
+    warn_truncated(groups, collate)
     assert lines(caplog) == []
     monkeypatch.setattr(collators, "_DOCUMENT_ROOM", 0)
-    warn_cut(groups, GroupCollator(replace(collate.pairs, max_length=14, max_query_length=14)))
+    warn_truncated(groups, GroupCollator(replace(collate.pairs, max_length=14, max_query_length=14)))
     assert len(lines(caplog)) == 1
-    assert "% of documents lose their end at max_length 14: raise --max_length" in lines(caplog)[0]
+    assert "% of documents are truncated at max_length 14: raise --max_length" in lines(caplog)[0]
 
 
-def test_streams_are_checked_by_their_beginning(student_dir, tmp_path):
+def test_streams_are_checked_on_their_first_rows(student_dir, tmp_path):
     stream = ragged_groups(20, 5).to_iterable_dataset()
     assert len(sample_groups(stream)) == 20
     with pytest.raises(ValueError, match="learns from 'labels'"):
@@ -82,14 +88,14 @@ def test_streams_are_checked_by_their_beginning(student_dir, tmp_path):
 
 
 def test_a_loss_on_labels_needs_labels(student_dir, tmp_path):
-    with pytest.raises(ValueError, match="A loss on labels weighs, but the rows have none"):
+    with pytest.raises(ValueError, match="A loss on labels has a weight, but the rows have no labels"):
         make_trainer("scores", student_dir, tmp_path, ragged_groups(8).remove_columns("labels"), max_steps=1)
 
 
-def test_weights_that_make_no_loss_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="not negative"):
+def test_loss_weights_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="must not be negative"):
         RankingConfig(str(tmp_path), hinge_weight=0.0)
-    with pytest.raises(ValueError, match="not negative"):
+    with pytest.raises(ValueError, match="must not be negative"):
         DistillationConfig(str(tmp_path), point_weight=-1.0)
 
 
@@ -130,11 +136,11 @@ def test_trackers_receive_the_terms(student_dir, tmp_path, monkeypatch, tracker,
     assert found and b"margin_mse" in b"".join(path.read_bytes() for path in found)
 
 
-def test_queries_on_both_sides_are_counted_up_to_case_and_blanks(caplog):
+def test_shared_queries_are_counted_up_to_case_and_whitespace(caplog):
     warn_shared_queries(["GPS  watch ", "kettle", "kettle"], ["gps watch", "Toaster", "cable", "cable"])
     assert len(lines(caplog)) == 1
     assert lines(caplog)[0].startswith(
-        "1 of 3 queries to measure on are trained on too, up to case and blanks, first 'gps"
+        "1 of 3 evaluation queries are also trained on, up to case and whitespace, first 'gps"
     )
     warn_shared_queries(["kettle"], ["kettles"])
     assert len(lines(caplog)) == 1

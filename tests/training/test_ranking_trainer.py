@@ -18,7 +18,8 @@ from hf_disranker import (
     RankingConfig,
     RankingTrainer,
 )
-from hf_disranker.training.ranking_trainer import ranking_metrics, score_spread
+from hf_disranker.training.losses import score_spread
+from hf_disranker.training.ranking_trainer import ranking_metrics
 
 
 def ragged_groups(count=8, seed=0):
@@ -205,7 +206,7 @@ def test_queries_without_a_pair_are_counted(student_dir, tmp_path, caplog):
         train_dataset=ragged_groups(),
         processing_class=AutoTokenizer.from_pretrained(student_dir),
     )
-    assert single and f"{single} of 8 queries hold no pair of different labels" in caplog.text
+    assert single and f"{single} of 8 queries have no pair of different labels" in caplog.text
 
 
 def test_ranking_metrics_match_hand_example():

@@ -1,4 +1,4 @@
-"""What the recipes share."""
+"""Resuming, saving and recording a run."""
 
 import hashlib
 import json
@@ -12,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
 from hf_disranker import DistillationConfig, LLMForLastTokenRanking
-from hf_disranker.recipes import distill
 from hf_disranker.recipes.quickstart.from_scratch import small_llama
 from hf_disranker.training.runs import (
     fingerprint,
@@ -38,7 +37,7 @@ def test_resume_point_passes_over_a_checkpoint_that_was_cut_off(tmp_path, caplog
     (tmp_path / "checkpoint-15").mkdir()
     (tmp_path / "checkpoint-15" / "trainer_state.json").write_text('{"global_step": 1')
     assert resume_point(str(tmp_path)) == str(tmp_path / "checkpoint-5")
-    assert "checkpoint-10 is half written" in caplog.text
+    assert "checkpoint-10 is incomplete" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5"]
 
 
@@ -99,17 +98,6 @@ def test_a_record_names_the_commit_and_that_it_was_changed(tmp_path, monkeypatch
     assert json.loads((tmp_path / "out" / "run.json").read_text())["git"] == commit
     save_record(str(tmp_path / "out"), (), {})
     assert json.loads((tmp_path / "out" / "run.json").read_text())["git"] == f"{commit}+"
-
-
-def test_help_groups_the_options_and_shows_defaults():
-    text = distill.make_parser().format_help()
-    titles = ["What the stage reads:", "Options of the distillation:", "Training options of the ranking stages:"]
-    places = [text.index(f"\n{title}\n") for title in [*titles, "TrainingArguments of transformers:"]]
-    assert places == sorted(places)
-    assert places[0] < text.index("--more_scores") < places[1] < text.index("--kl_weight") < places[2]
-    assert places[2] < text.index("--token_budget") < places[3] < text.index("--adam_beta1")
-    assert text.count("--kl_weight KL_WEIGHT") == 1
-    assert "order. (default: 0.5)" in " ".join(text.split())
 
 
 def test_the_fingerprint_of_a_score_store_passes_over_its_quarantine(tmp_path):

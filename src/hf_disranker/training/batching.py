@@ -1,6 +1,6 @@
-"""What shares a forward pass: batches by token budget, of rows and of whole queries, from memory and from a stream.
+"""Token-budget batching of whole queries, for data sets and streams.
 
-A batch of whole queries is one flat batch of pairs, so what it costs is its pairs times its longest pair.
+A batch of queries is one flat batch of pairs, so its cost is the number of pairs times the longest pair.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from hf_disranker.data.collators import GroupCollator
 
 logger = logging.getLogger(__name__)
 
-# Groups measured at a time, and budgets of tokens among which a stream looks for queries of equal length.
+# Groups tokenized at a time, and size of a stream's sorting window in token budgets.
 _CHUNK = 256
 _WINDOW = 16
 
 
 def budget_groups(sizes: np.ndarray, lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
-    """Cut groups, longest pairs first, into batches of at most `token_budget` tokens with their padding.
+    """Split groups, longest pairs first, into batches of at most `token_budget` tokens, including padding.
 
     Args:
-        sizes: documents of each group, shape (groups,).
-        lengths: tokens of each group's longest pair, shape (groups,).
-        token_budget: pairs times longest pair of a batch; a group beyond it gets a batch of its own.
+        sizes: Number of documents per group, shape (groups,).
+        lengths: Tokens of the longest pair per group, shape (groups,).
+        token_budget: Maximum of pairs times longest pair in a batch; a larger group gets its own batch.
 
     Returns:
-        Group numbers, an array per batch; every group once, groups of equal length in the order given.
+        Group indices, one array per batch; groups of equal length keep their order.
     """
     batches: list[list[int]] = []
     pairs = 0
@@ -47,7 +47,7 @@ def budget_groups(sizes: np.ndarray, lengths: np.ndarray, token_budget: int) -> 
 
 
 def group_lengths(groups: Dataset, collate: GroupCollator) -> tuple[np.ndarray, np.ndarray]:
-    """Documents and tokens of the longest pair of each group, shape (groups,) both; tokenises every pair once."""
+    """Tokenize all pairs; return documents and tokens of the longest pair per group, both of shape (groups,)."""
     sizes: list[int] = []
     lengths: list[int] = []
     for start in tqdm(range(0, len(groups), _CHUNK), desc="Lengths", leave=False):
@@ -58,14 +58,14 @@ def group_lengths(groups: Dataset, collate: GroupCollator) -> tuple[np.ndarray, 
 
 
 class TokenBudgetSampler:
-    """Batches of groups by token budget: the same batches in every epoch, in another order each time.
+    """Token-budget batch sampler: the same batches in every epoch, in a different order.
 
     Args:
-        sizes: documents of each group.
-        lengths: tokens of each group's longest pair.
-        token_budget: tokens of a batch at most, padding included.
-        processes: how many share an epoch; each gets equally many batches.
-        seed: of the order; with the epoch it decides everything, so an epoch can be resumed.
+        sizes: Number of documents per group.
+        lengths: Tokens of the longest pair per group.
+        token_budget: Maximum tokens of a batch, including padding.
+        processes: Number of processes that share an epoch; each gets the same number of batches.
+        seed: Seed of the order, which depends only on seed and epoch, so that an epoch can be resumed.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class TokenBudgetSampler:
             self.batches += np.array_split(longest, 2)
         if beyond := int((sizes * lengths > token_budget).sum()):
             logger.warning(
-                "%d of %d queries need more than %d tokens by themselves: raise token_budget or show fewer documents.",
+                "%d of %d queries need more than %d tokens each: raise token_budget or use fewer documents.",
                 beyond,
                 len(sizes),
                 token_budget,
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
+        """Set the epoch that determines the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -98,13 +98,13 @@ class TokenBudgetSampler:
 
 
 class BudgetStream(IterableDataset):
-    """A stream of groups as a stream of batches by token budget; queries of like length share a batch.
+    """Token-budget batches of a stream of groups; queries of similar length share a batch.
 
     Args:
-        groups: rows of `load_groups`.
-        collate: how pairs are tokenised; its groups come out encoded.
-        token_budget: tokens of a batch at most, padding included.
-        seed: of the order of the batches within a window.
+        groups: Rows of `load_groups`.
+        collate: Collator that tokenizes the pairs; the batches contain encoded groups.
+        token_budget: Maximum tokens of a batch, including padding.
+        seed: Seed of the order of the batches within a window.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], collate: GroupCollator, token_budget: int, seed: int) -> None:
@@ -124,7 +124,7 @@ class BudgetStream(IterableDataset):
             yield from self._batches(window, rng)
 
     def collate_batch(self, batches: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        """The one batch that a data loader of batch_size 1 hands over."""
+        """Collate the single batch of a data loader with batch_size 1."""
         return self.collate(batches[0])
 
     def _batches(self, window: list[dict[str, Any]], rng: np.random.Generator) -> Iterator[list[dict[str, Any]]]:
@@ -134,10 +134,10 @@ class BudgetStream(IterableDataset):
             yield [window[group] for group in batches[batch]]
 
 
-class EpochOrder(TrainerCallback):
-    """Tells `TokenBudgetSampler` which epoch it is.
+class SetEpoch(TrainerCallback):
+    """Set the epoch of `TokenBudgetSampler`.
 
-    accelerate does so too, but does not reach it behind the batches that a resumed run skips on several processes.
+    accelerate does not reach the sampler through the wrapper that skips batches of a resumed run on several processes.
     """
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:

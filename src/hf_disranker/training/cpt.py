@@ -1,6 +1,6 @@
-"""Stage 1: continued pre-training of a language model on clicks, query in, clicked title + summary out.
+"""Stage 1: continued pre-training of a language model on clicks with trl's `SFTTrainer`.
 
-The rows go to trl's `SFTTrainer`; this module makes them and sets its defaults.
+The model reads a query and learns to generate the clicked title and summary.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from hf_disranker.data.schema import TableError
 from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
 from hf_disranker.models.checkpoint import check_length
 from hf_disranker.models.teacher import fit_embeddings, prepare_tokenizer
-from hf_disranker.training.arguments import StageArguments, settle_arguments
-from hf_disranker.training.evaluation_loss import WholeSetLoss
-from hf_disranker.training.losses import LossTerm
+from hf_disranker.training.losses import EvaluationLossMixin, LossTerm
 from hf_disranker.training.setup import (
+    StageArguments,
     cast_weights,
     own_tokenizer,
+    resolve_arguments,
     with_own_config,
 )
 
@@ -45,39 +45,39 @@ class CptConfig(StageArguments, SFTConfig):
     """Options of the continued pre-training.
 
     Defaults that differ from trl's `SFTConfig`: learning_rate 1e-4, max_length 256, warmup_steps 0.03 (a share of all
-    steps), completion_only_loss True (the loss is on title and summary), gradient_checkpointing None (off), bf16
-    False, eval_strategy "auto" (every epoch if there is an eval_dataset), save_total_limit 1, report_to "none",
-    hub_private_repo True (the model has read the clicks), dataloader_pin_memory only with a GPU.
+    steps), completion_only_loss True (loss on title and summary), gradient_checkpointing None (off), bf16 False,
+    eval_strategy "auto" (every epoch if there is an eval_dataset), save_total_limit 1, report_to "none",
+    hub_private_repo True (the model may memorize clicks), dataloader_pin_memory only with a GPU.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
-    max_length: int | None = field(default=256, metadata={"help": "Tokens of query, title and summary at most."})
+    max_length: int | None = field(default=256, metadata={"help": "Maximum tokens of query, title and summary."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
     completion_only_loss: bool | None = field(default=True, metadata={"help": "Loss on title and summary only."})
-    # Not False: newer versions of transformers take any value of this name for a request to be renamed, and warn.
+    # None instead of False: newer versions of transformers warn about any value, since the option is renamed.
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Trade time for memory."})
-    bf16: bool | None = field(default=False, metadata={"help": "Train in bf16 where the hardware has it."})
+    bf16: bool | None = field(default=False, metadata={"help": "Compute in bf16."})
     dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for the way to a GPU."}
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for transfers to a GPU."}
     )
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
-    report_to: str = field(default="none", metadata={"help": "Where logs go: none, trackio, tensorboard ..."})
-    hub_private_repo: bool | None = field(default=True, metadata={"help": "Whether a new repository is private."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Maximum number of checkpoints."})
+    report_to: str = field(default="none", metadata={"help": "Experiment tracker: none, trackio, tensorboard ..."})
+    hub_private_repo: bool | None = field(default=True, metadata={"help": "If True, create a private repository."})
 
 
-class ClickTrainer(WholeSetLoss, SFTTrainer):
-    """trl's `SFTTrainer`; on a CPU with the model's own loss.
+class ClickTrainer(EvaluationLossMixin, SFTTrainer):
+    """trl's `SFTTrainer`, on a CPU with the loss of the model.
 
-    trl folds the vocabulary into the loss chunk by chunk, which saves GPU memory; on a CPU the same loss took three to
-    eight times as long (32 x 48 tokens, 4,000 words). The evaluation loss is the mean over all tokens of the set.
+    trl computes the loss in chunks of the vocabulary to save GPU memory; on a CPU this took three to eight times as
+    long (32 x 48 tokens, vocabulary of 4,000). The evaluation loss is the mean over all tokens of the set.
 
     Args:
-        model: A causal language model, also inside a peft model, or a folder or Hub id.
-        args: The options; None takes the defaults.
+        model: Causal language model, also inside a peft model, or folder or Hub id.
+        args: Training options; None uses the defaults.
         train_dataset: Rows of `click_dataset`.
         eval_dataset: Rows of `click_dataset`.
-        processing_class: The model's tokenizer, which is copied and prepared as a teacher's; None loads the one of
-            the model's checkpoint.
+        processing_class: Tokenizer of the model, which is copied and prepared for a teacher; None loads it from the
+            model's checkpoint.
         compute_loss_func: As in `SFTTrainer`.
         compute_metrics: As in `SFTTrainer`.
         callbacks: As in `SFTTrainer`.
@@ -87,9 +87,9 @@ class ClickTrainer(WholeSetLoss, SFTTrainer):
         peft_config: As in `SFTTrainer`.
 
     Raises:
-        TypeError: arguments of another class.
-        ValueError: `packing` with a model whose attention does not keep the packed samples apart, or a max_length
-            beyond the model's positions.
+        TypeError: If the arguments are of another class.
+        ValueError: If `packing` is on and the model attends across packed samples, or if max_length exceeds the
+            model's positions.
     """
 
     def __init__(  # noqa: PLR0913
@@ -108,7 +108,7 @@ class ClickTrainer(WholeSetLoss, SFTTrainer):
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = settle_arguments(args, CptConfig, type(self).__name__, eval_dataset is not None)
+        args = resolve_arguments(args, CptConfig, type(self).__name__, eval_dataset is not None)
         chosen: Any = os.fspath(model) if isinstance(model, str | os.PathLike) else with_own_config(model)
         source = chosen if isinstance(chosen, str) else chosen.config._name_or_path
         tokenizer = own_tokenizer(processing_class, source)
@@ -128,7 +128,7 @@ class ClickTrainer(WholeSetLoss, SFTTrainer):
         )
         check_length(self.model.config, args.max_length or 1)
         fit_embeddings(self.model, tokenizer)
-        if peft_config is None:  # trl chooses the type of an adapter that it makes
+        if peft_config is None:  # trl chooses the type of its adapter
             cast_weights(self.model, args.weights_dtype)
         if args.packing:
             check_packing(self.model)
@@ -146,7 +146,7 @@ class ClickTrainer(WholeSetLoss, SFTTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
-        """See `Trainer.prediction_step` and `WholeSetLoss`."""
+        """See `Trainer.prediction_step` and `EvaluationLossMixin`."""
         rows = len(inputs["input_ids"])
         real = self.real_rows(rows) if prediction_loss_only else rows
         if real < rows:
@@ -160,7 +160,7 @@ class ClickTrainer(WholeSetLoss, SFTTrainer):
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel) -> None:
-    """Raise ValueError when a sample that is packed behind another one is read differently from alone."""
+    """Raise ValueError if packing a sample after another one changes its logits."""
     ids = torch.arange(1, 13, device=model.device).unsqueeze(0)
     places = torch.arange(6, device=model.device).repeat(2).unsqueeze(0)
     was_training = model.training
@@ -170,40 +170,40 @@ def check_packing(model: PreTrainedModel) -> None:
     model.train(was_training)
     if (packed - alone).norm() > 0.05 * alone.norm():
         raise ValueError(
-            f"The attention of this model ({model.config._attn_implementation}) lets packed samples read one another: "
-            "leave --packing off, or choose another --attn_implementation, for example flash_attention_2."
+            f"The attention of this model ({model.config._attn_implementation}) attends across packed samples: turn "
+            "--packing off, or choose another --attn_implementation, for example flash_attention_2."
         )
 
 
 def prepare_clicks(clicks: pd.DataFrame, min_users: int = 0, seed: int = 0) -> pd.DataFrame:
-    """The rows to train on: each click once, without rare queries, as often as its weight says.
+    """Drop rare queries, merge duplicate clicks and resample rows by weight.
 
-    Equal rows (query, title, summary) become one that has the sum of their weights. Then as many rows are drawn as
-    are left, each in proportion to its weight and at most one more or less often than that (systematic resampling):
-    the expected gradient is that of the weighted loss, and trl sees rows like any other.
+    Equal rows (query, title, summary) are merged and their weights added. Systematic resampling then draws the same
+    number of rows, each in proportion to its weight up to rounding, so that the expected gradient is that of the
+    weighted loss.
 
     Args:
-        clicks: a clicks table; without `weight` every row weighs 1.
-        min_users: queries that fewer users typed are dropped; how many typed one is the largest `users` of its rows.
-        seed: of the draw.
+        clicks: Table of clicks; the default `weight` is 1.
+        min_users: Minimum number of users of a query, counted as the largest `users` of its rows.
+        seed: Seed of the resampling.
 
     Raises:
-        TableError: `min_users` without a column `users`, no row is left, or all weights are 0.
+        TableError: If `min_users` is set and there is no column `users`, or no row with a positive weight is left.
     """
     if "users" not in clicks.columns:
         if min_users:
-            raise TableError(f"--min_users {min_users} needs a column 'users': how many users typed the query.")
-        logger.warning("The clicks have no column 'users': the model may memorise rare queries, and who typed them.")
+            raise TableError(f"--min_users {min_users} needs a column 'users', the number of users of the query.")
+        logger.warning("The clicks have no column 'users': the model may memorize rare, personal queries.")
     elif min_users:
         rare = clicks.groupby("query")["users"].transform("max") < min_users
         share = 100 * rare.mean()
-        logger.warning("%.1f%% of the clicks are dropped: fewer than %d users typed their query.", share, min_users)
+        logger.warning("Dropped %.1f%% of the clicks: queries of fewer than %d users.", share, min_users)
         clicks = clicks[~rare]
     weights = clicks.get("weight", pd.Series(1.0, clicks.index))
     same = clicks.assign(weight=weights).groupby(["query", "title", "summary"], sort=False, as_index=False)
     rows = same["weight"].sum()
     if not rows["weight"].sum() > 0:
-        raise TableError("No click is left to train on: all were dropped or weigh 0.")
+        raise TableError("No clicks left to train on: all were dropped or have weight 0.")
     cumulated = rows["weight"].cumsum().to_numpy()
     places = (np.arange(len(rows)) + np.random.default_rng(seed).random()) * cumulated[-1] / len(rows)
     return rows.iloc[np.searchsorted(cumulated, places, side="right").clip(max=len(rows) - 1)].reset_index(drop=True)
@@ -215,17 +215,17 @@ def click_dataset(
     max_length: int,
     templates: Templates = TEACHER_TEMPLATES,
 ) -> Dataset:
-    """Tokenised rows of clicks, in the very text that the teacher will read when it ranks.
+    """Tokenize clicks in the text format that the teacher will rank.
 
     Args:
-        clicks: columns query, title, summary.
-        tokenizer: the model's; a copy is prepared as a teacher's.
-        max_length: tokens of a row at most; longer rows lose their end.
-        templates: the teacher's.
+        clicks: Table with the columns query, title, summary.
+        tokenizer: Tokenizer of the model; a copy is prepared for a teacher.
+        max_length: Maximum tokens of a row; longer rows are truncated at the end.
+        templates: Templates of the teacher.
 
     Returns:
-        Rows {input_ids, completion_mask}: the mask is 1 on title, summary and the end-of-sequence token. A click whose
-        query alone fills the row is left out.
+        Rows {input_ids, completion_mask}: the mask is 1 on title, summary and the end-of-sequence token. Clicks whose
+        query leaves no room for the document are dropped.
     """
     rows: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
     for ids, parts in _encoded(clicks, tokenizer, max_length, templates):
@@ -242,9 +242,9 @@ def click_losses(
     max_length: int,
     templates: Templates = TEACHER_TEMPLATES,
 ) -> dict[str, float]:
-    """Mean nats per token of the titles, and of the summaries with the end of the text; their exp is the perplexity.
+    """Compute the mean loss per token, in nats, of titles and of summaries with the end-of-sequence token.
 
-    Arguments as in `click_dataset`. A part that no click has is left out.
+    Arguments as in `click_dataset`. Parts without tokens are left out.
     """
     totals, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     rows = sorted(_encoded(clicks, tokenizer, max_length, templates), key=lambda row: len(row[0]))
@@ -271,7 +271,7 @@ def click_losses(
 def _encoded(
     clicks: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int, templates: Templates
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Token ids of each click, and to which part of the text each token belongs."""
+    """Yield the token ids of each click and the part of the text of each token."""
     tokenizer = prepare_tokenizer(copy.deepcopy(tokenizer))
     for start in range(0, len(clicks), _CHUNK):
         chunk = clicks.iloc[start : start + _CHUNK]
@@ -282,7 +282,7 @@ def _encoded(
         for (query, title, _), ids, offsets in zip(pairs, batch["input_ids"], batch["offset_mapping"], strict=True):
             prompt = len(templates.prompt(query))
             title_end = len(templates.render_text(query, templates.render_document(title, "")))
-            # Special tokens have the empty span (0, 0), so the first token at or behind the prompt's end is text.
+            # Special tokens have the empty span (0, 0), so the first token from the end of the prompt on is text.
             first = next((i for i, (begin, _) in enumerate(offsets) if begin >= prompt), None)
             if first is not None:
                 ends = [_TITLE if 0 < end <= title_end else _SUMMARY for _, end in offsets[first:]]

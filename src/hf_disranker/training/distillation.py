@@ -1,4 +1,4 @@
-"""Stage 3b: DistillationTrainer, from teacher scores to the student that is served."""
+"""Stage 3b: trainer that distils teacher scores into a ranker."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import numpy as np
 from datasets import Dataset
 from torch import Tensor
 
-from hf_disranker.training.arguments import RankingConfig
 from hf_disranker.training.losses import LossTerm, kl, margin_mse, point_mse
 from hf_disranker.training.monitor import known_values, warn_squashed
 from hf_disranker.training.ranking_trainer import RankingTrainer
+from hf_disranker.training.setup import RankingConfig
 
 
 @dataclass
 class DistillationConfig(RankingConfig):
     """Options of the distillation.
 
-    Defaults that differ from `RankingConfig`: learning_rate 5e-5, hinge_weight 0 (the losses on labels are there for
-    rows that have some). The weights of the losses are ours: none of the paper's is known.
+    Defaults that differ from `RankingConfig`: learning_rate 5e-5 and hinge_weight 0 (losses on labels are optional
+    here). The loss weights are our defaults: the paper's are unknown.
     """
 
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
-    point_weight: float = field(default=0.5, metadata={"help": "Weight of Point-MSE, which learns absolute scores."})
-    margin_weight: float = field(default=0.5, metadata={"help": "Weight of Margin-MSE, which learns the order."})
+    point_weight: float = field(default=0.5, metadata={"help": "Weight of Point-MSE, on absolute scores."})
+    margin_weight: float = field(default=0.5, metadata={"help": "Weight of Margin-MSE, on the order."})
     kl_weight: float = field(default=0.0, metadata={"help": "Weight of the listwise Kullback-Leibler divergence."})
-    kl_temperature: float = field(default=1.0, metadata={"help": "Temperature of the divergence's softmax."})
-    hinge_weight: float = field(default=0.0, metadata={"help": "Weight of the pairwise hinge on labels."})
+    kl_temperature: float = field(default=1.0, metadata={"help": "Softmax temperature of the divergence."})
+    hinge_weight: float = field(default=0.0, metadata={"help": "Weight of the pairwise hinge loss on labels."})
     score_transform: str = field(
         default="none",
         metadata={
-            "help": "affine: learn (teacher - mean) / std over all training scores, never per query; none: the scale "
-            "of the teacher. The config of the student says which.",
+            "help": "affine: learn (teacher - mean) / std over all training scores; none: keep the scale of the "
+            "teacher. The transform is stored in the student's config.",
             "choices": ["none", "affine"],
         },
     )
@@ -41,16 +41,15 @@ class DistillationConfig(RankingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.score_transform not in ("none", "affine"):
-            raise ValueError(f"score_transform is none or affine, got {self.score_transform!r}.")
+            raise ValueError(f"score_transform must be none or affine, got {self.score_transform!r}.")
 
 
 class DistillationTrainer(RankingTrainer):
     """Distil teacher scores into a ranker, query by query, with mixed Point-MSE and Margin-MSE.
 
     Not the language-model distillation of the same name in trl and setfit; `RankDistillationTrainer` and
-    `RankDistillationConfig` are other names for this class and its options. Arguments are those of `RankingTrainer`;
-    the training rows need `teacher_scores`, and `labels` too when a loss on labels weighs. A loss takes the documents
-    whose score or label is known.
+    `RankDistillationConfig` are aliases. Arguments as in `RankingTrainer`; the training rows need `teacher_scores`,
+    and `labels` if a loss on labels has a weight. A loss ignores documents without a score or label.
     """
 
     target = "teacher_scores"
@@ -59,11 +58,11 @@ class DistillationTrainer(RankingTrainer):
     _shift, _scale = 0.0, 1.0
 
     def check_groups(self, groups: Dataset) -> float:
-        """As in `RankingTrainer`; also fixes the transform of the scores, of a stream from its first 1,000 queries."""
+        """Check the rows and fit the score transform, for a stream on its first 1,000 queries."""
         spread = super().check_groups(groups)
         weights = self.args.loss_weights()
         if any(weights[name] for name in ("hinge", "ranknet", "softmax")) and not any(known_values(groups, "labels")):
-            raise ValueError(f"A loss on labels weighs, but the rows have none: {groups.column_names}.")
+            raise ValueError(f"A loss on labels has a weight, but the rows have no labels: {groups.column_names}.")
         scores = np.concatenate(known_values(groups, "teacher_scores"))
         warn_squashed(scores)
         if self.args.score_transform == "affine":
@@ -71,12 +70,12 @@ class DistillationTrainer(RankingTrainer):
         return spread / self._scale
 
     def marker(self) -> dict[str, Any]:
-        """As in `RankingTrainer`, with the transform: score = (teacher - shift) / scale."""
+        """Return the marker entries, including the transform score = (teacher - shift) / scale."""
         affine = {"kind": "affine", "shift": self._shift, "scale": self._scale}
         return super().marker() | {"score_transform": affine if self.args.score_transform == "affine" else None}
 
     def loss_terms(self, scores: Tensor, batch: dict[str, Tensor]) -> dict[str, tuple[float, LossTerm]]:
-        """Point-MSE, Margin-MSE and what else weighs; see `RankingTrainer.loss_terms`."""
+        """Compute the losses on teacher scores and on labels; see `RankingTrainer.loss_terms`."""
         teacher, args = (batch["teacher_scores"] - self._shift) / self._scale, self.args
         mask = batch["mask"] & ~teacher.isnan()
         terms = {}

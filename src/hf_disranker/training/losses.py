@@ -1,68 +1,68 @@
 """Ranking losses as sums with their denominators, always computed in fp32.
 
-Every loss takes tensors of shape (queries, docs) and a mask of the documents that exist, and gives a `LossTerm`:
-the sum over the batch and the weight that it must be divided by. Sums and weights add up over micro-batches and
-processes, so a mean over any partition of a batch is the mean over the whole batch.
+Every loss accepts tensors of shape (queries, docs) with a mask of the existing documents and returns a `LossTerm`: the
+sum over the batch and its denominator. Both add up over micro-batches and processes, so the mean does not depend on
+how a batch is split.
 
-| function   | learns from    | what it does to a query's common offset of scores | weight of a query     |
-|------------|----------------|---------------------------------------------------|-----------------------|
-| point_mse  | teacher scores | learns it                                         | its documents         |
-| margin_mse | teacher scores | cannot see it                                     | its documents less 1  |
-| kl         | teacher scores | cannot see it                                     | 1 if it has two       |
-| hinge      | graded labels  | cannot see it                                     | 1 if it has a pair    |
-| ranknet    | graded labels  | cannot see it                                     | 1 if it has a pair    |
-| softmax    | graded labels  | cannot see it                                     | 1 if it has a pair    |
+| function   | target         | a query's common score offset | weight of a query       |
+|------------|----------------|-------------------------------|-------------------------|
+| point_mse  | teacher scores | learned                       | number of documents     |
+| margin_mse | teacher scores | ignored                       | number of documents - 1 |
+| kl         | teacher scores | ignored                       | 1 with two documents    |
+| hinge      | graded labels  | ignored                       | 1 with a pair           |
+| ranknet    | graded labels  | ignored                       | 1 with a pair           |
+| softmax    | graded labels  | ignored                       | 1 with a pair           |
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
 class LossTerm(NamedTuple):
-    """A loss before its division: `total`, scalar fp32 with gradient, and `weight`, scalar fp32 without."""
+    """Undivided loss: `total`, scalar fp32 with gradient, and its denominator `weight`, scalar fp32 without."""
 
     total: Tensor
     weight: Tensor
 
     @property
     def mean(self) -> Tensor:
-        """The loss itself; 0 where nothing weighs."""
+        """Loss value; 0 if the weight is 0."""
         return self.total / self.weight.clamp(min=1.0)
 
 
 def point_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> LossTerm:
-    """Squared error between student and teacher scores, averaged over all documents.
+    """Compute the mean squared error between student and teacher scores over all documents.
 
     Args:
-        student: scores, shape (queries, docs), any float dtype.
-        teacher: scores, shape (queries, docs), any float dtype.
+        student: Scores, shape (queries, docs), any float dtype.
+        teacher: Scores, shape (queries, docs), any float dtype.
         mask: True where a document exists, shape (queries, docs).
 
     Returns:
-        The mean equals `torch.nn.MSELoss` on the documents that exist.
+        A term whose mean equals `torch.nn.MSELoss` on the existing documents.
     """
     return LossTerm(_error(student, teacher, mask).square().sum(), mask.sum().float())
 
 
 def margin_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> LossTerm:
-    """Squared error between student and teacher score margins, over all document pairs of each query.
+    """Compute the mean squared error between student and teacher score margins over all document pairs of a query.
 
     With e = student - teacher over the n documents of a query, the mean of (e_i - e_j)^2 over its pairs is
-    2 sum (e - mean e)^2 / (n - 1). A query weighs by its n - 1 independent margins, so the batch gives
-    2 sum_q sum (e - mean e)^2 / sum_q (n_q - 1): linear in n, with no pair ever built.
+    2 sum (e - mean e)^2 / (n - 1). Queries are weighted by their n - 1 independent margins, so the batch loss is
+    2 sum_q sum (e - mean e)^2 / sum_q (n_q - 1), computed in O(n) without forming pairs.
 
     Args:
-        student: scores, shape (queries, docs), any float dtype.
-        teacher: scores, shape (queries, docs), any float dtype.
+        student: Scores, shape (queries, docs), any float dtype.
+        teacher: Scores, shape (queries, docs), any float dtype.
         mask: True where a document exists, shape (queries, docs).
 
     Returns:
-        For one query of two documents the mean equals sentence-transformers' `MarginMSELoss`; a query with one
-        document counts for nothing.
+        A term whose mean equals sentence-transformers' `MarginMSELoss` for a query of two documents; queries with one
+        document are ignored.
 
     Examples:
         >>> student, teacher = torch.tensor([[3.0, 1.0, 9.0]]), torch.tensor([[1.0, 2.0, 0.0]])
@@ -73,29 +73,29 @@ def margin_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> LossTerm:
     """
     error = _error(student, teacher, mask)
     documents = mask.sum(dim=1, keepdim=True)
-    # Centred before it is squared: sum e^2 - (sum e)^2 / n loses every digit in fp32 when the offset is large.
-    centred = torch.where(mask, error - error.sum(dim=1, keepdim=True) / documents.clamp(min=1), 0.0)
-    return LossTerm(2.0 * centred.square().sum(), (documents - 1).clamp(min=0).sum().float())
+    # Center before squaring: sum e^2 - (sum e)^2 / n cancels in fp32 when the offset is large.
+    centered = torch.where(mask, error - error.sum(dim=1, keepdim=True) / documents.clamp(min=1), 0.0)
+    return LossTerm(2.0 * centered.square().sum(), (documents - 1).clamp(min=0).sum().float())
 
 
 def hinge(scores: Tensor, labels: Tensor, mask: Tensor, margin: float = 1.0) -> LossTerm:
-    """Pairwise hinge: a document of a higher grade should score `margin` more than one of a lower grade.
+    """Compute the pairwise hinge loss: higher grades should score at least `margin` above lower ones.
 
-    Each query's pairs with label_i > label_j are averaged, then the queries that have such a pair.
+    Averaged over the pairs of a query with label_i > label_j, then over the queries with such a pair.
 
     Args:
-        scores: shape (queries, docs), any float dtype.
-        labels: grades, shape (queries, docs); read only where the mask is True.
+        scores: Scores, shape (queries, docs), any float dtype.
+        labels: Grades, shape (queries, docs); ignored where the mask is False.
         mask: True where a document exists, shape (queries, docs).
-        margin: score difference that is wanted. The DisRanker paper's is not known; 1.0 is ours.
+        margin: Target score difference. The DisRanker paper's value is unknown; 1.0 is our default.
     """
     return _pair_mean((margin - _differences(scores, mask)).clamp(min=0.0), label_pairs(labels, mask))
 
 
 def ranknet(scores: Tensor, labels: Tensor, mask: Tensor) -> LossTerm:
-    """Pairwise logistic loss: log(1 + exp(s_j - s_i)) where document i has a higher grade than document j.
+    """Compute the pairwise logistic loss log(1 + exp(s_j - s_i)) where document i has a higher grade than j.
 
-    Each query's pairs are averaged, then the queries that have one. Arguments as in `hinge`.
+    Averaged over the pairs of a query, then over the queries with a pair. Arguments as in `hinge`.
 
     Source: Burges et al. 2005, Learning to rank using gradient descent.
     """
@@ -103,13 +103,13 @@ def ranknet(scores: Tensor, labels: Tensor, mask: Tensor) -> LossTerm:
 
 
 def softmax(scores: Tensor, labels: Tensor, mask: Tensor) -> LossTerm:
-    """Listwise softmax: cross-entropy of the scores' softmax against each document's share of the query's grades.
+    """Compute the listwise softmax cross-entropy between scores and normalized grades.
 
-    With p_i = label_i / sum label it is -sum p_i log softmax(s)_i, averaged over the queries that have two different
-    grades; a document of unknown grade (NaN) is left out. Arguments as in `hinge`.
+    With p_i = label_i / sum label, the loss is -sum p_i log softmax(s)_i, averaged over the queries with two different
+    grades; documents of unknown grade (NaN) are ignored. Arguments as in `hinge`.
 
-    Source: Cao et al. 2007, ListNet, with the grades themselves for the target; as in Zhuang et al. 2022,
-    arXiv 2210.10634, but each query's grades sum to 1.
+    Source: Cao et al. 2007, ListNet, with the grades as targets; as in Zhuang et al. 2022, arXiv 2210.10634, but
+    normalized to sum to 1 per query.
     """
     known = mask & ~labels.isnan() if labels.is_floating_point() else mask
     grades = torch.where(known, labels.float(), 0.0)
@@ -120,18 +120,18 @@ def softmax(scores: Tensor, labels: Tensor, mask: Tensor) -> LossTerm:
 
 
 def kl(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 1.0) -> LossTerm:
-    """Listwise distillation: Kullback-Leibler divergence of the student's softmax from the teacher's.
+    """Compute the listwise Kullback-Leibler divergence of the student's softmax from the teacher's.
 
-    With p = softmax(teacher / T) and q = softmax(student / T) over a query's documents it is T^2 sum p log(p / q),
-    averaged over the queries of two documents or more.
+    With p = softmax(teacher / T) and q = softmax(student / T) over the documents of a query, the loss is
+    T^2 sum p log(p / q), averaged over the queries with at least two documents.
 
     Args:
-        student: scores, shape (queries, docs), any float dtype.
-        teacher: scores, shape (queries, docs), any float dtype.
+        student: Scores, shape (queries, docs), any float dtype.
+        teacher: Scores, shape (queries, docs), any float dtype.
         mask: True where a document exists, shape (queries, docs).
-        temperature: T; a higher one looks further down the list, and T^2 keeps the gradient's size.
+        temperature: Softmax temperature T; higher values weight the tail more. T^2 keeps the gradient scale.
 
-    Source: Hinton et al. 2015, arXiv 1503.02531, over a query's documents in place of classes.
+    Source: Hinton et al. 2015, arXiv 1503.02531, with the documents of a query as classes.
     """
     log_p, log_q = (_log_softmax(scores / temperature, mask) for scores in (teacher.float(), student.float()))
     usable = mask.sum(dim=1) > 1
@@ -140,30 +140,77 @@ def kl(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 1.0)
 
 
 def label_pairs(labels: Tensor, mask: Tensor) -> Tensor:
-    """Where document i has a higher grade than document j, shape (queries, docs, docs), bool."""
+    """Return where document i has a higher grade than document j, shape (queries, docs, docs), bool."""
     return (labels.unsqueeze(2) > labels.unsqueeze(1)) & mask.unsqueeze(2) & mask.unsqueeze(1)
 
 
 def _differences(scores: Tensor, mask: Tensor) -> Tensor:
-    """Score of document i less that of document j, fp32, shape (queries, docs, docs)."""
+    """Return the score of document i minus that of document j, fp32, shape (queries, docs, docs)."""
     scores = torch.where(mask, scores.float(), 0.0)
     return scores.unsqueeze(2) - scores.unsqueeze(1)
 
 
 def _pair_mean(values: Tensor, pairs: Tensor) -> LossTerm:
-    """Values averaged over each query's pairs; a query weighs 1 if it has one."""
+    """Average values over the pairs of each query; queries with a pair have weight 1."""
     count = pairs.sum(dim=(1, 2))
     by_query = torch.where(pairs, values, 0.0).sum(dim=(1, 2)) / count.clamp(min=1)
     return LossTerm(by_query.sum(), (count > 0).sum().float())
 
 
 def _log_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Log of the softmax over a query's documents, fp32, 0 where no document is."""
-    # The dtype's lowest number, not -inf: a query without documents must have no NaN gradient.
+    """Return the log-softmax over the documents of a query, fp32, 0 where the mask is False."""
+    # The lowest finite number instead of -inf: a query without documents must not have NaN gradients.
     lowest = torch.finfo(torch.float32).min
     return torch.where(mask, torch.where(mask, scores.float(), lowest).log_softmax(dim=1), 0.0)
 
 
 def _error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Student minus teacher in fp32, 0 where no document is: masked before the arithmetic, so padding may be NaN."""
+    """Return student minus teacher in fp32, 0 where the mask is False; padding may be NaN."""
     return torch.where(mask, student.float(), 0.0) - torch.where(mask, teacher.float(), 0.0)
+
+
+def score_spread(scores: Tensor, mask: Tensor) -> LossTerm:
+    """Compute the standard deviation of the scores of a query, averaged over queries; 0 for a collapsed ranker."""
+    count = mask.sum(dim=1).clamp(min=1)
+    centered = torch.where(mask, scores - (scores * mask).sum(dim=1, keepdim=True) / count.unsqueeze(1), 0.0)
+    return LossTerm((centered.square().sum(dim=1) / count).sqrt().sum(), torch.ones_like(count).sum().float())
+
+
+class EvaluationLossMixin:
+    """Trainer mixin: evaluation loss as one mean over the whole set, instead of a mean of batch means.
+
+    Put it before the `Trainer` class. `prediction_step` calls `add_terms`; totals and weights are summed over batches
+    and processes and divided once.
+    """
+
+    accelerator: Any
+    args: Any
+    _summed: Tensor | None = None
+    _factors: tuple[float, ...] = ()
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """See `Trainer.evaluation_loop`; reports no loss if the rows lack the target."""
+        self._summed = None
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        if self._summed is not None:
+            totals, weights = self.accelerator.reduce(self._summed, "sum").cpu().unbind()
+            output.metrics.pop(f"{metric_key_prefix}_loss", None)
+            if weights.any():
+                means = totals / weights.clamp(min=1.0)
+                output.metrics[f"{metric_key_prefix}_loss"] = float(torch.tensor(self._factors).double() @ means)
+        return output
+
+    def add_terms(self, terms: dict[str, tuple[float, LossTerm]]) -> None:
+        """Add the loss terms of a batch, each with its factor in the sum."""
+        batch = torch.stack([torch.stack([term.total, term.weight]) for _, term in terms.values()], dim=1).detach()
+        batch = batch.to(torch.float64 if batch.device.type != "mps" else torch.float32)
+        self._factors = tuple(factor for factor, _ in terms.values())
+        self._summed = batch if self._summed is None else self._summed + batch
+
+    def real_rows(self, rows: int) -> int:
+        """Return how many rows of an evaluation batch count; the others pad the last round of all processes."""
+        state = self.accelerator.gradient_state
+        filled = self.accelerator.num_processes > 1 and rows == self.args.per_device_eval_batch_size
+        if not filled or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(rows, max(0, state.remainder - self.accelerator.process_index * rows))

@@ -1,4 +1,4 @@
-"""What goes wrong in training, seen early and said in one line with what to do."""
+"""Early checks for common training failures."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ logger = logging.getLogger(__name__)
 
 _GROUP_COLUMNS = ("query", "doc_ids", "titles", "summaries")
 _SAMPLE = 1000
-_CUT_SHARE = 0.05
+_TRUNCATED_SHARE = 0.05
 _COLLAPSED = 0.1
 
 
 def sample_groups(groups: Dataset | IterableDataset) -> Dataset:
-    """The rows that the checks before training look at: all that are in memory, the first 1,000 of a stream."""
+    """Return the rows to check before training: all rows of a data set, the first 1,000 of a stream."""
     if isinstance(groups, Dataset):
         return groups
     return Dataset.from_list(list(islice(groups, _SAMPLE)))
 
 
 def check_columns(groups: Any, name: str) -> None:
-    """Refuse a data set that does not hold rows of `load_groups`.
+    """Check that a data set has the columns of `load_groups`.
 
     Raises:
-        TypeError: a path, or a mapping of splits.
-        ValueError: columns are missing.
+        TypeError: If it is a path or a mapping of splits.
+        ValueError: If columns are missing.
     """
     if isinstance(groups, str | os.PathLike):
         raise TypeError(f"{name} is the path {os.fspath(groups)!r}: read it by load_groups.")
@@ -47,85 +47,83 @@ def check_columns(groups: Any, name: str) -> None:
 
 
 def check_sampling(groups: Any, name: str, args: Any) -> None:
-    """Raise ValueError when queries are to be sorted by a length that the rows do not hold."""
+    """Raise ValueError if rows are to be sorted by a length column that they lack."""
     strategy, column = args.train_sampling_strategy, args.length_column_name
     applies = strategy == "group_by_length" or (strategy == "batch_rebalance" and name == "train_dataset")
     if applies and isinstance(groups, Dataset) and column not in groups.column_names:
         raise ValueError(
-            f"train_sampling_strategy {strategy!r} needs a column {column!r} in {name}; token_budget puts queries of "
-            "like length together without one."
+            f"train_sampling_strategy {strategy!r} needs a column {column!r} in {name}; token_budget batches "
+            "queries of similar length without one."
         )
 
 
 def known_values(groups: Dataset, column: str) -> list[list[float]]:
-    """The values of a column of lists that are there, for each row: neither None nor NaN."""
+    """Return the values of a list column, for each row, without None and NaN."""
     rows = groups[column] if column in groups.column_names else []
     return [[value for value in row or () if value is not None and value == value] for row in rows]
 
 
 def check_target(groups: Dataset, target: str, reader: str) -> float:
-    """Refuse rows that teach no order, and count queries that teach none.
+    """Check that the rows rank documents, and warn of queries that do not.
 
     Returns:
-        The standard deviation of the target within a query, averaged over the queries that have it.
+        Standard deviation of the target within a query, averaged over the queries that have the target.
 
     Raises:
-        ValueError: the rows lack the target, or no query holds two different values of it.
+        ValueError: If the rows lack the target, or no query has two different values of it.
     """
     values = known_values(groups, target)
     if not any(values):
-        raise ValueError(
-            f"{reader} learns from '{target}', of which the rows hold none; they have {groups.column_names}."
-        )
+        raise ValueError(f"{reader} learns from '{target}', which is empty or missing in {groups.column_names}.")
     idle = sum(len(set(row)) < 2 for row in values)
     if idle == len(groups):
         raise ValueError(f"In every query all documents have the same {target}: there is no order to learn.")
     if idle:
-        logger.warning("%d of %d queries hold no pair of different %s.", idle, len(groups), target)
+        logger.warning("%d of %d queries have no pair of different %s.", idle, len(groups), target)
     return float(np.mean([np.std(row) for row in values if row]))
 
 
 def warn_shared_queries(train: Iterable[str], held_out: Iterable[str]) -> None:
-    """Warn of queries that are trained on and measured on, in whatever case and with whatever blanks."""
-    seen = set(map(_spelling, train))
-    measured = {_spelling(query): query for query in held_out}
+    """Warn of evaluation queries that are also trained on, ignoring case and whitespace."""
+    seen = set(map(_normalized, train))
+    measured = {_normalized(query): query for query in held_out}
     shared = [query for spelling, query in measured.items() if spelling in seen]
     if shared:
         logger.warning(
-            "%d of %d queries to measure on are trained on too, up to case and blanks, first '%.100s': the measures "
-            "will flatter. Split by query.strip().casefold().",
+            "%d of %d evaluation queries are also trained on, up to case and whitespace, first '%.100s': the measures "
+            "will be too high. Split by query.strip().casefold().",
             len(shared),
             len(measured),
             shared[0],
         )
 
 
-def _spelling(query: str) -> str:
+def _normalized(query: str) -> str:
     return " ".join(query.casefold().split())
 
 
 def warn_squashed(scores: np.ndarray) -> None:
-    """Warn of teacher scores that look like probabilities, whose squashed ends hide the order."""
+    """Warn of teacher scores that look like probabilities, which compress large score differences."""
     if scores.min() >= 0 and scores.max() <= 1:
         logger.warning(
-            "All teacher scores lie between 0 and 1, as if squashed by a sigmoid: store the teacher's raw logits, or "
-            "take the logit of the scores first."
+            "All teacher scores are between 0 and 1, as if passed through a sigmoid: store the teacher's raw logits, "
+            "or apply the logit function to the scores."
         )
 
 
-def warn_cut(groups: Dataset, collate: GroupCollator) -> None:
-    """Warn when more than 5% of a sample's documents or queries do not fit."""
+def warn_truncated(groups: Dataset, collate: GroupCollator) -> None:
+    """Warn if more than 5% of the documents or queries of a sample are truncated."""
     rows = groups.select(range(min(_SAMPLE // 10, len(groups)))).to_list()
     queries = [row["query"] for row in rows for _ in row["doc_ids"]]
     encoded = collate.encode_pairs(rows)
-    for what, cut, limit in (
+    for what, truncated, limit in (
         ("documents", encoded.documents_cut, "max_length"),
         ("queries", encoded.queries_cut, "max_query_length"),
     ):
-        if cut > _CUT_SHARE * len(queries):
+        if truncated > _TRUNCATED_SHARE * len(queries):
             logger.warning(
-                "%.0f%% of %s lose their end at %s %d: raise --%s, or split documents into passages.",
-                100 * cut / len(queries),
+                "%.0f%% of %s are truncated at %s %d: raise --%s, or split documents into passages.",
+                100 * truncated / len(queries),
                 what,
                 limit,
                 getattr(collate.pairs, limit),
@@ -133,42 +131,42 @@ def warn_cut(groups: Dataset, collate: GroupCollator) -> None:
             )
 
 
-class TrainingWatch:
-    """Looks at what is logged: a loss that is not finite stops the run, scores that become equal are reported once.
+class LossMonitor:
+    """Check logged values: stop on a loss that is not finite, warn once if the scores collapse.
 
     Args:
-        target_spread: standard deviation of what is learned within a query.
+        target_spread: Standard deviation of the target within a query.
     """
 
     def __init__(self, target_spread: float) -> None:
         self.target_spread = target_spread
         self.highest = 0.0
-        self.said = False
+        self.warned = False
 
-    def look(self, step: int, logs: dict[str, Any]) -> None:
-        """Read a log line with the means of the loss terms and `score_spread`.
+    def check(self, step: int, logs: dict[str, Any]) -> None:
+        """Check a log entry with the means of the loss terms and `score_spread`.
 
         Raises:
-            FloatingPointError: a loss term is not finite.
+            FloatingPointError: If a loss term is not finite.
         """
         broken = [name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)]
         if broken:
             raise FloatingPointError(
                 f"Step {step}: {', '.join(broken)} not finite. Lower --learning_rate, train in bf16 or fp32 instead "
-                "of fp16, and go on from the last checkpoint."
+                "of fp16, and resume from the last checkpoint."
             )
         spread = logs["score_spread"]
         self.highest = max(self.highest, spread)
-        if self.said:
+        if self.warned:
             return
         # Logged numbers have four decimals.
         if spread <= 1e-4:
-            self._say(step, "The model gives all documents of a query the same score")
+            self._warn(step, "The model gives all documents of a query the same score")
         elif spread < _COLLAPSED * min(self.highest, self.target_spread):
-            self._say(step, f"The scores within a query collapse: their spread is {spread}, it was {self.highest}")
+            self._warn(step, f"The scores within a query collapse: spread {spread}, down from {self.highest}")
 
-    def _say(self, step: int, what: str) -> None:
-        self.said = True
+    def _warn(self, step: int, what: str) -> None:
+        self.warned = True
         logger.warning(
             "Step %d: %s. Lower --learning_rate, warm up longer, and check that the documents differ within "
             "--max_length.",

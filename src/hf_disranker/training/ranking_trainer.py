@@ -1,4 +1,4 @@
-"""Stage 2: RankingTrainer, a Trainer whose batch is whole queries with all their documents."""
+"""Stage 2: trainer for rankers on graded labels; a batch is whole queries with all their documents."""
 
 from __future__ import annotations
 
@@ -29,23 +29,24 @@ from hf_disranker.models.checkpoint import check_length
 from hf_disranker.models.hub import TrainerHubMixin
 from hf_disranker.models.ranker import pair_collator
 from hf_disranker.models.teacher import fit_embeddings, prepare_tokenizer
-from hf_disranker.training.arguments import RankingConfig, check_arguments, settle_arguments
-from hf_disranker.training.batching import BudgetStream, EpochOrder, TokenBudgetSampler, group_lengths
-from hf_disranker.training.evaluation_loss import WholeSetLoss
-from hf_disranker.training.losses import LossTerm, hinge, ranknet, softmax
+from hf_disranker.training.batching import BudgetStream, SetEpoch, TokenBudgetSampler, group_lengths
+from hf_disranker.training.losses import EvaluationLossMixin, LossTerm, hinge, ranknet, score_spread, softmax
 from hf_disranker.training.monitor import (
-    TrainingWatch,
+    LossMonitor,
     check_columns,
     check_sampling,
     check_target,
     sample_groups,
-    warn_cut,
+    warn_truncated,
 )
 from hf_disranker.training.setup import (
+    RankingConfig,
     add_adapter,
     as_ranker,
     cast_weights,
+    check_arguments,
     own_tokenizer,
+    resolve_arguments,
 )
 
 logger = logging.getLogger(__name__)
@@ -54,10 +55,10 @@ _GROUP_KEYS = ("mask", "labels", "teacher_scores")
 
 
 def ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """PNR, pair accuracy, NDCG@5, NDCG@10 and MRR; empty without labels.
+    """Compute PNR, pair accuracy, NDCG@5, NDCG@10 and MRR; empty without labels.
 
     Args:
-        prediction: scores and labels, arrays of shape (queries, docs) or lists of such arrays, a batch each.
+        prediction: Scores and labels, arrays of shape (queries, docs) or lists of such arrays, one per batch.
     """
     parts = [
         [np.asarray(part) for part in (column if isinstance(column, list) else [column])]
@@ -74,40 +75,40 @@ def ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return {name: values[name] for name in ("pnr", "pair_accuracy", "ndcg@5", "ndcg@10", "mrr")}
 
 
-class RankingTrainer(WholeSetLoss, TrainerHubMixin, Trainer):
+class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
     """Fit a ranker to graded labels, query by query: pairwise hinge, RankNet, listwise softmax, or a sum of them.
 
-    Every loss is a mean over the whole optimizer step: with gradient accumulation, on several processes, and with
-    groups of any sizes, the gradient is that of the one big batch. Each loss term and the spread of the scores
-    within a query are logged; evaluation gives PNR and NDCG, and the loss over the whole set. Override `loss_terms`
-    for a loss of your own.
+    Every loss is a mean over the whole optimizer step: with gradient accumulation, several processes and groups of any
+    size, the gradient equals that of one large batch. Logs contain each loss term and the spread of the scores within
+    a query; evaluation reports PNR, NDCG and the loss over the whole set. Override `loss_terms` for a custom loss.
 
     Args:
-        model: A `BertDistilledRanker` or an `LLMForLastTokenRanking` (also inside a peft model), a stock sequence
-            classifier with one label, whose weights are shared, or a folder or Hub id.
-        args: The options; None takes the defaults.
-        train_dataset: Rows of `load_groups`, with `labels`. A stream is repeated without end and drawn from a
-            shuffle buffer, so it needs `max_steps`; resuming reads again what was read.
+        model: `BertDistilledRanker` or `LLMForLastTokenRanking` (also inside a peft model), stock sequence classifier
+            with one label, whose weights are shared, or folder or Hub id.
+        args: Training options; None uses the defaults.
+        train_dataset: Rows of `load_groups` with `labels`. A stream is repeated and sampled from a shuffle buffer, so
+            it needs `max_steps`; resuming reads the stream again up to its position.
         eval_dataset: Rows of `load_groups`, with `labels` for the measures.
-        processing_class: The model's tokenizer, which is copied; None loads the one of the model's checkpoint.
-        model_init: Makes the model, in place of `model`, for every training and for `hyperparameter_search`.
-        compute_metrics: As in `Trainer`; None computes the loss alone.
+        processing_class: Tokenizer of the model, which is copied; None loads it from the model's checkpoint.
+        model_init: Function that builds the model for every training and for `hyperparameter_search`, instead of
+            `model`.
+        compute_metrics: As in `Trainer`; None computes the loss only.
         callbacks: As in `Trainer`.
         optimizers: As in `Trainer`.
         optimizer_cls_and_kwargs: As in `Trainer`.
         preprocess_logits_for_metrics: As in `Trainer`.
-        peft_config: Puts an adapter on the model; the head is trained with it.
-        data_collator: Refused: pairs are made from whole queries by the model's templates.
+        peft_config: Adapter to add to the model; the head is trained too.
+        data_collator: Refused: the model's templates render the pairs of whole queries.
         compute_loss_func: Refused: override `loss_terms`.
 
     Raises:
-        TypeError: a model, arguments or rows of another kind.
-        ValueError: the rows lack what is learned from, or hold nothing to learn; options that have no effect here.
+        TypeError: If the model, the arguments or the rows are of another kind.
+        ValueError: If the rows lack the target or rank nothing, or if an option has no effect here.
     """
 
     target = "labels"
     config_class: type[RankingConfig] = RankingConfig
-    # compute_loss divides by the weights of the whole accumulated batch.
+    # compute_loss divides by the term weights of the whole accumulated batch.
     loss_is_scaled_for_ga = True
 
     def __init__(  # noqa: PLR0913
@@ -128,25 +129,19 @@ class RankingTrainer(WholeSetLoss, TrainerHubMixin, Trainer):
         data_collator: None = None,
         compute_loss_func: None = None,
     ) -> None:
-        name = type(self).__name__
-        check_arguments(name, model, model_init, optimizers, [data_collator, compute_loss_func])
-        self.args = args = settle_arguments(args, self.config_class, name, eval_dataset is not None)
-        if args.batch_eval_metrics and compute_metrics is ranking_metrics:
-            raise ValueError("batch_eval_metrics needs a compute_metrics of your own: ours reads the whole set.")
-        if args.n_gpu > 1:
-            logger.warning("Using one GPU of %d: start with `accelerate launch` to use them all.", args.n_gpu)
-            args._n_gpu = 1
+        check_arguments(type(self).__name__, model, model_init, optimizers, [data_collator, compute_loss_func])
+        self.args = args = self._resolve_arguments(args, eval_dataset is not None, compute_metrics)
         sample = self._check_datasets(train_dataset, eval_dataset)
         if isinstance(train_dataset, IterableDataset):
-            # Repeated first: each pass has its own order, and a step number says all about where a run stands.
+            # Repeat first: each pass has its own order, and the step number defines the position in the stream.
             train_dataset = train_dataset.repeat(None).shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
-        set_seed(args.seed)  # a new head or adapter is random: the same in every run and process
+        set_seed(args.seed)  # same new head or adapter in every run and process
         self.model_init, self.peft_config, self.processing_class = model_init, peft_config, processing_class
         self._own_tokenizer: Any = None
         ranker = self.call_model_init() if model is None else self._prepare_model(model)
         collator = GroupCollator(pair_collator(ranker, self._own_tokenizer))
         if sample is not None:
-            warn_cut(sample, collator)
+            warn_truncated(sample, collator)
         super().__init__(
             model=ranker,
             args=args,
@@ -160,18 +155,28 @@ class RankingTrainer(WholeSetLoss, TrainerHubMixin, Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self.model_init = model_init  # the first model is there: Trainer would make it once more
+        self.model_init = model_init  # not passed to Trainer, which would build the first model again
         self._logged: dict[str, LossTerm] = {}
-        self.add_callback(EpochOrder())
+        self.add_callback(SetEpoch())
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
     def call_model_init(self, trial: Any = None) -> Any:
-        """As in `Trainer`; the model is prepared for training."""
+        """Build the model and prepare it for training; see `Trainer.call_model_init`."""
         return self._prepare_model(super().call_model_init(trial))
 
+    def _resolve_arguments(self, args: Any, has_eval_dataset: bool, compute_metrics: Any) -> Any:
+        """Apply defaults and refuse options without effect; use one GPU per process."""
+        args = resolve_arguments(args, self.config_class, type(self).__name__, has_eval_dataset)
+        if args.batch_eval_metrics and compute_metrics is ranking_metrics:
+            raise ValueError("batch_eval_metrics needs a compute_metrics of your own: ours needs the whole set.")
+        if args.n_gpu > 1:
+            logger.warning("Using one GPU of %d: use `accelerate launch` for all of them.", args.n_gpu)
+            args._n_gpu = 1
+        return args
+
     def _check_datasets(self, train_dataset: Any, eval_dataset: Any) -> Dataset | None:
-        """Refuse what cannot be learned from or evaluated on; gives the rows that further checks look at."""
+        """Check both data sets and return the rows for further checks."""
         eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, groups in {"train_dataset": train_dataset, **eval_sets}.items():
             check_columns(groups, name)
@@ -179,16 +184,16 @@ class RankingTrainer(WholeSetLoss, TrainerHubMixin, Trainer):
         if train_dataset is None:
             return None
         sample = sample_groups(train_dataset)
-        self.watch = TrainingWatch(self.check_groups(sample))
+        self.monitor = LossMonitor(self.check_groups(sample))
         return sample
 
     def _prepare_model(self, model: Any) -> Any:
-        """The ranker that is trained, with its limits in its config; also prepares the tokenizer, once."""
+        """Build the ranker to train, with its limits in its config, and prepare the tokenizer once."""
         model = as_ranker(model, frozen=self.peft_config is not None)
         check_length(model.config, self.args.max_length or 1)
         if self._own_tokenizer is None:
             self._own_tokenizer = own_tokenizer(self.processing_class, model.config._name_or_path)
-            # CrossEncoder and the servers cut at the tokenizer's limit.
+            # CrossEncoder and the servers truncate at the tokenizer's limit.
             self._own_tokenizer.model_max_length = self.args.max_length
         if model.config.disranker["role"] == "teacher":
             prepare_tokenizer(self._own_tokenizer, model.config.disranker.get("ending"))
@@ -200,15 +205,15 @@ class RankingTrainer(WholeSetLoss, TrainerHubMixin, Trainer):
         return model
 
     def check_groups(self, groups: Dataset) -> float:
-        """Refuse what teaches nothing; see `guards.check_target`."""
+        """Check the target of the rows and return its spread; see `monitor.check_target`."""
         return check_target(groups, self.target, type(self).__name__)
 
     def marker(self) -> dict[str, Any]:
-        """What the checkpoint's marker says of this training."""
+        """Return the entries of the checkpoint's marker that depend on the training."""
         return {"max_length": self.args.max_length, "max_query_length": self.args.max_query_length}
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of whole queries, by number or by token budget."""
+        """Return batches of whole queries, by number or by token budget."""
         budget, collate, groups = self.args.token_budget, self.data_collator, self.train_dataset
         if budget is None:
             return super().get_train_dataloader()
@@ -223,10 +228,10 @@ class RankingTrainer(WholeSetLoss, TrainerHubMixin, Trainer):
         return self.accelerator.prepare(loader)
 
     def loss_terms(self, scores: Tensor, batch: dict[str, Tensor]) -> dict[str, tuple[float, LossTerm]]:
-        """The terms of the loss by name, each with its weight in the sum; only those that weigh.
+        """Compute the loss terms by name, each with its factor in the sum; terms of factor 0 are left out.
 
         Args:
-            scores: the model's, shape (queries, docs).
+            scores: Scores of the model, shape (queries, docs).
             batch: `mask`, `labels` and `teacher_scores` of the same shape.
         """
         labels, mask, args = batch["labels"], batch["mask"], self.args
@@ -240,11 +245,11 @@ class RankingTrainer(WholeSetLoss, TrainerHubMixin, Trainer):
         return terms
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """As in `Trainer`, but what is counted are the weights of our loss terms, over all micro-batches."""
+        """Return the micro-batches of a step and the weight of each loss term over all of them and all processes."""
         if self.state.global_step >= self.state.max_steps:
-            return [], None  # resumed when all steps were done: Trainer would take one more
+            return [], None  # resumed after the last step: Trainer would take one more
         batches, _ = super().get_batch_samples(*args, **kwargs)
-        # The weights depend on labels and mask alone, so any scores will do.
+        # The weights depend only on labels and mask, so zeros do for the scores.
         counts = [self._weights(self.loss_terms(torch.zeros_like(batch["labels"]), batch)) for batch in batches]
         if not counts:
             return batches, None
@@ -257,7 +262,7 @@ class RankingTrainer(WholeSetLoss, TrainerHubMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """The sum of the loss terms; see `Trainer.compute_loss`. `num_items_in_batch` holds each term's weight."""
+        """Compute the sum of the loss terms; `num_items_in_batch` is the weight of each term over the whole step."""
         scores = self.group_scores(model, inputs)
         terms = self.loss_terms(scores, inputs)
         weights = self._weights(terms) if num_items_in_batch is None else num_items_in_batch
@@ -266,13 +271,13 @@ class RankingTrainer(WholeSetLoss, TrainerHubMixin, Trainer):
             for (factor, term), weight in zip(terms.values(), weights, strict=True)
         )
         if model.training:
-            self._remember(terms, scores.detach(), inputs["mask"])
-            # Processes average their gradients, and `weights` counts what all of them saw.
+            self._accumulate_logs(terms, scores.detach(), inputs["mask"])
+            # Gradients are averaged over processes, while `weights` are sums over all of them.
             loss = loss * self.accelerator.num_processes
         return (loss, scores) if return_outputs else loss
 
     def group_scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Scores of a batch of `GroupCollator`, fp32, shape (queries, docs); 0 where no document is."""
+        """Score a batch of `GroupCollator`: fp32, shape (queries, docs), 0 where the mask is False."""
         pairs = {key: value for key, value in inputs.items() if key not in _GROUP_KEYS}
         flat = model(**pairs).logits.squeeze(-1).float()
         mask = inputs["mask"]
@@ -285,7 +290,7 @@ class RankingTrainer(WholeSetLoss, TrainerHubMixin, Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The batch's loss, scores and labels, NaN where there is none; see also `WholeSetLoss`."""
+        """Return loss, scores and labels (NaN where unknown) of a batch; see also `EvaluationLossMixin`."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, scores = self.compute_loss(model, inputs, return_outputs=True)
@@ -295,29 +300,22 @@ class RankingTrainer(WholeSetLoss, TrainerHubMixin, Trainer):
         return (loss, None, None) if prediction_loss_only else (loss, scores, inputs["labels"])
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of each loss term and of the score spread since the last line."""
+        """Log the mean of each loss term and of the score spread since the last entry."""
         if "loss" in logs and self._logged:
             for name, term in self._logged.items():
                 total, weight = self.accelerator.reduce(torch.stack([term.total, term.weight]), "sum")
                 logs[name] = round((total / weight.clamp(min=1.0)).item(), 4)
             self._logged = {}
-            self.watch.look(self.state.global_step, logs)
+            self.monitor.check(self.state.global_step, logs)
         super().log(logs, *args, **kwargs)
 
     def _weights(self, terms: dict[str, tuple[float, LossTerm]]) -> Tensor:
         if not terms:
-            raise ValueError(f"No loss of {type(self).__name__} weighs: {self.args.loss_weights()}.")
+            raise ValueError(f"All losses of {type(self).__name__} have weight 0: {self.args.loss_weights()}.")
         return torch.stack([term.weight for _, term in terms.values()])
 
-    def _remember(self, terms: dict[str, tuple[float, LossTerm]], scores: Tensor, mask: Tensor) -> None:
+    def _accumulate_logs(self, terms: dict[str, tuple[float, LossTerm]], scores: Tensor, mask: Tensor) -> None:
         seen = {name: term for name, (_, term) in terms.items()} | {"score_spread": score_spread(scores, mask)}
         for name, (total, weight) in seen.items():
             before = self._logged.get(name, (0.0, 0.0))
             self._logged[name] = LossTerm(before[0] + total.detach(), before[1] + weight)
-
-
-def score_spread(scores: Tensor, mask: Tensor) -> LossTerm:
-    """Standard deviation of a query's scores, summed over queries, with their number; 0 means a collapsed ranker."""
-    count = mask.sum(dim=1).clamp(min=1)
-    centred = torch.where(mask, scores - (scores * mask).sum(dim=1, keepdim=True) / count.unsqueeze(1), 0.0)
-    return LossTerm((centred.square().sum(dim=1) / count).sqrt().sum(), torch.ones_like(count).sum().float())

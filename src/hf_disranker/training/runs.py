@@ -1,12 +1,10 @@
-"""What the recipes share: the command line, resuming and saving."""
+"""Run directories: resume a training run, save its model and record its options."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import importlib.util
-import inspect
 import json
 import logging
 import os
@@ -24,11 +22,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
-from trl import TrlParser
 
 from hf_disranker.data.beir import beir_files
 from hf_disranker.data.outputs import check_output_folder, json_in
 from hf_disranker.data.tables import parquet_files
+from hf_disranker.models.hub import TrainerHubMixin, publish
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +34,9 @@ _PACKAGES = ("hf_disranker", "torch", "transformers", "trl", "peft", "accelerate
 
 
 def check_output_dir(training_args: TrainingArguments, model: str) -> None:
-    """Refuse to train into the folder of the model that is trained, or of one that another stage or program made.
+    """Raise ValueError if the output folder is that of the start model, or another stage or program wrote it.
 
-    A stage's own folder holds its run.json or, of a run that was cut off, checkpoints.
-
-    Args:
-        training_args: with the output_dir; their class says which stage it is.
-        model: where training starts: folder or Hub id.
-
-    Raises:
-        ValueError: the folder is refused.
+    A stage recognizes its folder by run.json, with the class of its options, or by checkpoints of an interrupted run.
     """
     folder = Path(training_args.output_dir)
     if (folder / "run.json").is_file():
@@ -57,45 +48,76 @@ def check_output_dir(training_args: TrainingArguments, model: str) -> None:
 
 
 def resume_point(output_dir: str) -> str | None:
-    """The newest whole checkpoint in a folder, to go on from; None to start afresh.
+    """Return the newest complete checkpoint in a folder, or None to start from scratch.
 
-    What a killed run left half written is removed: it would be taken for the newest one whenever old ones are cleaned
-    up.
+    Incomplete checkpoints of a killed run are removed: checkpoint rotation would count them as the newest.
     """
     while os.path.isdir(output_dir) and (checkpoint := get_last_checkpoint(output_dir)):
-        if _is_whole(checkpoint):
-            logger.warning("Resuming from %s; remove it or choose another --output_dir to start afresh.", checkpoint)
+        if _is_complete(checkpoint):
+            logger.warning("Resuming from %s; remove it or choose another --out to start from scratch.", checkpoint)
             return checkpoint
-        logger.warning("%s is half written, by a run that was killed: removed.", checkpoint)
-        shutil.rmtree(checkpoint, ignore_errors=True)  # several processes come here
+        logger.warning("%s is incomplete, from a killed run: removed.", checkpoint)
+        shutil.rmtree(checkpoint, ignore_errors=True)  # several processes may remove it at once
     return None
 
 
-def _is_whole(checkpoint: str) -> bool:
-    """Whether the state, which is written last, can be read."""
+def _is_complete(checkpoint: str) -> bool:
+    """Return whether the trainer state, which is written last, can be read."""
     try:
         return bool(json.loads(Path(checkpoint, "trainer_state.json").read_text()))
     except (OSError, ValueError):
         return False
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> PreTrainedModel:
-    """Write model and tokenizer as any loader expects them; LoRA weights are merged into the model first.
+def train(trainer: Any) -> dict[str, float]:
+    """Train, resuming from the newest checkpoint, and return the evaluation measures; empty without an eval set."""
+    trainer.train(resume_from_checkpoint=resume_point(trainer.args.output_dir))
+    return trainer.evaluate() if trainer.eval_dataset is not None else {}
 
-    Returns:
-        The model that was written.
+
+def save_run(
+    trainer: Any,
+    arguments: Sequence[Any],
+    sources: Mapping[str, str | None],
+    measures: Mapping[str, float],
+    next_step: str,
+    measures_name: str = "eval.json",
+) -> None:
+    """Save the model, its measures and a record of the run on the main process; publish a ranker if asked to.
+
+    Args:
+        trainer: Trainer after training.
+        arguments: Dataclasses of the recipe.
+        sources: Tables that were read, by name.
+        measures: Measures to save; no file is written if there are none.
+        next_step: Command to run next, for the log.
+        measures_name: File name for the measures.
     """
+    if not trainer.is_world_process_zero():
+        return
+    out, tokenizer = trainer.args.output_dir, trainer.processing_class
+    model = save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out)
+    if measures:
+        save_json(measures, f"{out}/{measures_name}")
+    save_record(out, arguments, sources)
+    if trainer.args.push_to_hub and isinstance(trainer, TrainerHubMixin):
+        publish(trainer, model, tokenizer)
+    logger.info("Model saved to %s. Next: %s", out, next_step)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> PreTrainedModel:
+    """Save model and tokenizer for stock loaders, with LoRA weights merged, and return the saved model."""
     if hasattr(model, "merge_and_unload"):
         model = _merged(model)
         for adapter in Path(output_dir).glob("adapter_*"):
-            adapter.unlink()  # from a push on the way; loaders would put it on the merged weights once more
+            adapter.unlink()  # left by a push during training; loaders would apply it to the merged weights again
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     return model
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:
-    """The model with its LoRA weights merged in; QLoRA's 4-bit weights are widened first, else the sum is rounded."""
+    """Merge LoRA weights; 4-bit weights of QLoRA are dequantized first, so that the sum is not rounded."""
     if getattr(model.base_model.model, "hf_quantizer", None):
         config, weights = model.peft_config[model.active_adapter], get_peft_model_state_dict(model)
         model = PeftModel(model.unload().dequantize(), config)
@@ -104,34 +126,25 @@ def _merged(model: PeftModel) -> PreTrainedModel:
 
 
 def save_json(content: Any, path: str) -> None:
-    """Write json for people and programs, making the folder; the file appears whole or not at all."""
+    """Write indented json atomically, creating the folder."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    beside = f"{path}.{uuid.uuid4().hex}.tmp"  # a name that nobody else has given
-    with open(beside, "x", encoding="utf-8") as file:
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    with open(temporary, "x", encoding="utf-8") as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
-    os.replace(beside, path)
+    os.replace(temporary, path)
 
 
 def refuse_foreign(path: str | None, made_by: str) -> None:
-    """Raise a ValueError if there is a file at the path of a json that this command did not write."""
+    """Raise ValueError if the path exists and is not json that this command wrote."""
     if path and os.path.exists(path):
-        try:
-            ours = json.loads(Path(path).read_text(encoding="utf-8"))["made_by"] == made_by
-        except (OSError, ValueError, KeyError, TypeError):
-            ours = False
-        if not ours:
+        content = json_in(path)
+        if not isinstance(content, dict) or content.get("made_by") != made_by:
             raise ValueError(f"{path}: `{made_by}` did not write this file and does not overwrite it.")
 
 
 def save_record(output_dir: str, arguments: Sequence[Any], sources: Mapping[str, str | None]) -> None:
-    """Write run.json: every option as it was resolved, what was read, package versions and the git revision.
-
-    Args:
-        output_dir: where the model lies.
-        arguments: the dataclasses of the recipe; tokens are left out.
-        sources: the tables that were read, by name; those that are None are left out.
-    """
+    """Write run.json: resolved options without tokens, fingerprints of the tables, versions and git revision."""
     options = {
         type(part).__name__: part.to_dict() if hasattr(part, "to_dict") else dataclasses.asdict(part)
         for part in arguments
@@ -143,7 +156,7 @@ def save_record(output_dir: str, arguments: Sequence[Any], sources: Mapping[str,
 
 
 def fingerprint(source: str) -> str | None:
-    """SHA-256 of a local file or of a folder's parquet or BEIR files, the commit of a Hub data set; else None."""
+    """Return a table's SHA-256 (a file, or a folder's parquet or BEIR files) or Hub commit; None if unknown."""
     fs, path = url_to_fs(source)
     files = [path] if fs.isfile(path) else beir_files(source) or parquet_files(source)
     if "file" in fs.protocol and files:
@@ -154,53 +167,14 @@ def fingerprint(source: str) -> str | None:
         return digest.hexdigest()
     try:
         return HfApi().dataset_info(source).sha
-    except (HfHubHTTPError, HFValidationError, OSError):  # the model stands; a name unknown to the Hub is no failure
+    except (HfHubHTTPError, HFValidationError, OSError):  # the model is trained: a missing commit is no reason to fail
         return None
 
 
 def _git_revision() -> str | None:
-    """Commit of the working folder, with a + when it was changed; None outside of a repository."""
+    """Return the commit of the working directory, with a + if modified; None outside a repository."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def recipe_parser(stage: str, description: str | None, *arguments: type) -> TrlParser:
-    """The command line of a recipe: the fields of dataclasses, a YAML file by --config, the command line winning.
-
-    Its help has a group for each dataclass, ours before those of the libraries.
-    """
-    parser = TrlParser(
-        arguments,
-        prog=f"disranker {stage}",
-        usage=f"disranker {stage} [--config FILE.yaml] [--option value ...]",
-        description=description,
-        formatter_class=_Formatter,
-    )
-    bases = dict.fromkeys(base for kind in arguments for base in kind.__mro__ if inspect.get_annotations(base))
-    owner = {name: base for base in reversed(bases) for name in inspect.get_annotations(base)}
-    options = parser._optionals._group_actions
-    for base in sorted(bases, key=lambda base: not _is_ours(base)):
-        title = (
-            (base.__doc__ or "").split("\n")[0].rstrip(".")
-            if _is_ours(base)
-            else f"{base.__name__} of {_package(base)}"
-        )
-        group = parser.add_argument_group(title)
-        group._group_actions += [action for action in options if owner.get(action.dest) is base]
-    options[:] = [action for action in options if action.dest not in owner]
-    return parser
-
-
-def _package(kind: type) -> str:
-    return kind.__module__.split(".")[0]
-
-
-def _is_ours(kind: type) -> bool:
-    return _package(kind) in ("hf_disranker", "recipes", "__main__")
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of the description and shows defaults."""

@@ -1,4 +1,4 @@
-"""To and from sentence-transformers: our loss and our rows for its CrossEncoderTrainer."""
+"""Loss and data conversion for sentence-transformers' `CrossEncoderTrainer`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _SCORES = ("scores", "score", "labels", "label")
 class PointMarginMSELoss(nn.Module):
     """Point-MSE and Margin-MSE over all pairs, as `loss=` of sentence-transformers' `CrossEncoderTrainer`.
 
-    All documents of the batch take one forward pass. Rows are n-tuples with a score for each document, see
-    `to_n_tuples`. The mean is over the batch that the loss is called with, as with every loss of that trainer.
+    Rows are n-tuples with a score for each document, see `to_n_tuples`; all documents of a batch share one forward
+    pass. The mean is taken over the batch of one call, as in every loss of that trainer.
 
     Args:
-        model: the CrossEncoder that is trained, with one label.
-        point_weight: weight of Point-MSE.
-        margin_weight: weight of Margin-MSE.
+        model: CrossEncoder to train, with one label.
+        point_weight: Weight of Point-MSE.
+        margin_weight: Weight of Margin-MSE.
     """
 
     def __init__(self, model: CrossEncoder, point_weight: float = 0.5, margin_weight: float = 0.5) -> None:
@@ -54,16 +54,16 @@ class PointMarginMSELoss(nn.Module):
         prompt: str | None = None,
         task: str | None = None,
     ) -> dict[str, Tensor]:
-        """The two terms, weighted; the trainer adds them up and logs both.
+        """Compute both weighted terms, which the trainer sums and logs.
 
         Args:
-            inputs: the columns query, document, document, ..., each of shape (rows,).
-            labels: a score for each document, shape (rows, documents).
-            prompt: goes to the model's `preprocess`.
-            task: likewise.
+            inputs: Columns query, document, document, ..., each of shape (rows,).
+            labels: Score of each document, shape (rows, documents).
+            prompt: Passed to the model's `preprocess`.
+            task: Passed to the model's `preprocess`.
 
         Raises:
-            ValueError: the scores are not one for each document.
+            ValueError: If there is not one score per document.
         """
         queries, *columns = inputs
         teacher = torch.stack(labels) if isinstance(labels, list) else labels
@@ -79,27 +79,26 @@ class PointMarginMSELoss(nn.Module):
         }
 
     def get_config_dict(self) -> dict[str, float]:
-        """What the model card says of this loss."""
+        """Return the parameters of the loss for the model card."""
         return {"point_weight": self.point_weight, "margin_weight": self.margin_weight}
 
 
 def to_n_tuples(groups: Dataset, documents: int, templates: Templates = STUDENT_TEMPLATES) -> Dataset:
-    """Rows of `load_groups` as n-tuples with scores: query, positive, negative_1, ..., scores.
+    """Convert rows of `load_groups` to n-tuples with scores: query, positive, negative_1, ..., scores.
 
-    The positive is the query's best-scored document. A query with more documents gives several rows, in which the
-    positive returns; the last of them is filled up with negatives of the one before, so that no document with a score
-    is lost.
+    The positive is the best-scored document of the query. Queries with more documents yield several rows with the same
+    positive; the last row is filled with negatives of the previous one, so that every scored document is used.
 
     Args:
-        groups: rows with `teacher_scores`, or `labels`, which are then the scores.
-        documents: how many each row holds, at least 2; queries with fewer are left out and counted.
-        templates: how query and document become text.
+        groups: Rows with `teacher_scores`, or else with `labels`, which are then the scores.
+        documents: Number of documents per row, at least 2; queries with fewer are dropped and counted.
+        templates: Templates of query and document.
 
     Raises:
-        ValueError: fewer than 2 documents asked for, or no query has as many.
+        ValueError: If `documents` is below 2, or no query has that many.
     """
     if documents < 2:
-        raise ValueError(f"An n-tuple holds at least 2 documents, got {documents}.")
+        raise ValueError(f"An n-tuple has at least 2 documents, got {documents}.")
     target = "teacher_scores" if "teacher_scores" in groups.column_names else "labels"
     names = ["positive", *(f"negative_{number}" for number in range(1, documents))]
     rows, short = [], 0
@@ -122,20 +121,20 @@ def to_n_tuples(groups: Dataset, documents: int, templates: Templates = STUDENT_
         raise ValueError(f"No query has {documents} documents with a score.")
     if short:
         logger.warning(
-            "%d of %d queries have fewer than %d documents with a score: left out.", short, len(groups), documents
+            "%d of %d queries have fewer than %d documents with a score: dropped.", short, len(groups), documents
         )
     return Dataset.from_list(rows)
 
 
 def from_n_tuples(rows: Dataset) -> Dataset:
-    """N-tuples with scores as rows of `load_groups` with `teacher_scores`, a row for each query.
+    """Convert n-tuples with scores to rows of `load_groups` with `teacher_scores`, one row per query.
 
-    The first text column is the query, the others its documents (title empty, the text as summary); rows of one query
-    are joined, ids are digests of the texts.
+    The first text column is the query, the others are its documents (empty title, text as summary). Rows of the same
+    query are joined; ids are digests of the texts.
 
     Raises:
-        ValueError: no scores, or not one for each document (margins do not tell the scores that they came from).
-        TableError: a document has two different scores for one query.
+        ValueError: If there is not one score per document; scores cannot be recovered from margins.
+        TableError: If a document has two different scores for one query.
     """
     scores = next((name for name in _SCORES if name in rows.column_names), None)
     texts = [name for name in rows.column_names if name not in _SCORES]

@@ -1,35 +1,175 @@
-"""Turn what a user passes to a trainer into what it trains: model, adapter, weights and tokenizer."""
+"""Options and preparation shared by the trainers: arguments, model, adapter, weights and tokenizer."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import os
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_disranker.models.checkpoint import RankerConfigMixin, load_config, load_tokenizer
+from hf_disranker.models.hub import TokenFreeArguments
 from hf_disranker.models.student import BertDistilledRanker
 from hf_disranker.models.teacher import FAMILIES, LLMForLastTokenRanking
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS_DTYPES = ("float32", "bfloat16")
+# Options of TrainingArguments that would be ignored or fail, with their only valid value.
+_FIXED = {
+    "remove_unused_columns": (False, "texts are tokenized in the collator"),
+    "label_names": (None, "the label columns are labels and teacher_scores"),
+    "label_smoothing_factor": (0.0, "grades and scores are not classes; override loss_terms for a custom loss"),
+}
 
-def as_ranker(model: Any, frozen: bool = False) -> Any:
-    """The ranker to train, with a config of its own: constructors write limits into it.
 
-    Args:
-        model: a ranker, also inside a peft model; a stock sequence classifier with one label, whose weights the ranker
-            then shares; or a folder or Hub id.
-        frozen: load a folder's weights as stored, since an adapter is trained and not they.
+@dataclass
+class StageArguments(TokenFreeArguments):
+    """Options of all training stages."""
+
+    eval_strategy: str = field(
+        default="auto",
+        metadata={"help": "When to evaluate: no, steps or epoch; auto: every epoch if there is an evaluation set."},
+    )
+    weights_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Type of the trained weights, independent of the checkpoint; --bf16 computes in bf16 and "
+            "keeps this type. In bfloat16 most small updates are lost. Frozen weights, as under LoRA, keep theirs.",
+            "choices": list(WEIGHTS_DTYPES),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.weights_dtype not in WEIGHTS_DTYPES:
+            raise ValueError(f"weights_dtype is {' or '.join(WEIGHTS_DTYPES)}, got {self.weights_dtype!r}.")
+        if getattr(self, "bf16_full_eval", False) or getattr(self, "fp16_full_eval", False):
+            raise ValueError("Full evaluation in half precision would round the weights for good: use bf16 instead.")
+        self.evaluates_by_default = self.eval_strategy == "auto"
+        if self.evaluates_by_default:
+            self.eval_strategy = "epoch"
+        super().__post_init__()  # type: ignore[misc]
+
+
+@dataclass
+class RankingConfig(StageArguments, TrainingArguments):
+    """Training options of the ranking stages.
+
+    A batch is a number of queries, each with all its documents, or of tokens if `token_budget` is set. Defaults that
+    differ from `TrainingArguments`: per_device_train_batch_size 8 and per_device_eval_batch_size 16, learning_rate
+    2e-5, warmup_steps 0.05 (a share of all steps), logging_steps 10, eval_strategy "auto" (every epoch if there is an
+    eval_dataset), save_strategy "epoch", save_total_limit 1, remove_unused_columns and ddp_find_unused_parameters
+    False, dataloader_pin_memory only with a GPU.
+    """
+
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Queries per step and device."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Queries per evaluation step and device."})
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of AdamW."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log entries."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Maximum number of checkpoints."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for transfers to a GPU."}
+    )
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Search for weights without gradient in every step; rankers have none."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator tokenizes."})
+    max_length: int = field(default=256, metadata={"help": "Maximum tokens of a query-document pair."})
+    max_query_length: int = field(default=32, metadata={"help": "Maximum tokens of a query."})
+    token_budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens per step and device, including padding; queries of similar length share a step. "
+            "None: use per_device_train_batch_size."
+        },
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Queries in the shuffle buffer of a stream."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Evaluations without improvement of metric_for_best_model before stopping."}
+    )
+    hinge_weight: float = field(default=1.0, metadata={"help": "Weight of the pairwise hinge loss on labels."})
+    hinge_margin: float = field(
+        default=1.0, metadata={"help": "Target score difference of two grades. Our default: the paper's is unknown."}
+    )
+    ranknet_weight: float = field(default=0.0, metadata={"help": "Weight of the pairwise logistic loss on labels."})
+    softmax_weight: float = field(default=0.0, metadata={"help": "Weight of the listwise softmax loss on labels."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Batches have ragged shapes, which the first process cannot split for the others.
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False
+        weights = self.loss_weights()
+        if min(weights.values()) < 0 or not any(weights.values()):
+            raise ValueError(f"Loss weights must not be negative, and at least one must be positive: {weights}.")
+        for name, (value, reason) in _FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} must stay {value}: {reason}.")
+
+    def loss_weights(self) -> dict[str, float]:
+        """Return the weight of each loss term by name."""
+        names = [name for name in self.__dataclass_fields__ if name.endswith("_weight")]
+        return {name.removesuffix("_weight"): getattr(self, name) for name in names}
+
+
+def check_arguments(trainer: str, model: Any, model_init: Any, optimizers: Any, refused: list[Any]) -> None:
+    """Refuse arguments of `Trainer` that a trainer of rankers cannot use; `refused` are collator and loss function.
 
     Raises:
-        TypeError: a model of another kind.
-        ValueError: a stock classifier with several labels, or of a family that is not known.
+        TypeError: If there is a collator or a loss function.
+        ValueError: If there is not exactly one of model and model_init, or optimizers with model_init.
+    """
+    if any(argument is not None for argument in refused):
+        raise TypeError(
+            f"{trainer} takes no data_collator and no compute_loss_func: a batch is whole queries, rendered by the "
+            "model's templates. Override loss_terms for a custom loss."
+        )
+    if (model is None) == (model_init is None):
+        raise ValueError(f"{trainer} needs a model or a model_init, one of them.")
+    if model_init is not None and optimizers != (None, None):
+        raise ValueError("optimizers belong to one model: with model_init pass optimizer_cls_and_kwargs.")
+
+
+def resolve_arguments(args: Any, kind: Any, trainer: str, has_eval_dataset: bool) -> Any:
+    """Apply the default arguments of class `kind` and resolve the automatic evaluation strategy.
+
+    Raises:
+        TypeError: If the arguments are of another class.
+        ValueError: If an option needs an evaluation set and there is none.
+    """
+    args = kind() if args is None else args
+    if not isinstance(args, kind):
+        raise TypeError(
+            f"{trainer} takes args of {kind.__name__}, which extends TrainingArguments; got {type(args).__name__}."
+        )
+    if args.evaluates_by_default:
+        args.eval_strategy = IntervalStrategy.EPOCH if has_eval_dataset else IntervalStrategy.NO
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(args, name, None) and not has_eval_dataset:
+            raise ValueError(f"{name} needs an eval_dataset.")
+    return args
+
+
+def as_ranker(model: Any, frozen: bool = False) -> Any:
+    """Return the ranker to train, with its own config, since the trainers write limits into it.
+
+    Args:
+        model: Ranker, also inside a peft model; stock sequence classifier with one label, which shares its weights
+            with the ranker; or folder or Hub id.
+        frozen: If True, load the weights of a folder in their stored type, since only an adapter is trained.
+
+    Raises:
+        TypeError: If the model is of another kind.
+        ValueError: If a stock classifier has several labels, is quantized or of an unknown family.
     """
     if isinstance(model, str | os.PathLike):
         kind = BertDistilledRanker if load_config(model).model_type == "bert" else LLMForLastTokenRanking
@@ -40,7 +180,7 @@ def as_ranker(model: Any, frozen: bool = False) -> Any:
 
 
 def with_own_config(model: Any) -> Any:
-    """The same model with a copy of its config, so that training does not change a config that others share."""
+    """Replace the config of a model by a copy, so that training does not change a shared config."""
     old = model.config
     config = copy.deepcopy(old)
     for module in model.modules():
@@ -50,18 +190,18 @@ def with_own_config(model: Any) -> Any:
 
 
 def _shared(model: Any) -> Any:
-    """A ranker on the weights of a stock sequence classifier."""
+    """Build a ranker that shares the weights of a stock sequence classifier."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or not name.endswith("ForSequenceClassification"):
         raise TypeError(
-            f"A {name} is no ranker: pass a BertDistilledRanker, an LLMForLastTokenRanking, a stock "
+            f"A {name} is not a ranker: pass a BertDistilledRanker, an LLMForLastTokenRanking, a stock "
             "...ForSequenceClassification with num_labels=1, or the folder or Hub id of a checkpoint."
         )
     kinds = {"bert": BertDistilledRanker, **FAMILIES}
     if model.config.model_type not in kinds:
         raise ValueError(f"A {name} cannot be trained as a ranker; known families: {', '.join(kinds)}.")
     if getattr(model, "is_quantized", False):
-        raise ValueError(f"The {name} is quantised: load it with {kinds[model.config.model_type].__name__}.")
+        raise ValueError(f"The {name} is quantized: load it with {kinds[model.config.model_type].__name__}.")
     if model.config.num_labels != 1:
         raise ValueError(
             f"The {name} has {model.config.num_labels} labels; a ranker has one: load it with num_labels=1."
@@ -77,10 +217,10 @@ def _shared(model: Any) -> Any:
 
 
 def own_tokenizer(tokenizer: PreTrainedTokenizerBase | None, source: str | None) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer that the user passed, or the one of the model's checkpoint.
+    """Copy the tokenizer of the user, or load the one of the model's checkpoint.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: If there is neither.
     """
     if tokenizer is not None:
         return copy.deepcopy(tokenizer)
@@ -90,14 +230,14 @@ def own_tokenizer(tokenizer: PreTrainedTokenizerBase | None, source: str | None)
 
 
 def add_adapter(model: Any, peft_config: PeftConfig) -> Any:
-    """Put an adapter on a ranker; the head is trained with it.
+    """Add an adapter to a ranker; the head is trained too.
 
     Raises:
-        TypeError: no config of peft.
-        ValueError: the model has an adapter, or the config is for another task, which would freeze a new head.
+        TypeError: If the config is not one of peft.
+        ValueError: If the model has an adapter, or the config is for another task, which would freeze a new head.
     """
     if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"peft_config is a config of peft, such as LoraConfig; got {type(peft_config).__name__}.")
+        raise TypeError(f"peft_config must be a config of peft, such as LoraConfig; got {type(peft_config).__name__}.")
     if hasattr(model, "peft_config"):
         raise ValueError("The model has an adapter already: leave peft_config out.")
     if peft_config.task_type not in (None, "SEQ_CLS"):
@@ -108,17 +248,16 @@ def add_adapter(model: Any, peft_config: PeftConfig) -> Any:
 
 
 def cast_weights(model: nn.Module, dtype: str) -> None:
-    """Turn the weights that are trained into the type that was asked for.
+    """Cast the weights to the requested type.
 
-    Only trainable weights of a model with an adapter or quantised weights are cast, else all: frozen layers must fit
-    the others.
+    With an adapter or quantized weights only the trainable weights are cast, since frozen layers must match the rest.
     """
     partly = hasattr(model, "peft_config") or getattr(model, "is_quantized", False)
     wanted, found, count = getattr(torch, dtype), set(), 0
     for module in model.modules():
         cast = False
         for weight in module.parameters(recurse=False):
-            # DeepSpeed's ZeRO-3 holds its weights elsewhere, with fp32 copies of them.
+            # DeepSpeed ZeRO-3 partitions the weights and keeps fp32 copies itself.
             if not weight.is_floating_point() or (partly and not weight.requires_grad) or hasattr(weight, "ds_id"):
                 continue
             count += weight.numel()
@@ -127,14 +266,16 @@ def cast_weights(model: nn.Module, dtype: str) -> None:
                 weight.data = weight.data.to(wanted)
                 cast = True
         if partly and cast and isinstance(module, nn.Linear):
-            # A trained head gets the hidden states of frozen layers in their type.
+            # The trained head receives hidden states in the type of the frozen layers.
             module.register_forward_pre_hook(_cast_input)
     if found:
         logger.warning(
-            "The weights are %s and are trained in %s; choose by weights_dtype.", " and ".join(sorted(found)), dtype
+            "The weights are %s and are trained in %s; see weights_dtype.",
+            " and ".join(sorted(found)),
+            dtype,
         )
     else:
-        logger.info("%d weights are trained in %s.", count, dtype)
+        logger.info("Training %d weights in %s.", count, dtype)
 
 
 def _cast_input(layer: nn.Linear, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
