@@ -37,7 +37,8 @@ from transformers import AutoTokenizer, set_seed
 
 from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer, Ranker
 from hf_disranker.data.bm25 import bm25_scores, mine_candidates
-from hf_disranker.data.tables import load_groups, pair_texts, read_table, write_table
+from hf_disranker.data.groups import load_groups
+from hf_disranker.data.tables import pair_texts, read_table, write_table
 from hf_disranker.evaluation.evaluate import per_query, summarise
 from hf_disranker.evaluation.significance import compare, pooled, refusal
 from hf_disranker.recipes.quickstart.stages import bf16_is_faster

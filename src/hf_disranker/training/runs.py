@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
-from hf_disranker.data.beir import beir_files
+from hf_disranker.data.files import beir_files
 from hf_disranker.data.outputs import check_output_folder, json_in
 from hf_disranker.data.tables import parquet_files
 
