@@ -137,7 +137,7 @@ def test_numbers_of_every_kind_are_read_exactly():
 def test_a_column_is_not_passed_over_for_its_case_or_blanks(table, column):
     known = column.strip().lower()
     error = error_of(rows(weight=1.0).rename(columns={known: column}), table)
-    assert error == f"my.csv: rename the column {column!r} to '{known}', in lower case, without spaces."
+    assert error == f"my.csv: rename the column {column!r} to '{known}': lower case, no spaces."
     validate(rows(weight=1.0).assign(**{column: "x"}), table, "my.csv")  # beside the real one it may be anything
 
 

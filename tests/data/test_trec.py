@@ -168,9 +168,7 @@ def test_a_written_run_is_in_trec_order(tmp_path):
 @pytest.mark.parametrize("bad", ["a b", " a", "a\tb", "a\u3000b", "a\xa0b", "a\n", ""])
 def test_ids_that_a_run_cannot_hold_are_refused_with_their_rows(tmp_path, bad):
     rows = pd.DataFrame({"query_id": ["1", "1"], "doc_id": ["a", bad], "score": [1.0, 2.0]})
-    with pytest.raises(
-        TableError, match=r"column 'doc_id': 1 row\(s\) are empty or contain whitespace.* First: row 1: "
-    ):
+    with pytest.raises(TableError, match=r"column 'doc_id': 1 row\(s\) are empty or contain .* First: row 1: "):
         check_run_ids(rows)
     with pytest.raises(TableError, match="column 'query_id': 2 row"):
         write_run(rows.assign(query_id=bad, doc_id=["a", "b"]), tmp_path / "no.run", "x")

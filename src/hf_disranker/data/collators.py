@@ -145,8 +145,8 @@ class GroupCollator:
     """Collate rows of `load_groups` into a flat batch of pairs with labels and teacher scores.
 
     The batch has the padded pairs of all groups in order, shape (pairs, longest), and of shape (groups, docs) `mask`,
-    True where a document exists, `labels` and `teacher_scores`, float, NaN where unknown. A gather or scatter by `mask`
-    converts between the two shapes.
+    True where a document exists, `labels` and `teacher_scores`, float, NaN where unknown. A gather or scatter by
+    `mask` converts between the two shapes.
 
     Args:
         pairs: Collator of the pairs.

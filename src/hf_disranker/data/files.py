@@ -157,7 +157,7 @@ def _read_csv(file: IO[bytes], separator: str = ",") -> pd.DataFrame:
 
 
 def _read_regular_csv(content: bytes, names: list[str], separator: str) -> pd.DataFrame | None:
-    """Parse a csv with a header of one line by pyarrow, which is faster; None where only the strict reader is exact."""
+    """Parse a csv by pyarrow, which is faster; None if it might deviate from the strict reader."""
     body = content[content.find(b"\n") + 1 :]
     if b"\0" in body or body.count(b"\r") != body.count(b"\r\n") or not _quotes_match(body, separator):
         return None
@@ -214,10 +214,6 @@ def _records(reader: Any) -> Iterator[tuple[int, list[str]]]:
             yield line, row
 
 
-def _read_jsonl(file: IO[bytes]) -> pd.DataFrame:
-    return _frame(_objects(_text(file)))
-
-
 def _objects(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -264,7 +260,7 @@ def _not_utf8(file: IO[bytes]) -> str:
 _READERS: dict[str, Callable[[IO[bytes]], pd.DataFrame]] = {
     ".parquet": lambda file: with_index(pd.read_parquet(file)),
     # Types are left to the schema: "007" and "NA" are ids and texts like any other.
-    ".jsonl": _read_jsonl,
+    ".jsonl": lambda file: _frame(_objects(_text(file))),
     ".csv": _read_csv,
     ".tsv": lambda file: _read_csv(file, "\t"),
 }

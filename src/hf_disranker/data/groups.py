@@ -98,11 +98,10 @@ def mean_scores(tables: Sequence[pd.DataFrame], scales: Sequence[tuple[float, fl
         Mean scores of the pairs of the first table in their order, float64; NaN for a pair that another table lacks.
     """
     columns = [table.set_index(["query_id", "doc_id"])["teacher_score"].astype(np.float64) for table in tables]
-    total = sum(
-        (column.reindex(columns[0].index) - mean) / std
-        for column, (mean, std) in zip(columns, scales or [(0.0, 1.0)] * len(columns), strict=True)
-    )
-    return total / len(columns)
+    if scales is not None:
+        columns = [(column - mean) / std for column, (mean, std) in zip(columns, scales, strict=True)]
+    aligned = [column.reindex(columns[0].index) for column in columns]
+    return pd.concat(aligned, axis=1).mean(axis=1, skipna=False)
 
 
 def _table_of(frame: pd.DataFrame) -> str:

@@ -101,9 +101,7 @@ def check_names(columns: Iterable[object], table: str, source: str) -> None:
         if known not in names:
             for name in names:
                 if isinstance(name, str) and name.strip().casefold() == known:
-                    raise TableError(
-                        f"{source}: rename the column {name!r} to '{known}', in lower case, without spaces."
-                    )
+                    raise TableError(f"{source}: rename the column {name!r} to '{known}': lower case, no spaces.")
 
 
 def unread_weight(columns: Iterable[object]) -> str | None:
@@ -244,7 +242,7 @@ def grades_from_zero(labels: pd.Series) -> pd.Series:
 
 def corpus_rows(doc_ids: pd.Series, corpus_ids: pd.Index, name: str) -> np.ndarray:
     """Return the corpus row of each document, shape (len(doc_ids),); TableError if the corpus lacks one."""
-    rows = corpus_ids.get_indexer(doc_ids)
+    rows = corpus_ids.get_indexer(pd.Index(doc_ids))
     unknown = rows < 0
     if unknown.any():
         first = ", ".join(doc_ids[unknown].head(SHOWN_ROWS))
