@@ -152,7 +152,7 @@ def test_labels_of_candidates_are_checked_before_they_are_scored():
 
 def test_a_repeated_pair_is_refused():
     assert error_of(rows(query_id=["q1", "q1", "q1"], query="red")) == (
-        "my.csv: judgments table: 1 row(s) repeat a (query_id, doc_id). "
+        "my.csv: judgments table: 1 row(s) repeat a (query_id, doc_id) seen above. "
         "First: row 2: {'query_id': 'q1', 'doc_id': 'a'}. Keep one row each."
     )
     assert "repeat a (doc_id)" in error_of(rows(), "corpus")

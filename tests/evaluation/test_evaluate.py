@@ -265,7 +265,7 @@ def test_evaluations_of_other_judgments_are_refused(tmp_path, judgments):
         load_evaluations([tmp_path / "eval"])
     with pytest.raises(ValueError, match="need distinct names"):
         load_evaluations([tmp_path / "eval" / "a.json"] * 2)
-    with pytest.raises(ValueError, match="no json"):
+    with pytest.raises(ValueError, match="No json file"):
         load_evaluations([tmp_path])
 
 

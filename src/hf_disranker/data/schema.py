@@ -205,7 +205,7 @@ def _check_unique(frame: pd.DataFrame, key: tuple[str, ...], where: str) -> None
     repeated = frame.duplicated(list(key), keep="first")
     if repeated.any():
         raise TableError(
-            f"{where}: {int(repeated.sum())} row(s) repeat a ({', '.join(key)}). "
+            f"{where}: {int(repeated.sum())} row(s) repeat a ({', '.join(key)}) seen above. "
             f"{_shown(frame.loc[repeated, list(key)])} Keep one row each."
         )
 
