@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 
 import hf_disranker.recipes
 from hf_disranker import Ranker
-from hf_disranker.data.tables import load_groups, pair_texts, read_table
+from hf_disranker.data.groups import load_groups
+from hf_disranker.data.tables import pair_texts, read_table
 from hf_disranker.evaluation.evaluate import describe
 from hf_disranker.evaluation.rankings import Evaluation
 from hf_disranker.evaluation.significance import bootstrap, compare

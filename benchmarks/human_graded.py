@@ -23,7 +23,7 @@ import math
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,16 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from numpy.typing import ArrayLike
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, set_seed
 
 from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer, Ranker
 from hf_disranker.data.bm25 import bm25_scores, mine_candidates
-from hf_disranker.data.tables import load_groups, pair_texts, read_table, write_table
+from hf_disranker.data.groups import load_groups
+from hf_disranker.data.tables import pair_texts, read_table, write_table
 from hf_disranker.evaluation.evaluate import per_query, summarise
-from hf_disranker.evaluation.significance import compare, pooled, refusal
+from hf_disranker.evaluation.significance import Interval, compare, refusal
 from hf_disranker.recipes.quickstart.stages import bf16_is_faster
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
 from hf_disranker.training.runs import save_json
@@ -248,6 +250,27 @@ def pairs_compared(students: list[str]) -> list[tuple[str, str]]:
     for name in students:
         pairs += [(f"{name}, distilled", other) for other in (f"{name}, labels", "teacher", "MiniLM, cosine", "bm25")]
     return pairs
+
+
+def pooled(differences: Sequence[ArrayLike], *, rounds: int = 1000, seed: int = 0) -> tuple[float, Interval]:
+    """Pool several data sets: the mean of their mean differences, and its 95% bootstrap interval.
+
+    All sets have the same weight, and queries are resampled within each: the interval is about further queries of
+    these sets, not about further sets.
+
+    Args:
+        differences: For each set, differences of a measure between two rankers, shape (queries of the set,).
+        rounds: Number of resamples.
+        seed: Random seed.
+    """
+    sets = [np.asarray(values, np.float64)[~np.isnan(values)] for values in differences]
+    generator = np.random.default_rng(seed)
+    draws = [
+        np.mean([values[generator.integers(values.size, size=values.size)].mean() for values in sets])
+        for _ in range(rounds)
+    ]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(np.mean([values.mean() for values in sets])), (float(low), float(high))
 
 
 def differences(values: dict[str, dict[str, np.ndarray]], pairs: list[tuple[str, str]]) -> str:

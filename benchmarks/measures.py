@@ -44,8 +44,8 @@ def metric_rows(rows: int, rounds: int) -> dict[str, float]:
     run = pd.DataFrame({"query_id": names[0], "doc_id": names[1], "score": scores})
 
     def everything() -> Scores:
-        pairs = metrics.query_pair_counts(labels, scores, names[0])
-        significance.bootstrap(pairs.concordant, pairs.discordant)
+        pairs = metrics.by_query(labels, scores, names[0], ks=())
+        significance.bootstrap(pairs["concordant"], pairs["discordant"])
         values = metrics.ndcg(labels, scores, names[0], gain="linear")
         significance.bootstrap(values)
         return values

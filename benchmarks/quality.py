@@ -30,7 +30,8 @@ from transformers import AutoTokenizer, BertForSequenceClassification, Trainer, 
 
 from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer, Ranker
 from hf_disranker.data.bm25 import bm25_scores
-from hf_disranker.data.tables import load_groups, pair_texts, read_table, write_table
+from hf_disranker.data.groups import load_groups
+from hf_disranker.data.tables import pair_texts, read_table, write_table
 from hf_disranker.evaluation import metrics
 from hf_disranker.evaluation.evaluate import describe
 from hf_disranker.evaluation.rankings import Evaluation

@@ -13,8 +13,8 @@ import numpy as np
 from transformers import set_seed
 from trl import TrlParser
 
-from hf_disranker.data.sampling import KINDS, sample_documents
-from hf_disranker.data.tables import load_groups, usual_split
+from hf_disranker.data.groups import SAMPLINGS, load_groups, sample_documents
+from hf_disranker.data.tables import usual_split
 from hf_disranker.models.checkpoint import load_config, load_tokenizer
 from hf_disranker.models.student import BertDistilledRanker
 from hf_disranker.recipes.command_line import recipe_parser
@@ -41,7 +41,7 @@ class ScriptArguments:
         default="all",
         metadata={
             "help": "Documents of a query to train on: all, the top, or stratified over the teacher's scores.",
-            "choices": list(KINDS),
+            "choices": list(SAMPLINGS),
         },
     )
     documents_per_query: int = field(default=32, metadata={"help": "Number of sampled documents per query."})

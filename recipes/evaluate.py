@@ -24,11 +24,11 @@ from trl import TrlParser
 
 from hf_disranker.data.bm25 import bm25_scores
 from hf_disranker.data.schema import TableError
+from hf_disranker.data.tables import read_table
 from hf_disranker.data.trec import (
     check_run_ids,
     judged_split,
     read_candidates,
-    read_corpus,
     read_judgments,
     read_run,
 )
@@ -130,11 +130,11 @@ def rank(args: EvaluateArguments, judgments: pd.DataFrame) -> tuple[pd.DataFrame
         rows = join_run(judgments, read_run(source))
         check(args, rows)
         return rows, {"role": "run", "source": source}
-    rows, corpus = judgments, read_corpus(args.corpus) if args.corpus else None
+    rows, corpus = judgments, read_table(args.corpus, "corpus") if args.corpus else None
     if not args.candidates and rows.groupby("query_id")["label"].min().median() > 0:
         logger.warning("Most queries have no document of grade 0, so any order is right: name --candidates.")
     if args.candidates:
-        corpus = read_corpus(args.judgments) if corpus is None else corpus
+        corpus = read_table(args.judgments, "corpus") if corpus is None else corpus
         rows = read_candidates(args.candidates, judgments, corpus)
     if "title" not in rows.columns:
         raise TableError(f"{args.judgments} has no texts to rank: name --corpus and --queries.")

@@ -17,7 +17,8 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from hf_disranker.data.tables import load_groups, usual_split
+from hf_disranker.data.groups import load_groups
+from hf_disranker.data.tables import usual_split
 from hf_disranker.models.checkpoint import load_config, load_tokenizer
 from hf_disranker.models.student import BertDistilledRanker
 from hf_disranker.models.teacher import LABEL_EXPECTATION, LLMForLastTokenRanking, expect_labels

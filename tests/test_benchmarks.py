@@ -138,7 +138,7 @@ def test_pairs_across_queries_add_up_to_auc():
     labels, scores, query = rng.integers(0, 3, 200), rng.normal(size=200).round(1), rng.integers(0, 9, 200)
     pairs = np.outer(*(np.bincount(query, weights=kind) for kind in (labels > 0, labels == 0)))
     draws = across.resampled(across.pairs_in_order(labels, scores, query), pairs)
-    assert draws[0] == pytest.approx(metrics.auc(labels, scores))
+    assert draws[0] == pytest.approx(metrics.evaluate(labels, scores, query)["auc"])
     assert draws[1:].min() < draws[0] < draws[1:].max()
 
 
@@ -166,3 +166,13 @@ def test_growth_covers_every_job(tiny_student):
     model, tokenizer = tiny_student
     costs = load("measures").growth(Ranker(model, tokenizer), [("read json", "json file")] * 600)
     assert [max(cost) / min(cost) for cost in costs.values()] == pytest.approx([31, 30, 33], abs=1)
+
+
+def test_pooled_gives_every_set_the_same_weight():
+    pooled = load("human_graded").pooled
+    rng = np.random.default_rng(0)
+    small, large = rng.normal(0.3, 0.1, 50), rng.normal(0.1, 0.1, 5000)
+    mean, (low, high) = pooled([small, np.r_[large, np.nan]])
+    half = 1.96 * np.sqrt(small.var() / 50 + large.var() / 5000) / 2
+    assert mean == pytest.approx((small.mean() + large.mean()) / 2)
+    np.testing.assert_allclose([low, high], [mean - half, mean + half], atol=0.15 * half)

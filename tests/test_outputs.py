@@ -36,11 +36,11 @@ def test_training_goes_on_in_its_own_folder_alone(tmp_path):
     (tmp_path / "out" / "notes.md").write_text("what I tried")
     check_output_dir(ranking, "org/model")
     (tmp_path / "out" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="files that this command did not make, such as config.json"):
+    with pytest.raises(ValueError, match="files that this command did not write, such as config.json"):
         check_output_dir(ranking, "org/model")
     (tmp_path / "out" / "run.json").write_text(json.dumps({"options": {"RankingConfig": {}}}))
     check_output_dir(ranking, "org/model")
-    with pytest.raises(ValueError, match="files that this command did not make"):  # another stage's
+    with pytest.raises(ValueError, match="files that this command did not write"):  # another stage's
         check_output_dir(distillation, "org/model")
     (tmp_path / "out" / "checkpoint-5").mkdir()
     for model in ("out", "out/checkpoint-5"):

@@ -1,4 +1,4 @@
-"""NDCG as a module of `evaluate`: a shell over hf_disranker.evaluation.metrics."""
+"""NDCG as a module of `evaluate`: a wrapper of hf_disranker.evaluation.metrics."""
 
 import datasets
 import evaluate
@@ -10,14 +10,14 @@ _DESCRIPTION = """Mean NDCG@k over the queries with a relevant document; ties sh
 
 _INPUTS = """
 Args:
-    predictions: scores, higher is better.
-    references: grades, whole numbers >= 0; a fraction is a ValueError.
-    query_ids: which query each row belongs to, all strings or all integers.
-    ks: the cut-offs, by default 5 and 10; None for the whole ranking.
+    predictions: Scores; higher is better.
+    references: Grades, whole numbers >= 0; a fraction is a ValueError.
+    query_ids: Query of each row, all strings or all integers.
+    ks: Cut-offs, by default 5 and 10; None for the whole ranking.
     gain: "exp2" for 2^label - 1, "linear" for the label.
 
 Returns:
-    ndcg@k for each k, and how many queries there are, with and without a relevant document.
+    ndcg@k for each k, and the numbers of queries and of queries without a relevant document.
 """
 
 
@@ -29,7 +29,7 @@ class NDCG(evaluate.Metric):
             description=_DESCRIPTION,
             citation="",
             inputs_description=_INPUTS,
-            # Grades as floats, so that a fraction is refused below and not cut to a whole number here.
+            # Grades as floats, so that a fraction is refused and not truncated to a whole number.
             features=[
                 datasets.Features(
                     {

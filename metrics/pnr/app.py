@@ -1,4 +1,4 @@
-"""The page of this measure as a Space."""
+"""Demo page of the measure for a Space."""
 
 import evaluate
 import gradio
@@ -9,7 +9,7 @@ EXAMPLE = [[0.9, 2, "a"], [0.2, 0, "a"], [0.5, 1, "a"]]
 
 
 def compute(rows):
-    """Measure a table with the columns predictions, references and query_ids."""
+    """Compute the measure on a table with the columns predictions, references and query_ids."""
     return pnr.compute(**{column: rows[column].tolist() for column in COLUMNS})
 
 

@@ -14,7 +14,8 @@ from hf_disranker.version import __version__
 
 if TYPE_CHECKING:
     from hf_disranker.data.bm25 import mine_candidates
-    from hf_disranker.data.tables import load_groups, read_table
+    from hf_disranker.data.groups import load_groups
+    from hf_disranker.data.tables import read_table
     from hf_disranker.models.ranker import Ranker
     from hf_disranker.models.student import BertDistilledRanker
     from hf_disranker.models.teacher import LLMForLastTokenRanking
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "training.cpt": ("ClickTrainer", "CptConfig", "click_dataset"),
-    "data.tables": ("load_groups", "read_table"),
+    "data.groups": ("load_groups",),
+    "data.tables": ("read_table",),
     "training.distillation": (
         "DistillationConfig",
         "DistillationTrainer",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_disranker.data.collators import GroupCollator, PairCollator
-from hf_disranker.data.tables import load_groups
+from hf_disranker.data.groups import load_groups
 from hf_disranker.data.templates import STUDENT_TEMPLATES, TEACHER_TEMPLATES, Templates
 
 LONG_QUERY = "read json file write list dict sort plot"

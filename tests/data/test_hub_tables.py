@@ -53,7 +53,7 @@ def test_groups_load_by_split_and_streaming(judgments, hub):
 
 
 def test_streaming_reads_parquet_and_hub_addresses_in_chunks(scores, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_disranker.data.tables._CHUNK", 10)
+    monkeypatch.setattr("hf_disranker.data.groups._CHUNK", 10)
     scores.to_parquet(tmp_path / "scores.parquet")
     push(scores, "tester/streamed")
     expected = load_groups(scores).to_list()
@@ -64,38 +64,28 @@ def test_streaming_reads_parquet_and_hub_addresses_in_chunks(scores, tmp_path, m
 
 
 def test_a_stream_reads_no_further_than_it_is_asked(scores, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_disranker.data.tables._CHUNK", 10)
+    monkeypatch.setattr("hf_disranker.data.groups._CHUNK", 10)
     scores.to_parquet(tmp_path / "scores.parquet")
-    read = []
-    monkeypatch.setattr("hf_disranker.data.tables.pq.ParquetFile", lambda file: Counted(file, read))
+    read, original = [], pq.ParquetFile.iter_batches
+
+    def iter_batches(self, size, row_groups):
+        for batch in original(self, size, row_groups=row_groups):
+            read.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
     groups = iter(load_groups(tmp_path / "scores.parquet", streaming=True))
     first = next(groups)
     assert first["query_id"] == scores["query_id"].iloc[0] and sum(read) <= 20 < len(scores)
     assert len(list(groups)) == scores["query_id"].nunique() - 1 and sum(read) == len(scores)
 
 
-class Counted:
-    stock = pq.ParquetFile
-
-    def __init__(self, file, read):
-        self.file, self.read = self.stock(file), read
-
-    @property
-    def num_row_groups(self):
-        return self.file.num_row_groups
-
-    def iter_batches(self, size, row_groups):
-        for batch in self.file.iter_batches(size, row_groups=row_groups):
-            self.read.append(len(batch))
-            yield batch
-
-
 def test_what_cannot_be_streamed_is_said(scores, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_disranker.data.tables._CHUNK", 2)
+    monkeypatch.setattr("hf_disranker.data.groups._CHUNK", 2)
     scores.iloc[::-1].sort_values("doc_id", key=lambda ids: ids.str[-1]).to_parquet(tmp_path / "apart.parquet")
-    with pytest.raises(TableError, match="stand apart: sort by query_id"):
+    with pytest.raises(TableError, match="are not adjacent: sort by query_id"):
         list(load_groups(tmp_path / "apart.parquet", streaming=True))
-    with pytest.raises(ValueError, match="holds its own texts"):
+    with pytest.raises(ValueError, match="a table with texts"):
         load_groups(scores, streaming=True)
     with pytest.raises(TableError, match="no row has split 'nowhere'"):
         list(load_groups(tmp_path / "apart.parquet", split="nowhere", streaming=True))

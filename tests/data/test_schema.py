@@ -64,25 +64,25 @@ def test_a_table_without_rows_is_refused():
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("label", [2, None, 1], "1 row(s) hold no finite number. First: row 1: nan."),
-        ("label", ["2", "good", "1"], "1 row(s) hold no finite number. First: row 1: 'good'."),
-        ("label", [2, -1, 1], "1 row(s) hold no whole number >= 0. First: row 1: -1."),
-        ("label", [2, 0.5, 1], "1 row(s) hold no whole number >= 0. First: row 1: 0.5."),
-        ("query_id", ["", "q1", "q2"], "1 row(s) hold no id. First: row 0: ''."),
-        ("doc_id", [1, None, 3], "1 row(s) hold no id. First: row 1: nan."),
-        ("doc_id", [1.0, 2.0, 3.0], "holds decimal numbers; ids are strings or integers. First: row 0: 1.0; row 1: "),
-        ("query", ["red", "red", " \t"], "1 row(s) hold an empty query. First: row 2: ' \\t'."),
-        ("query", ["red", "red", None], "1 row(s) hold an empty query. First: row 2: "),
-        ("label", [0, 2**63, 1], "1 row(s) hold a number that is too large. First: row 1: 9223372036854775808."),
-        ("label", ["0", "1e30", "1"], "1 row(s) hold a number that is too large. First: row 1: '1e30'."),
-        ("label", pd.to_datetime(["2026-01-01"] * 3), "3 row(s) hold no finite number. First: row 0: Timestamp("),
-        ("label", pd.to_timedelta([1, 2, 3]), "3 row(s) hold no finite number."),
-        ("label", [1, 2j, 0], "hold no finite number."),
-        ("label", [b"1", datetime(2026, 1, 1), [1]], "3 row(s) hold no finite number. First: row 0: b'1'; row 1: "),
-        ("doc_id", ["a", 1.5, None], "1 row(s) hold no id."),
-        ("doc_id", ["a", 1.5, b"c"], "2 row(s) hold neither a string nor an integer. First: row 1: 1.5; row 2: b'c'."),
-        ("doc_id", pd.to_datetime(["2026-01-01"] * 3), "3 row(s) hold neither a string nor an integer."),
-        ("title", ["A", 12, ["B"]], "2 row(s) hold no text. First: row 1: 12; row 2: ['B']."),
+        ("label", [2, None, 1], "1 row(s) have no finite number. First: row 1: nan."),
+        ("label", ["2", "good", "1"], "1 row(s) have no finite number. First: row 1: 'good'."),
+        ("label", [2, -1, 1], "1 row(s) have no whole number >= 0. First: row 1: -1."),
+        ("label", [2, 0.5, 1], "1 row(s) have no whole number >= 0. First: row 1: 0.5."),
+        ("query_id", ["", "q1", "q2"], "1 row(s) have no id. First: row 0: ''."),
+        ("doc_id", [1, None, 3], "1 row(s) have no id. First: row 1: nan."),
+        ("doc_id", [1.0, 2.0, 3.0], "has decimal numbers; ids are strings or integers. First: row 0: 1.0; row 1: "),
+        ("query", ["red", "red", " \t"], "1 row(s) have an empty query. First: row 2: ' \\t'."),
+        ("query", ["red", "red", None], "1 row(s) have an empty query. First: row 2: "),
+        ("label", [0, 2**63, 1], "1 row(s) have a number that is too large. First: row 1: 9223372036854775808."),
+        ("label", ["0", "1e30", "1"], "1 row(s) have a number that is too large. First: row 1: '1e30'."),
+        ("label", pd.to_datetime(["2026-01-01"] * 3), "3 row(s) have no finite number. First: row 0: Timestamp("),
+        ("label", pd.to_timedelta([1, 2, 3]), "3 row(s) have no finite number."),
+        ("label", [1, 2j, 0], "have no finite number."),
+        ("label", [b"1", datetime(2026, 1, 1), [1]], "3 row(s) have no finite number. First: row 0: b'1'; row 1: "),
+        ("doc_id", ["a", 1.5, None], "1 row(s) have no id."),
+        ("doc_id", ["a", 1.5, b"c"], "2 row(s) have neither a string nor an integer. First: row 1: 1.5; row 2: b'c'."),
+        ("doc_id", pd.to_datetime(["2026-01-01"] * 3), "3 row(s) have neither a string nor an integer."),
+        ("title", ["A", 12, ["B"]], "2 row(s) have no text. First: row 1: 12; row 2: ['B']."),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named_with_file_column_and_rows(column, values, message):
@@ -94,11 +94,11 @@ def test_a_bad_value_is_named_with_file_column_and_rows(column, values, message)
 @pytest.mark.parametrize("score", [np.nan, np.inf, "high", 1e39])  # 1e39 is beyond float32
 def test_a_score_that_is_not_finite_is_refused(score):
     error = error_of(rows(teacher_score=[0.5, score, 1.0]), "scores")
-    assert "column 'teacher_score' of the scores table: 1 row(s) hold no finite number. First: row 1: " in error
+    assert "column 'teacher_score' of the scores table: 1 row(s) have no finite number. First: row 1: " in error
 
 
 def test_a_negative_weight_is_refused():
-    assert "column 'weight' of the clicks table: 1 row(s) hold a negative number. First: row 2: -1.0." in error_of(
+    assert "column 'weight' of the clicks table: 1 row(s) have a negative number. First: row 2: -1.0." in error_of(
         rows(weight=[1.0, 0.0, -1.0]), "clicks"
     )
 
@@ -106,12 +106,12 @@ def test_a_negative_weight_is_refused():
 @pytest.mark.parametrize(
     ("users", "message"),
     [
-        (["3", "1.200", "7"], "1 row(s) may hold thousands written with a dot: write 1200, not 1.200. First: row 1: "),
-        (["3", "1.000", "7"], "1 row(s) may hold thousands written with a dot"),
-        (["3", "1,200", "7"], "1 row(s) hold no finite number. First: row 1: '1,200'."),
-        ([3, 1.2, 7], "1 row(s) hold a fraction, not a number of users. First: row 1: 1.2."),
-        ([3, -1, 7], "1 row(s) hold a negative number. First: row 1: -1."),
-        ([datetime(2026, 1, 1)] * 3, "3 row(s) hold no finite number."),
+        (["3", "1.200", "7"], "1 row(s) may have thousands written with a dot: write 1200, not 1.200. First: row 1: "),
+        (["3", "1.000", "7"], "1 row(s) may have thousands written with a dot"),
+        (["3", "1,200", "7"], "1 row(s) have no finite number. First: row 1: '1,200'."),
+        ([3, 1.2, 7], "1 row(s) have a fraction, not a number of users. First: row 1: 1.2."),
+        ([3, -1, 7], "1 row(s) have a negative number. First: row 1: -1."),
+        ([datetime(2026, 1, 1)] * 3, "3 row(s) have no finite number."),
     ],
 )  # fmt: skip
 def test_users_are_whole_numbers(users, message):
@@ -137,7 +137,7 @@ def test_numbers_of_every_kind_are_read_exactly():
 def test_a_column_is_not_passed_over_for_its_case_or_blanks(table, column):
     known = column.strip().lower()
     error = error_of(rows(weight=1.0).rename(columns={known: column}), table)
-    assert error == f"my.csv: rename the column {column!r} to '{known}', in lower case, no blanks."
+    assert error == f"my.csv: rename the column {column!r} to '{known}': lower case, no spaces."
     validate(rows(weight=1.0).assign(**{column: "x"}), table, "my.csv")  # beside the real one it may be anything
 
 
@@ -152,15 +152,15 @@ def test_labels_of_candidates_are_checked_before_they_are_scored():
 
 def test_a_repeated_pair_is_refused():
     assert error_of(rows(query_id=["q1", "q1", "q1"], query="red")) == (
-        "my.csv: judgments table: 1 row(s) repeat a (query_id, doc_id) that stands above. "
-        "First: row 2: {'query_id': 'q1', 'doc_id': 'a'}. Keep one row for each."
+        "my.csv: judgments table: 1 row(s) repeat a (query_id, doc_id) seen above. "
+        "First: row 2: {'query_id': 'q1', 'doc_id': 'a'}. Keep one row each."
     )
     assert "repeat a (doc_id)" in error_of(rows(), "corpus")
 
 
 def test_one_query_id_has_one_text():
     assert error_of(rows(query=["red", "Red", "blue"])) == (
-        "my.csv: judgments table: 1 row(s) give a query_id another query text than the rows above. "
+        "my.csv: judgments table: 1 row(s) have another query text than earlier rows of their query_id. "
         "First: row 1: {'query_id': 'q1', 'query': 'Red'}."
     )
 

@@ -1,6 +1,7 @@
 """Readers, and grouping by query."""
 
 import gzip
+import io
 import logging
 from pathlib import Path
 
@@ -10,13 +11,10 @@ import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hf_disranker.data import tables as data
+from hf_disranker.data import files, groups, tables
+from hf_disranker.data.groups import load_groups
 from hf_disranker.data.schema import TableError
-from hf_disranker.data.tables import (
-    load_groups,
-    read_table,
-    write_table,
-)
+from hf_disranker.data.tables import read_table, write_table
 
 # The queries take turns, "0" and "007" are ids, "NA" is a text, and a row may hold whatever people write.
 ROWS = pd.DataFrame(
@@ -83,7 +81,7 @@ def hub(monkeypatch):
             raise ConnectionError("cannot be reached")
         return sets[name]
 
-    monkeypatch.setattr(data, "load_dataset", load_dataset)
+    monkeypatch.setattr(tables, "load_dataset", load_dataset)
     return sets
 
 
@@ -135,7 +133,7 @@ def test_a_wrong_path_is_named(hub, source, message):
 
 def test_a_folder_without_parquet_is_refused(tmp_path):
     (tmp_path / "state.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"the folder holds no parquet file; it holds: state\.json\."):
+    with pytest.raises(FileNotFoundError, match=r"the folder has no parquet file; it has: state\.json\."):
         read_table(str(tmp_path), "judgments")
 
 
@@ -160,8 +158,8 @@ def test_a_folder_without_parquet_is_refused(tmp_path):
         ("double.csv", b"doc_id,title,summary,title\n1,a,b,c\n", "its header names the column 'title' twice."),
         ("upper.csv", b"doc_id,title,SUMMARY\n1,a,b\n", "upper.csv: rename the column 'SUMMARY' to 'summary'"),
         ("padded.csv", b"doc_id, title,summary\n1,a,b\n", "padded.csv: rename the column ' title' to 'title'"),
-        ("array.jsonl", b'[{"doc_id": "1"},\n{"doc_id": "2"}]\n', "line 1 is no JSON"),
-        ("values.jsonl", b'{"doc_id": "1"}\n\n"2"\n', "line 3 is no JSON object; each line holds one."),
+        ("array.jsonl", b'[{"doc_id": "1"},\n{"doc_id": "2"}]\n', "line 1 is not JSON"),
+        ("values.jsonl", b'{"doc_id": "1"}\n\n"2"\n', "line 3 is not a JSON object; each line is one."),
         ("notes.csv.gz", b"doc_id,title,summary\n", "notes.csv.gz: cannot be read as csv: Not a gzipped file"),
         ("head.csv", b"doc_id,title,summary\n", "head.csv: the corpus table has no rows."),
         ("names.csv", b"id,title,summary\n1,a,b\n", "a corpus table needs the column(s) doc_id; it has: id, title, "),
@@ -185,14 +183,14 @@ def test_errors_name_the_line_that_an_editor_shows(ending, tmp_path):
         '{"query": "red", "title": "C", "summary": "", "weight": -1}\n',
     }
     (tmp_path / f"c.{ending}").write_text(text[ending])
-    with pytest.raises(TableError, match=f"hold a negative number. First: line {6 if ending == 'csv' else 4}: "):
+    with pytest.raises(TableError, match=f"have a negative number. First: line {6 if ending == 'csv' else 4}: "):
         read_table(tmp_path / f"c.{ending}", "clicks")
 
 
 def test_a_query_with_a_line_break_is_reported(tmp_path, caplog):
     (tmp_path / "c.csv").write_text('query,title,summary\nred,A,one\n"blue,B,two\ngreen",C,three\n')
     assert len(read_table(tmp_path / "c.csv", "clicks")) == 2
-    assert "1 quer(ies) hold a line break, as if a stray double quote had joined lines; first: line 3: " in caplog.text
+    assert "1 quer(ies) have a line break, as if a stray double quote had joined lines; first: line 3: " in caplog.text
 
 
 @pytest.mark.parametrize("name", ["clicks", "Count"])
@@ -241,7 +239,7 @@ def test_what_cannot_be_streamed_is_said_before_the_first_row(tmp_path):
 
 
 def test_errors_of_a_stream_count_all_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_CHUNK", 2)
+    monkeypatch.setattr(groups, "_CHUNK", 2)
     rows = ROWS.sort_values("query_id").assign(label=[1, 1, 0, 0, -1])
     with pytest.raises(TableError, match=r"First: row 4: -1\."):
         list(load_groups(parquet(rows, tmp_path), streaming=True))
@@ -257,7 +255,7 @@ def test_a_split_takes_its_rows_and_a_wrong_one_is_refused():
 
 
 def test_a_split_of_any_table_is_a_text():
-    with pytest.raises(TableError, match="column 'split' of the candidates table: 5 row.s. hold no text"):
+    with pytest.raises(TableError, match="column 'split' of the candidates table: 5 row.s. have no text"):
         read_table(ROWS.assign(split=1), "candidates", split="dev")
 
 
@@ -271,7 +269,7 @@ def test_candidates_take_their_texts_from_the_corpus(candidates, corpus, judgmen
 def test_a_document_that_the_corpus_lacks_is_named(candidates, corpus):
     with pytest.raises(TableError, match=r"2 row\(s\) name a doc_id that is not in the corpus, first: d0-1, d3-2\."):
         read_table(candidates, "candidates", corpus=corpus[~corpus["doc_id"].isin(["d0-1", "d3-2"])])
-    with pytest.raises(TableError, match="the rows have no title and summary; name the corpus that holds them"):
+    with pytest.raises(TableError, match="the rows have no title and summary; name the corpus with the texts"):
         read_table(candidates, "candidates")
 
 
@@ -339,3 +337,24 @@ def test_scores_of_several_teachers_are_averaged(judgments):
         load_groups([first, second[1:]])
     with pytest.raises(TableError, match="scores other pairs"):
         load_groups([first[1:], second])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_fast_csv_reader_accepts_only_what_the_strict_one_reads_alike(seed, monkeypatch):
+    rng, fast = np.random.default_rng(seed), 0
+    parts = ["a", "b", '"', '""', ",", ",", "\n", "\n", "\r\n", " ", "é", "\r"]
+    for number in range(500):
+        cells = rng.choice(parts, size=(3, 2, 2))
+        if number % 2:  # well-formed
+            rows = [",".join('"{}"'.format("".join(cell).replace('"', '""')) for cell in row) for row in cells]
+            text = "\n".join(rows) + "\n" * (number % 3)
+        else:
+            text = "".join(cells.ravel())
+        content = f"x,y\n{text}".encode()
+        quick = files._read_regular_csv(content, ["x", "y"], ",")
+        if quick is not None:
+            fast += 1
+            with monkeypatch.context() as patch:
+                patch.setattr(files, "_read_regular_csv", lambda *_: None)
+                pd.testing.assert_frame_equal(quick, files._read_csv(io.BytesIO(content)))
+    assert fast > 50

@@ -41,13 +41,13 @@ def test_the_prompt_is_how_every_text_of_the_query_begins():
         ({"document": "{title} {url}"}, "'url'"),
         ({"document": "{title.__class__}"}, "title.__class__"),
         ({"document": "{title[0]}"}, "title"),
-        ({"query": "{query:{query.__class__}}"}, "formats a field; it must hold plain names, such as {query}"),
+        ({"query": "{query:{query.__class__}}"}, "formats a field; use plain names, such as {query}"),
         ({"query": "{query:99999999999}"}, "formats a field"),
         ({"query": "{query!r}"}, "formats a field"),
         ({"query": "{query"}, "expected '}'"),
-        ({"text": "{document} {query}"}, "must hold {query} and then {document}, each once"),
-        ({"text": "{query}"}, "must hold {query} and then {document}, each once"),
-        ({"text": "{query} {document} {query}"}, "must hold {query} and then {document}, each once"),
+        ({"text": "{document} {query}"}, "needs {query} and then {document}, each once"),
+        ({"text": "{query}"}, "needs {query} and then {document}, each once"),
+        ({"text": "{query} {document} {query}"}, "needs {query} and then {document}, each once"),
     ],
 )
 def test_a_template_that_reaches_further_is_refused(templates, message):

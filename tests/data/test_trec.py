@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hf_disranker.data.groups import load_groups
 from hf_disranker.data.schema import TableError
-from hf_disranker.data.tables import load_groups, read_table
+from hf_disranker.data.tables import read_table
 from hf_disranker.data.trec import (
     check_run_ids,
     judged_split,
     read_candidates,
-    read_corpus,
     read_judgments,
     read_run,
     write_run,
@@ -40,7 +40,7 @@ def test_a_beir_folder_reads_as_judgments(beir, judgments):
     columns = ["query_id", "query", "doc_id", "title", "summary", "label"]
     expected = judgments[judgments["split"] == "dev"][columns].reset_index(drop=True)
     pd.testing.assert_frame_equal(read_judgments(str(beir), "dev")[columns], expected, check_dtype=False)
-    assert len(read_corpus(str(beir))) == len(judgments)
+    assert len(read_table(str(beir), "corpus")) == len(judgments)
     with pytest.raises(TableError, match="no judgments of split 'test'; there are: dev, train"):
         read_judgments(beir, "test")
 
@@ -60,7 +60,7 @@ def test_a_beir_folder_reads_wherever_a_table_does(beir, judgments, candidates):
     assert len(load_groups(str(beir))) == judgments["query_id"].nunique()
     joined = read_table(candidates, "candidates", corpus=beir)
     assert joined["title"].tolist() == judgments["title"].tolist()
-    with pytest.raises(TableError, match="a BEIR folder holds judgments, corpus and queries, no clicks table"):
+    with pytest.raises(TableError, match="a BEIR folder has judgments, corpus and queries, no clicks table"):
         read_table(beir, "clicks")
 
 
@@ -95,9 +95,9 @@ def test_beir_files_may_be_packed_or_begin_with_a_mark(beir):
     ("name", "line", "message"),
     [
         ("queries.jsonl", {"_id": "q3", "text": "again"}, r"queries\.jsonl: .*First: line 13: {'query_id': 'q3'}"),
-        ("queries.jsonl", {"_id": "q99", "text": " "}, r"queries\.jsonl: .*hold an empty query\. First: line 13: ' '"),
+        ("queries.jsonl", {"_id": "q99", "text": " "}, r"queries\.jsonl: .*have an empty query\. First: line 13: ' '"),
         ("corpus.jsonl", {"_id": "d0-0", "text": "x"}, r"corpus\.jsonl: .*First: line 58: {'doc_id': 'd0-0'}"),
-        ("corpus.jsonl", {"id": "d0-0"}, r"corpus\.jsonl: .*1 row\(s\) hold no id\. First: line 58"),
+        ("corpus.jsonl", {"id": "d0-0"}, r"corpus\.jsonl: .*1 row\(s\) have no id\. First: line 58"),
     ],
 )
 def test_a_bad_line_of_beir_is_named_with_its_file(beir, name, line, message):
@@ -168,7 +168,7 @@ def test_a_written_run_is_in_trec_order(tmp_path):
 @pytest.mark.parametrize("bad", ["a b", " a", "a\tb", "a\u3000b", "a\xa0b", "a\n", ""])
 def test_ids_that_a_run_cannot_hold_are_refused_with_their_rows(tmp_path, bad):
     rows = pd.DataFrame({"query_id": ["1", "1"], "doc_id": ["a", bad], "score": [1.0, 2.0]})
-    with pytest.raises(TableError, match=r"column 'doc_id': 1 row\(s\) are empty or hold a blank.* First: row 1: "):
+    with pytest.raises(TableError, match=r"column 'doc_id': 1 row\(s\) are empty or contain .* First: row 1: "):
         check_run_ids(rows)
     with pytest.raises(TableError, match="column 'query_id': 2 row"):
         write_run(rows.assign(query_id=bad, doc_id=["a", "b"]), tmp_path / "no.run", "x")

@@ -261,11 +261,11 @@ def test_evaluations_of_other_judgments_are_refused(tmp_path, judgments):
         rows = judgments[judgments["split"] == split].assign(score=1.0)
         about = {"judgments": str(tmp_path / "judgments.parquet"), "split": split}
         Evaluation.of(name, rows, **about).save(tmp_path / "eval" / f"{name}.json")
-    with pytest.raises(ValueError, match="not of the same judgments"):
+    with pytest.raises(ValueError, match="has other judgments than"):
         load_evaluations([tmp_path / "eval"])
-    with pytest.raises(ValueError, match="need names of their own"):
+    with pytest.raises(ValueError, match="need distinct names"):
         load_evaluations([tmp_path / "eval" / "a.json"] * 2)
-    with pytest.raises(ValueError, match="no json"):
+    with pytest.raises(ValueError, match="No json file"):
         load_evaluations([tmp_path])
 
 

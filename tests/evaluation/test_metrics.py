@@ -12,20 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import kendalltau
 from sklearn.metrics import ndcg_score, roc_auc_score
 
-from hf_disranker.evaluation.metrics import (
-    PairCounts,
-    auc,
-    average_precision,
-    cross_query_pair_counts,
-    evaluate,
-    kendall_tau,
-    ndcg,
-    pair_counts,
-    query_mean,
-    query_pair_counts,
-    reciprocal_rank,
-    teacher_error,
-)
+from hf_disranker.evaluation.metrics import by_query, evaluate, kendall_tau, ndcg, query_mean, teacher_error
 
 # Query a: the pairs (2, 1) and (2, 0) are concordant, (1, 0) is discordant.
 # Query b: one pair (1, 0) is tied, the other discordant. Query c: one concordant pair. Query d: one document.
@@ -56,11 +43,15 @@ def loop_pair_counts(labels, scores, groups, same_query):
             concordant += scores[i] > scores[j]
             discordant += scores[i] < scores[j]
             tied += scores[i] == scores[j]
-    return PairCounts(concordant, discordant, tied)
+    return concordant, discordant, tied
 
 
-def by_query(function, *columns, groups):
-    """What another library's function of one query gives, for each query."""
+def pair_counts(measures):
+    return tuple(measures[name] for name in ("concordant", "discordant", "tied"))
+
+
+def each_query(function, *columns, groups):
+    """Apply another library's function of one query to each query."""
     return [function(*(np.asarray(column)[groups == query] for column in columns)) for query in np.unique(groups)]
 
 
@@ -68,47 +59,46 @@ def by_query(function, *columns, groups):
 
 
 def test_pnr_matches_hand_example():
-    pairs = pair_counts(LABELS, SCORES, GROUPS)
-    assert pairs == PairCounts(concordant=3, discordant=2, tied=1)
-    assert pairs.decided == 5
-    assert pairs.pnr == 3 / 2
-    assert pairs.pair_accuracy == 3 / 5
+    measures = evaluate(LABELS, SCORES, GROUPS)
+    assert pair_counts(measures) == (3, 2, 1)
+    assert measures["pnr"] == 3 / 2
+    assert measures["pair_accuracy"] == 3 / 5
 
 
-def test_query_pair_counts_match_hand_example():
-    counts = query_pair_counts(LABELS, SCORES, GROUPS)
-    assert_array_equal(counts, [[2, 0, 1, 0], [1, 1, 0, 0], [0, 1, 0, 0]])
-    assert_array_equal(counts.pair_accuracy, [2 / 3, 0, 1, math.nan])
-    assert query_mean(counts.pair_accuracy) == pytest.approx((2 / 3 + 0 + 1) / 3)
+def test_pair_counts_by_query_match_hand_example():
+    measures = by_query(LABELS, SCORES, GROUPS)
+    assert_array_equal(pair_counts(measures), [[2, 0, 1, 0], [1, 1, 0, 0], [0, 1, 0, 0]])
+    assert_array_equal(measures["pair_accuracy"], [2 / 3, 0, 1, math.nan])
+    assert query_mean(measures["pair_accuracy"]) == pytest.approx((2 / 3 + 0 + 1) / 3)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pair_counts_equal_the_double_loop(seed):
     labels, scores, groups = random_rows(seed)
-    assert pair_counts(labels, scores, groups) == loop_pair_counts(labels, scores, groups, same_query=True)
-    assert cross_query_pair_counts(labels, scores, groups) == loop_pair_counts(
-        labels, scores, groups, same_query=False
-    )
+    measures = evaluate(labels, scores, groups)
+    assert pair_counts(measures) == loop_pair_counts(labels, scores, groups, same_query=True)
+    concordant, discordant, _ = loop_pair_counts(labels, scores, groups, same_query=False)
+    assert measures["cross_query_pair_accuracy"] == concordant / (concordant + discordant)
 
 
-def test_cross_query_pair_counts_match_hand_example():
+def test_cross_query_pair_accuracy_matches_hand_example():
     # Grade 2 in a (3.0): 3 concordant in b, 2 discordant in c, 1 concordant in d.
     # Grade 1 in a (1.0): 2 concordant in b, 1 discordant in c, 1 discordant in d.
     # Grade 1 in b (0.5): 3 discordant, in a, c and d. Grade 1 in c (5.0): 4 concordant, in a, b (two) and d.
-    assert cross_query_pair_counts(LABELS, SCORES, GROUPS) == PairCounts(concordant=10, discordant=7, tied=0)
+    assert evaluate(LABELS, SCORES, GROUPS)["cross_query_pair_accuracy"] == 10 / (10 + 7)
 
 
 def test_pair_counts_of_one_long_query_need_no_pair_matrix():
     # Scores rise along the rows, grades alternate 0, 1: the j-th relevant document (from 1) beats j irrelevant ones.
     half = 100_000
-    pairs = pair_counts(np.tile([0, 1], half), np.arange(2 * half), np.zeros(2 * half, int))
-    assert pairs == PairCounts(half * (half + 1) // 2, half * (half - 1) // 2, 0)
+    measures = evaluate(np.tile([0, 1], half), np.arange(2 * half), np.zeros(2 * half, int))
+    assert pair_counts(measures) == (half * (half + 1) // 2, half * (half - 1) // 2, 0)
 
 
 def test_perfect_ranking_has_infinite_pnr_and_full_pair_accuracy():
-    pairs = pair_counts([1, 0], [2.0, 1.0], ["q", "q"])
-    assert pairs.pnr == math.inf
-    assert pairs.pair_accuracy == 1
+    measures = evaluate([1, 0], [2.0, 1.0], ["q", "q"])
+    assert measures["pnr"] == math.inf
+    assert measures["pair_accuracy"] == 1
 
 
 @pytest.mark.parametrize(
@@ -120,10 +110,10 @@ def test_perfect_ranking_has_infinite_pnr_and_full_pair_accuracy():
     ],
 )
 def test_pnr_is_nan_without_a_decided_pair(labels, scores, groups, tied):
-    pairs = pair_counts(labels, scores, groups)
-    assert pairs == PairCounts(0, 0, tied)
-    assert math.isnan(pairs.pnr)
-    assert math.isnan(pairs.pair_accuracy)
+    measures = evaluate(labels, scores, groups)
+    assert pair_counts(measures) == (0, 0, tied)
+    assert math.isnan(measures["pnr"])
+    assert math.isnan(measures["pair_accuracy"])
 
 
 # NDCG
@@ -155,9 +145,9 @@ def test_ndcg_equals_sklearn_with_ties(k):
 
     values = ndcg(labels, scores, groups, k)
     assert math.isnan(values[7])
-    assert_allclose(values, by_query(sklearn_ndcg, 2.0**labels - 1, scores, groups=groups))
+    assert_allclose(values, each_query(sklearn_ndcg, 2.0**labels - 1, scores, groups=groups))
     assert_allclose(
-        ndcg(labels, scores, groups, k, gain="linear"), by_query(sklearn_ndcg, labels, scores, groups=groups)
+        ndcg(labels, scores, groups, k, gain="linear"), each_query(sklearn_ndcg, labels, scores, groups=groups)
     )
 
 
@@ -173,31 +163,27 @@ def test_ndcg_refuses_what_it_cannot_compute():
 # The first and all relevant documents
 
 
-def test_reciprocal_rank_and_average_precision_match_hand_example():
-    # Ranking 0, 1, 0, 2. Relevant at ranks 2 and 4: precisions 1/2 and 2/4. Grade 2 alone: rank 4, precision 1/4.
-    rows = [2, 0, 1, 0], [0.1, 0.2, 0.3, 0.4], ["q"] * 4
-    assert_array_equal(reciprocal_rank(*rows), [1 / 2])
-    assert_array_equal(reciprocal_rank(*rows, k=2), [1 / 2])
-    assert_array_equal(reciprocal_rank(*rows, k=1), [0])
-    assert_array_equal(reciprocal_rank(*rows, min_label=2), [1 / 4])
-    assert_array_equal(average_precision(*rows), [(1 / 2 + 2 / 4) / 2])
-    assert_array_equal(average_precision(*rows, min_label=2), [1 / 4])
+def test_mrr_and_map_match_hand_example():
+    # Ranking 0, 1, 0, 2. Relevant at ranks 2 and 4: precisions 1/2 and 2/4.
+    measures = by_query([2, 0, 1, 0], [0.1, 0.2, 0.3, 0.4], ["q"] * 4)
+    assert_array_equal(measures["mrr"], [1 / 2])
+    assert_array_equal(measures["map"], [(1 / 2 + 2 / 4) / 2])
 
 
 def test_among_equal_scores_the_irrelevant_document_ranks_first():
     # Ranking 0, then 0 and 1 with one score: the relevant document is at rank 3.
     for labels in [[0, 1, 0], [0, 0, 1]]:
-        rows = labels, [0.9, 0.5, 0.5], ["q"] * 3
-        assert_allclose(reciprocal_rank(*rows), 1 / 3)
-        assert_allclose(average_precision(*rows), 1 / 3)
+        measures = by_query(labels, [0.9, 0.5, 0.5], ["q"] * 3)
+        assert_allclose(measures["mrr"], 1 / 3)
+        assert_allclose(measures["map"], 1 / 3)
 
 
 def test_queries_without_a_relevant_document_are_left_out():
-    rows = [0, 1, 0, 1], [2.0, 1.0, 1.0, 2.0], ["a", "a", "b", "c"]
-    assert_array_equal(reciprocal_rank(*rows), [1 / 2, math.nan, 1])
-    assert_array_equal(average_precision(*rows), [1 / 2, math.nan, 1])
-    assert query_mean(reciprocal_rank(*rows)) == query_mean(average_precision(*rows)) == 3 / 4
-    assert math.isnan(query_mean(reciprocal_rank(*rows, min_label=2)))
+    measures = by_query([0, 1, 0, 1], [2.0, 1.0, 1.0, 2.0], ["a", "a", "b", "c"])
+    for name in ("mrr", "map"):
+        assert_array_equal(measures[name], [1 / 2, math.nan, 1])
+        assert query_mean(measures[name]) == 3 / 4
+    assert math.isnan(query_mean(by_query([0], [1.0], ["a"])["mrr"]))
 
 
 def test_measures_equal_ir_measures_without_ties():
@@ -206,10 +192,8 @@ def test_measures_equal_ir_measures_without_ties():
         (nDCG @ 10, 2**labels - 1, ndcg(*rows)),  # pytrec_eval's gain is the grade
         (nDCG @ 5, labels, ndcg(*rows, k=5, gain="linear")),
         (nDCG, labels, ndcg(*rows, k=None, gain="linear")),
-        (RR, labels, reciprocal_rank(*rows)),
-        (RR(rel=3) @ 2, labels, reciprocal_rank(*rows, k=2, min_label=3)),
-        (AP, labels, average_precision(*rows)),
-        (AP(rel=2), labels, average_precision(*rows, min_label=2)),
+        (RR, labels, by_query(*rows)["mrr"]),
+        (AP, labels, by_query(*rows)["map"]),
     ]:
         keys = [(f"{group:02}", str(row)) for row, group in enumerate(groups)]
         qrels = [ir_measures.Qrel(*key, int(grade)) for key, grade in zip(keys, grades, strict=True)]
@@ -223,13 +207,13 @@ def test_measures_equal_ir_measures_without_ties():
 
 def test_auc_matches_hand_example():
     # Relevant 3, 1, 0.5, 5 against irrelevant 2, 0.5, 0.9, 4, 2.5: they beat 4, 2, 0 (and tie 1) and 5 of 20 pairs.
-    assert auc(LABELS, SCORES) == 11.5 / 20
+    assert evaluate(LABELS, SCORES, GROUPS)["auc"] == 11.5 / 20
 
 
 def test_auc_equals_sklearn_with_ties():
-    labels, scores, _ = random_rows()
-    assert auc(labels, scores) == pytest.approx(roc_auc_score(labels >= 1, scores))
-    assert math.isnan(auc([1, 2], [0.1, 0.2]))
+    labels, scores, groups = random_rows()
+    assert evaluate(labels, scores, groups)["auc"] == pytest.approx(roc_auc_score(labels >= 1, scores))
+    assert math.isnan(evaluate([1, 2], [0.1, 0.2], [1, 2])["auc"])
 
 
 def test_teacher_error_matches_hand_example():
@@ -260,7 +244,7 @@ def test_kendall_tau_equals_scipy_with_ties():
     _, b, _ = random_rows(1, score_values=5)
     b = a + b
     assert_allclose(
-        kendall_tau(a, b, groups), by_query(lambda a, b: kendalltau(a, b).statistic, a, b, groups=groups), atol=1e-12
+        kendall_tau(a, b, groups), each_query(lambda a, b: kendalltau(a, b).statistic, a, b, groups=groups), atol=1e-12
     )
 
 
@@ -301,8 +285,8 @@ def test_row_order_does_not_matter():
     turned = np.random.default_rng(3).permutation(len(labels))
     shuffled = labels[turned], scores[turned], groups[turned]
     assert evaluate(*shuffled) == evaluate(labels, scores, groups)
-    for measure in (ndcg, reciprocal_rank, average_precision, query_pair_counts):
-        assert_array_equal(measure(*shuffled), measure(labels, scores, groups))
+    for name, values in by_query(labels, scores, groups).items():
+        assert_array_equal(by_query(*shuffled)[name], values)
     assert_array_equal(kendall_tau(*shuffled), kendall_tau(labels, scores, groups))
     assert_allclose(teacher_error(*shuffled), teacher_error(labels, scores, groups))
 

@@ -5,8 +5,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
+from hf_disranker.data.groups import load_groups
 from hf_disranker.data.schema import TableError
-from hf_disranker.data.tables import load_groups
 from hf_disranker.scoring.combine import average, merge
 from hf_disranker.scoring.store import ScoreStore, teacher_of
 

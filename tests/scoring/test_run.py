@@ -23,8 +23,9 @@ from transformers import BertConfig, BertModel
 from hf_disranker.cli import main
 from hf_disranker.data.bm25 import mine_candidates
 from hf_disranker.data.candidates import Candidates
+from hf_disranker.data.groups import load_groups
 from hf_disranker.data.schema import TableError
-from hf_disranker.data.tables import load_groups, pair_texts
+from hf_disranker.data.tables import pair_texts
 from hf_disranker.models.ranker import Ranker
 from hf_disranker.scoring.engines import RankerEngine, load_engine
 from hf_disranker.scoring.provenance import weights_digest

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from two_processes import ragged_groups
 
-from hf_disranker.data.collators import GroupCollator, budget_batches, made_ahead, runs_within
+from hf_disranker.data.collators import GroupCollator, budget_batches, prefetch_map, runs_within
 from hf_disranker.models.ranker import pair_collator
 from hf_disranker.training.batching import BudgetStream, TokenBudgetSampler, budget_groups, group_lengths
 
@@ -99,13 +99,13 @@ def test_the_next_is_made_while_one_is_used():
         begun[number].set()
         return number * number
 
-    results = made_ahead(make, range(3))
+    results = prefetch_map(make, range(3))
     assert next(results) == 0 and begun[1].wait(5)
-    assert list(results) == [1, 4] and list(made_ahead(make, [])) == []
+    assert list(results) == [1, 4] and list(prefetch_map(make, [])) == []
 
 
 def test_an_error_comes_where_its_result_would():
-    results = made_ahead(lambda number: 1 / number, [1, 0, 1])
+    results = prefetch_map(lambda number: 1 / number, [1, 0, 1])
     assert next(results) == 1
     with pytest.raises(ZeroDivisionError):
         next(results)

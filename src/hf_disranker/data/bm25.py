@@ -1,4 +1,4 @@
-"""Which documents a query is judged, scored and trained on: BM25's, random ones, and those that were clicked."""
+"""Mining of candidates and judgments: BM25, random documents, clicks."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from hf_disranker.data.schema import TableError, validate
+from hf_disranker.data.schema import TableError, corpus_rows, validate
 
 _BM25 = {"method": "lucene", "k1": 1.2, "b": 0.75}
 
 
 def mine_candidates(queries: pd.DataFrame, corpus: pd.DataFrame, top_k: int = 20) -> pd.DataFrame:
-    """The first-stage candidates of each query by BM25 (Lucene's form, k1 1.2, b 0.75) over title and summary.
+    """Retrieve the candidates of each query by BM25 (Lucene's variant, k1 1.2, b 0.75) over title and summary.
 
     Args:
-        queries: columns query_id, query; one row per query.
-        corpus: columns doc_id, title, summary.
-        top_k: documents per query; fewer where fewer share a word with it.
+        queries: Columns query_id, query; one row per query.
+        corpus: Columns doc_id, title, summary.
+        top_k: Maximum number of documents per query; documents without a common word are not candidates.
 
     Returns:
         A candidates table: query_id, query, doc_id, rank (int, from 1) and bm25 (float32).
 
     Raises:
-        TableError: the queries or the corpus are not what they should be.
+        TableError: If the queries or the corpus break their schema.
     """
     queries, corpus = validate(queries, "queries", "queries"), validate(corpus, "corpus", "corpus")
     index = bm25_index(corpus)
@@ -51,16 +51,16 @@ def mine_candidates(queries: pd.DataFrame, corpus: pd.DataFrame, top_k: int = 20
 def with_random_documents(
     candidates: pd.DataFrame, corpus: pd.DataFrame, per_query: int, seed: int = 0
 ) -> pd.DataFrame:
-    """Candidates and, for each query, some documents drawn from the corpus: the easy end of what a ranker will meet.
+    """Add random documents of the corpus to each query's candidates, as easy negatives.
 
     Args:
-        candidates: a candidates table.
-        corpus: columns doc_id, title, summary.
-        per_query: documents to draw for each query; one that is among its candidates is not added again.
-        seed: of the draw.
+        candidates: A candidates table.
+        corpus: Columns doc_id, title, summary.
+        per_query: Number of documents to draw per query; those that are candidates already are not added.
+        seed: Random seed.
 
     Returns:
-        The candidates table with the drawn rows behind each query's own; further columns are missing there.
+        The candidates table with the drawn rows after each query's own; other columns are missing there.
     """
     queries = candidates.drop_duplicates("query_id")[["query_id", "query"]].reset_index(drop=True)
     drawn = queries.loc[queries.index.repeat(per_query)]
@@ -74,15 +74,14 @@ def with_random_documents(
 
 
 def click_judgments(clicks: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
-    """Clicks as weak labels: 1 for a query's clicked documents, 0 for its other candidates.
+    """Turn clicks into weak labels: 1 for a query's clicked documents, 0 for its other candidates.
 
     Args:
-        clicks: a clicks table with query_id and doc_id.
-        candidates: a candidates table with texts.
+        clicks: A clicks table with query_id and doc_id.
+        candidates: A candidates table with texts.
 
     Returns:
-        A judgments table of the queries that have both; the documents of a query in order of their ids, so that their
-        order tells nothing.
+        A judgments table of the queries in both, sorted by ids so that the order of documents does not leak labels.
     """
     clicked = clicks[clicks["query_id"].isin(candidates["query_id"])].assign(label=1)
     others = candidates[candidates["query_id"].isin(clicked["query_id"])].assign(label=0)
@@ -92,24 +91,22 @@ def click_judgments(clicks: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFr
 
 
 def bm25_scores(pairs: pd.DataFrame, corpus: pd.DataFrame | None = None) -> np.ndarray:
-    """BM25 of given pairs, the baseline that every ranker has to beat.
+    """Score pairs by BM25, the baseline for every ranker.
 
     Args:
-        pairs: columns query_id, query, doc_id, title, summary.
-        corpus: the documents over which words are counted; None takes the distinct documents of `pairs`.
+        pairs: Columns query_id, query, doc_id, title, summary.
+        corpus: Documents for the word statistics; None uses the distinct documents of `pairs`.
 
     Returns:
-        Scores, shape (len(pairs),), float64; 0 where no word is shared.
+        Scores, shape (len(pairs),), float64; 0 without a common word.
 
     Raises:
-        TableError: a document of `pairs` is not in `corpus`.
+        TableError: If a document of `pairs` is not in `corpus`.
     """
     if corpus is None:
         corpus = pairs.drop_duplicates("doc_id")
     index = bm25_index(corpus)
-    places = pd.Index(corpus["doc_id"]).get_indexer(pairs["doc_id"])
-    if (places < 0).any():
-        raise TableError(f"{int((places < 0).sum())} documents are not in the corpus.")
+    places = corpus_rows(pairs["doc_id"], pd.Index(corpus["doc_id"]), "pairs")
     scores = np.zeros(len(pairs))
     groups = pairs.groupby("query_id", sort=False).indices
     for rows in tqdm(groups.values(), desc="BM25", leave=False):
@@ -124,7 +121,7 @@ _WORD = re.compile(f"[{_CJK}]+|[^\\W{_CJK}]+")
 
 
 def bm25_tokens(text: str) -> list[str]:
-    """Lower-case words; a run of Chinese, Japanese or Korean signs gives its overlapping pairs, as Lucene does."""
+    """Split into lower-case words; Chinese, Japanese and Korean into overlapping character pairs, as Lucene does."""
     tokens: list[str] = []
     for word in _WORD.findall(text.lower()):
         if re.match(f"[{_CJK}]", word) and len(word) > 1:
@@ -135,11 +132,11 @@ def bm25_tokens(text: str) -> list[str]:
 
 
 def bm25_index(corpus: pd.DataFrame) -> Any:
-    """A bm25s index over title and summary; TableError where there is no word to index."""
+    """Build a bm25s index over title and summary; TableError if there is no word to index."""
     index = bm25s.BM25(**_BM25)
     texts = tqdm(corpus["title"].fillna("") + " " + corpus["summary"].fillna(""), desc="BM25 index", leave=False)
     tokens = [bm25_tokens(text) for text in texts]
     if not any(tokens):
-        raise TableError("BM25 finds no word in any document.")
+        raise TableError("No document has a word to index for BM25.")
     index.index(tokens, show_progress=False)
     return index

@@ -1,43 +1,50 @@
-"""Candidates: a table of pairs that is read some rows at a time, however long it is."""
+"""Candidates: a table of pairs of any length, read in slices."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
-from hf_disranker.data.schema import TABLES, TableError, check_names, refuse_unknown_documents, validate
-from hf_disranker.data.tables import Source, arrow_column, parquet_files, read_table, source_name
+from hf_disranker.data.files import row_groups
+from hf_disranker.data.schema import TABLES, TableError, check_names, corpus_rows, validate
+from hf_disranker.data.tables import (
+    Source,
+    arrow_column,
+    has_texts,
+    locate,
+    parquet_files,
+    read_table,
+    read_texts,
+    source_name,
+)
 
 TEXT_COLUMNS = ("query", "title", "summary")
-# Rows that are checked at a time.
+# Rows checked at a time.
 _CHUNK = 100_000
 
 
 class Candidates:
-    """Pairs to score. Parquet stays on disk: memory holds one row group, and the corpus where one is named.
+    """Pairs to score. Parquet stays on disk, except for one row group and the corpus.
 
     Args:
-        source: as in `read_table`, or a list of such. What is not parquet is read whole.
-        corpus: where texts come from when the rows have ids only; held in memory.
-        table: the contract of the rows: candidates, or scores.
+        source: As in `read_table`, or a list of such. Sources other than parquet are loaded whole.
+        corpus: Source of the texts if the rows have ids only; loaded into memory.
+        table: Schema of the rows: candidates or scores.
 
     Raises:
-        FileNotFoundError, TableError: as in `read_table`, as far as it shows before the rows are read.
+        FileNotFoundError, TableError: As in `read_table`, for errors visible before the rows are read.
     """
 
     def __init__(self, source: Source | list[str], corpus: Source | None = None, table: str = "candidates") -> None:
         sources = source if isinstance(source, list) else [source]
         self.name = ", ".join(source_name(one) for one in sources)
-        self._contract = table
+        self._schema = table
         self._parts = [part for one in sources for part in _parts(one, table)]
         self._starts = np.cumsum([0, *(rows for rows, _ in self._parts)])
         self._held: tuple[int, pa.Table] | None = None
@@ -46,44 +53,41 @@ class Candidates:
             raise TableError(f"{self.name}: the {table} table has no rows.")
         self._texts: pa.Table | None = None
         check_names(self._part(0).column_names, table, self.name)
-        if not {"title", "summary"} <= set(self._part(0).column_names):
-            if corpus is None:
-                raise TableError(f"{self.name}: the rows have no title and summary; name the corpus that holds them.")
-            texts = read_table(corpus, "corpus")[["doc_id", "title", "summary"]]
-            self._texts, self._places = _arrow(texts), pd.Index(texts["doc_id"])
+        if not has_texts(self._part(0).column_names):
+            texts = read_texts(corpus, self.name)
+            self._texts, self._corpus_ids = _arrow(texts), pd.Index(texts["doc_id"])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> pa.Table:
-        """Some rows, checked, with texts; further columns as they are.
+        """Read and validate rows, with texts; other columns are unchanged.
 
         Args:
-            start: the first row, from 0.
-            stop: the row behind the last.
+            start: First row, from 0.
+            stop: End of the rows, exclusive.
 
         Raises:
-            TableError: the rows break the contract, or cannot be read.
+            TableError: If the rows break the schema or cannot be read.
         """
         rows = self._rows(start, stop)
         if self._texts is None:
             return rows
-        places = self._places.get_indexer(rows["doc_id"].to_pandas())
-        texts = self._texts.take(pa.array(places))
+        texts = self._texts.take(pa.array(corpus_rows(rows["doc_id"].to_pandas(), self._corpus_ids, self.name)))
         rows = rows.drop_columns([name for name in ("title", "summary") if name in rows.column_names])
         return rows.append_column("title", texts["title"]).append_column("summary", texts["summary"])
 
     def check(self) -> str:
-        """Read every row once, so that what is wrong shows before money is spent.
+        """Read and validate all rows before any of them is scored.
 
-        Pairs that occur twice are found over all rows, by 8 bytes for each; a query_id with two query texts only where
-        its rows stand within 100,000 of one another.
+        Duplicate pairs are found over all rows, with 8 bytes of memory per row; a query_id with two query texts only
+        within 100,000 rows.
 
         Returns:
-            A digest of all ids and texts, corpus included, in their order: the same for the same rows in other files.
+            SHA-256 of all ids and texts, corpus included, in their order, however they are divided into files.
 
         Raises:
-            TableError: as in `read`, or a (query_id, doc_id) occurs twice.
+            TableError: As in `read`, or if a (query_id, doc_id) occurs twice.
         """
         if self._digest:
             return self._digest
@@ -94,7 +98,7 @@ class Candidates:
             _update(digests, rows)
             ids = rows.select(["query_id", "doc_id"]).to_pandas()
             keys[start : start + _CHUNK] = pd.util.hash_pandas_object(ids, index=False)
-        _refuse_repeated(keys, f"{self.name}: {self._contract} table")
+        _refuse_repeated(keys, f"{self.name}: {self._schema} table")
         if self._texts is not None:
             _update(digests, self._texts.rename_columns({name: f"corpus {name}" for name in self._texts.column_names}))
         whole = "".join(f"{name} {digest.hexdigest()}\n" for name, digest in sorted(digests.items()))
@@ -104,10 +108,10 @@ class Candidates:
     def _rows(self, start: int, stop: int) -> pa.Table:
         pieces = []
         for number in range(int(np.searchsorted(self._starts, start, "right")) - 1, len(self._parts)):
-            begin = int(self._starts[number])
-            if begin >= stop:
+            offset = int(self._starts[number])
+            if offset >= stop:
                 break
-            pieces.append(self._part(number).slice(max(0, start - begin), stop - max(begin, start)))
+            pieces.append(self._part(number).slice(max(0, start - offset), stop - max(offset, start)))
         return self._validated(pa.concat_tables(pieces, promote_options="permissive"), start)
 
     def _part(self, number: int) -> pa.Table:
@@ -116,42 +120,26 @@ class Candidates:
         return self._held[1]
 
     def _validated(self, rows: pa.Table, start: int) -> pa.Table:
-        contract = TABLES[self._contract]
-        known = [name for name in contract.required + contract.optional if name in rows.column_names]
-        frame = rows.select(known).to_pandas().set_axis(range(start, start + len(rows)))  # for places in errors
-        frame = validate(frame, self._contract, self.name)
+        schema = TABLES[self._schema]
+        known = [name for name in schema.required + schema.optional if name in rows.column_names]
+        frame = rows.select(known).to_pandas().set_axis(range(start, start + len(rows)))  # row numbers in errors
+        frame = validate(frame, self._schema, self.name)
         if self._texts is not None:
-            refuse_unknown_documents(frame["doc_id"], self._places, self.name)
+            corpus_rows(frame["doc_id"], self._corpus_ids, self.name)
         for name, column in zip(known, _arrow(frame).columns, strict=True):
             rows = rows.set_column(rows.column_names.index(name), name, column)
         return rows
 
 
 def _parts(source: Source, table: str) -> Iterator[tuple[int, Callable[[], pa.Table]]]:
-    """For each row group its length and how to read it; a source that is not parquet is one part."""
+    """Yield the length and reader of each row group; a source other than parquet is one part."""
     files = parquet_files(source)
     if not files:
         rows = pa.Table.from_pandas(read_table(source, table, texts=False), preserve_index=False)
         yield len(rows), lambda: rows
     for path in files:
-        fs = url_to_fs(os.fspath(source))[0]  # type: ignore[arg-type]
-        footer = _read(fs, path, lambda file: file.metadata)
-        for group in range(footer.num_row_groups):
-            yield footer.row_group(group).num_rows, partial(_read, fs, path, partial(_read_group, group=group))
-
-
-def _read_group(file: pq.ParquetFile, group: int) -> pa.Table:
-    rows = file.read_row_group(group).replace_schema_metadata(None)
-    # A named index is a column like any other; one without a name is pandas' own business.
-    return rows.drop_columns([name for name in rows.column_names if name.startswith("__index_level_")])
-
-
-def _read(fs: Any, path: str, what: Callable[[pq.ParquetFile], Any]) -> Any:
-    try:
-        with fs.open(path, "rb") as file:
-            return what(pq.ParquetFile(file))
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise TableError(f"{path}: cannot be read as parquet: {error}") from error
+        fs, _ = locate(os.fspath(source))  # type: ignore[arg-type]
+        yield from ((group.rows, group.read) for group in row_groups(fs, path))
 
 
 def _arrow(frame: pd.DataFrame) -> pa.Table:
@@ -159,7 +147,7 @@ def _arrow(frame: pd.DataFrame) -> pa.Table:
 
 
 def _update(digests: dict[str, Any], rows: pa.Table) -> None:
-    """Go on digesting ids and texts, by column: their lengths and their bytes."""
+    """Update the digest of each id and text column with lengths and bytes."""
     for name, column in zip(rows.column_names, rows.columns, strict=True):
         if name.split(" ")[-1] in ("query_id", "doc_id", *TEXT_COLUMNS):
             _, offsets, content = pa.array(column.to_pandas(), pa.large_string()).buffers()

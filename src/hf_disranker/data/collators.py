@@ -1,6 +1,6 @@
-"""From texts to tensors: pairs for scoring, whole groups for training.
+"""Collators: pairs for scoring, groups for training.
 
-Tokenisation happens here, in the data loader's workers, never in the training step.
+Tokenisation runs here, in the workers of the data loader, not in the training step.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_disranker.data.templates import Templates
 
-# Room for a document behind the longest query allowed: special tokens, the template's words, and a few tokens of text.
+# Tokens left for a document after the longest query: special tokens, template words and a few tokens of text.
 _DOCUMENT_ROOM = 16
-# Keys of a row, and how `tokenizers` calls them.
+# Keys of a row, and their names in `tokenizers`.
 _FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 @dataclass
 class Encoded:
-    """Tokenised rows: for each a dict of lists, and how many queries and documents did not fit whole."""
+    """Tokenised rows, and the number of truncated queries and documents."""
 
     rows: list[dict[str, list[int]]]
     queries_cut: int
@@ -40,19 +40,19 @@ class Encoded:
 
 @dataclass
 class PairCollator:
-    """Tokenises (query, document) pairs as a model's templates say.
+    """Tokenise (query, document) pairs with a model's templates.
 
-    The query is cut at its own limit, then the document's end at the limit of the whole. Threads can share a collator:
-    it reads with copies of the tokenizer, whose limits stay as they are.
+    The query is truncated to its own limit, then the document to that of the pair. Thread-safe: the collator works on
+    copies of the tokenizer and does not change its settings.
 
     Args:
-        tokenizer: a fast tokenizer of the model.
-        templates: the model's templates.
-        max_length: tokens of a pair at most, special tokens included.
-        max_query_length: tokens of a query at most.
+        tokenizer: A fast tokenizer.
+        templates: Templates of the model.
+        max_length: Maximum number of tokens per pair, special tokens included.
+        max_query_length: Maximum number of tokens per query.
 
     Raises:
-        ValueError: the limits leave no room for a document.
+        ValueError: If the limits leave no room for a document.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -77,18 +77,18 @@ class PairCollator:
         """Tokenise without padding.
 
         Args:
-            queries: one query per pair, as typed.
-            documents: one document per pair, as one string.
+            queries: Queries, one per pair.
+            documents: Rendered documents, one per pair.
         """
         shorter = self._shorten(set(queries))
         rendered = [self.templates.render_query(shorter.get(query, query)) for query in queries]
-        documents = [self._beginning(document) for document in documents]
+        documents = [self._prefix(document) for document in documents]
         encode = self._encode_pairs if self.templates.text is None else self._encode_texts
         rows, cut = encode(rendered, documents)
         return Encoded(rows, sum(query in shorter for query in queries), cut)
 
     def _encode_pairs(self, queries: list[str], documents: list[str]) -> tuple[list[dict[str, list[int]]], int]:
-        """What `tokenizer(queries, documents, truncation="only_second")` gives, each text being read once."""
+        """Like `tokenizer(queries, documents, truncation="only_second")`, but tokenising each distinct text once."""
         texts = list(dict.fromkeys([*queries, *documents]))
         parts = dict(zip(texts, self._whole.encode_batch_fast(texts, add_special_tokens=False), strict=True))
         room = self.max_length - self._cut.num_special_tokens_to_add(is_pair=True)
@@ -108,7 +108,7 @@ class PairCollator:
         return rows, sum(1 for encoding in encodings if encoding.overflowing)
 
     def pad(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """Stack rows of `encode` to tensors of shape (rows, longest)."""
+        """Pad rows of `encode` into tensors of shape (rows, longest)."""
         fill = {"input_ids": self.tokenizer.pad_token_id}
         return {
             key: pad_sequence(
@@ -120,14 +120,14 @@ class PairCollator:
             for key in rows[0]
         }
 
-    def _beginning(self, document: str) -> str:
-        """As many words as there can be tokens, since the tokenizer reads all before it cuts."""
+    def _prefix(self, document: str) -> str:
+        """Return the first `max_length` words, since the tokenizer encodes a text whole before truncating it."""
         words = document.split(None, self.max_length)
         return document[: -len(words[-1])] if len(words) > self.max_length else document
 
     def _shorten(self, queries: set[str]) -> dict[str, str]:
-        """What is left of the queries beyond the limit."""
-        # A token holds at least one byte, of the query or of the blank put before it: most queries need no look.
+        """Map the queries above the limit to their truncated texts."""
+        # A token has at least one byte, of the query or the space before it, so most queries need no check.
         suspects = sorted(query for query in queries if len(query.encode()) >= self.max_query_length)
         if not suspects:
             return {}
@@ -142,20 +142,20 @@ class PairCollator:
 
 @dataclass
 class GroupCollator:
-    """Turns rows of `load_groups` into one flat batch of pairs and what is known of them.
+    """Collate rows of `load_groups` into a flat batch of pairs with labels and teacher scores.
 
-    The batch holds the padded pairs of all groups, shape (pairs, longest), in group order, and over (groups, docs):
-    `mask`, True where a document exists; `labels`, float, NaN where none is known; `teacher_scores`, likewise.
-    `model_output[mask]` and a scatter by `mask` lead from one shape to the other.
+    The batch has the padded pairs of all groups in order, shape (pairs, longest), and of shape (groups, docs) `mask`,
+    True where a document exists, `labels` and `teacher_scores`, float, NaN where unknown. A gather or scatter by
+    `mask` converts between the two shapes.
 
     Args:
-        pairs: how a pair is tokenised.
+        pairs: Collator of the pairs.
     """
 
     pairs: PairCollator
 
     def encode_pairs(self, groups: list[dict[str, Any]]) -> Encoded:
-        """All pairs of the groups, tokenised, in their order."""
+        """Tokenise all pairs of the groups, in order."""
         queries = [group["query"] for group in groups for _ in group["doc_ids"]]
         documents = [
             self.pairs.templates.render_document(title, summary)
@@ -165,12 +165,12 @@ class GroupCollator:
         return self.pairs.encode(queries, documents)
 
     def encode(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The groups with their tokenised pairs, as the further key `rows`."""
+        """Add the tokenised pairs to each group, as the key `rows`."""
         rows = iter(self.encode_pairs(groups).rows)
         return [group | {"rows": list(islice(rows, len(group["doc_ids"])))} for group in groups]
 
     def __call__(self, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Collate groups of any sizes, tokenised by `encode` or not."""
+        """Collate groups of any sizes, whether or not tokenised by `encode`."""
         encoded = groups if all("rows" in group for group in groups) else self.encode(groups)
         batch = self.pairs.pad([row for group in encoded for row in group["rows"]])
         sizes = torch.tensor([len(group["doc_ids"]) for group in groups])
@@ -184,27 +184,27 @@ class GroupCollator:
         return batch
 
 
-def made_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """`map`, with the next result made in a thread while the caller works with the one before."""
+def prefetch_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Like `map`, computing the next result in a thread while the caller uses the current one."""
     with ThreadPoolExecutor(1) as thread:
-        waiting = None
+        current = None
         for item in items:
-            coming = thread.submit(make, item)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting.result()
+            following = thread.submit(function, item)
+            if current is not None:
+                yield current.result()
+            current = following
+        if current is not None:
+            yield current.result()
 
 
 def budget_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
-    """Cut rows, longest first, into batches that hold at most `token_budget` tokens with their padding.
+    """Batch rows, longest first, with at most `token_budget` tokens per batch, padding included.
 
-    Sorting by length leaves almost no padding; the longest first shows at once whether the memory suffices.
+    Sorting by length minimises padding; with the longest first, running out of memory shows at once.
 
     Args:
-        lengths: tokens of each row, shape (rows,).
-        token_budget: rows times longest row of a batch; a longer row gets a batch of its own.
+        lengths: Tokens per row, shape (rows,).
+        token_budget: Maximum of rows times longest row; a longer row is a batch of its own.
 
     Returns:
         Row numbers, an array per batch; every row once.
@@ -219,11 +219,11 @@ def budget_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
 
 
 def runs_within(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
-    """Cut rows, in their order, into batches of at most `token_budget` tokens and the rest of one row.
+    """Batch rows in order; a batch may exceed `token_budget` by part of its last row.
 
     Args:
-        lengths: tokens of each row, shape (rows,).
-        token_budget: of a batch, before what its rows share is counted once.
+        lengths: Tokens per row, shape (rows,).
+        token_budget: Tokens per batch, counting shared prefixes for each row.
 
     Returns:
         Row numbers, an array per batch; every row once.
@@ -233,13 +233,13 @@ def runs_within(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
 
 
 def _values(group: dict[str, Any], key: str) -> list[float]:
-    """A value for each document of a group, NaN where none is known."""
+    """Return a value per document of a group, NaN where unknown."""
     documents = len(group["doc_ids"])
-    found = group.get(key)
-    if found is None:
+    values = group.get(key)
+    if values is None:
         return [torch.nan] * documents
-    if len(found) != documents:
+    if len(values) != documents:
         raise ValueError(
-            f"Query {group.get('query_id', group['query'])!r}: {len(found)} {key} for {documents} documents."
+            f"Query {group.get('query_id', group['query'])!r}: {len(values)} {key} for {documents} documents."
         )
-    return [torch.nan if value is None else value for value in found]
+    return [torch.nan if value is None else value for value in values]

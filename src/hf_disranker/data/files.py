@@ -1,6 +1,6 @@
-"""Files of rows: csv, jsonl and parquet, the first two also packed by gzip.
+"""Strict readers of files: csv and jsonl (optionally gzipped), parquet by row group, and BEIR folders.
 
-Rows of a text file have their lines as index, counted from 1 as an editor does, so that errors can name them.
+Rows of a text file are indexed by their line, counted from 1 as in an editor, so that errors can name it.
 """
 
 from __future__ import annotations
@@ -8,37 +8,59 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow import csv as arrow_csv
 
-from hf_disranker.data.schema import TableError, with_index
+from hf_disranker.data.schema import (
+    TABLES,
+    TableError,
+    grades_from_zero,
+    join_queries,
+    join_texts,
+    validate,
+    with_index,
+)
 
-csv.field_size_limit(2**31 - 1)  # a text may be longer than the module's 128 KiB
-# Rows that are held as Python objects at a time.
+csv.field_size_limit(2**31 - 1)  # texts may be longer than the default of 128 KiB
+# Rows that are Python objects at the same time.
 _BLOCK = 50_000
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_READ_ERRORS = (ValueError, OSError, EOFError, zlib.error, pa.ArrowException)
+# Column names of BEIR, and ours.
+_BEIR_CORPUS = {"_id": "doc_id", "title": "title", "text": "summary"}
+_BEIR_QUERIES = {"_id": "query_id", "text": "query"}
+_BEIR_QRELS = {"query-id": "query_id", "corpus-id": "doc_id", "score": "label"}
 
 
 def read_file(fs: Any, path: str, kind: str | None = None) -> pd.DataFrame:
-    """Read a file as it is: the types of csv are str, those of jsonl and parquet are the file's.
+    """Read a file unchecked: csv columns are str, those of jsonl and parquet have the types of the file.
 
     Args:
-        fs: the fsspec file system that holds it.
-        path: its path there.
-        kind: ".csv", ".jsonl", ".parquet" or ".tsv"; None goes by the path's ending.
+        fs: The fsspec file system of the file.
+        path: Path of the file in `fs`.
+        kind: ".csv", ".jsonl", ".parquet" or ".tsv"; None infers it from the path.
 
     Raises:
-        TableError: it is of no such kind, empty, or broken; the message says what to do.
+        TableError: If the format is unknown, or the file is empty or broken. The message says how to repair it.
     """
     if kind is None and not is_table_file(path):
         raise TableError(f"{path}: a table is one of {', '.join(FORMATS)}, or a folder of parquet files.")
-    kind = kind or ending(path)
+    kind = kind or _ending(path)
     if fs.size(path) == 0:
         raise TableError(f"{path}: the file is empty.")
     try:
@@ -47,17 +69,16 @@ def read_file(fs: Any, path: str, kind: str | None = None) -> pd.DataFrame:
     except UnicodeDecodeError:
         with _opened(fs, path) as file:
             raise TableError(f"{path}: {_not_utf8(file)}") from None
-    except (ValueError, OSError, EOFError, zlib.error, pa.ArrowException) as error:
+    except _READ_ERRORS as error:
         raise TableError(f"{path}: cannot be read as {kind[1:]}: {error}") from error
 
 
 def is_table_file(path: str) -> bool:
-    """Whether the name ends like one of the formats."""
-    return ending(path) in FORMATS
+    """Return True if the file name has the extension of a supported format."""
+    return _ending(path) in FORMATS
 
 
-def ending(path: str) -> str:
-    """The ending in lower case, without that of gzip."""
+def _ending(path: str) -> str:
     return "." + path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
 
 
@@ -66,30 +87,118 @@ def _opened(fs: Any, path: str) -> IO[bytes]:
     return file
 
 
+# Parquet
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Row group of a parquet file, to be read whole or in batches.
+
+    Named index levels are columns; unnamed ones (internal to pandas) are dropped. Reading raises TableError if the
+    file is damaged.
+    """
+
+    fs: Any
+    path: str
+    number: int
+    rows: int
+
+    def read(self) -> pa.Table:
+        """Read all rows."""
+        with _parquet(self.fs, self.path) as file:
+            return _without_index(file.read_row_group(self.number))
+
+    def batches(self, size: int) -> Iterator[pa.Table]:
+        """Yield at most `size` rows at a time."""
+        # Not by datasets, whose scanner prefetches up to the whole file. A row group at a time, since the reader keeps
+        # what it has read until its iteration ends.
+        with _parquet(self.fs, self.path) as file:
+            for batch in file.iter_batches(size, row_groups=[self.number]):
+                yield _without_index(pa.Table.from_batches([batch]))
+
+
+def row_groups(fs: Any, path: str) -> list[RowGroup]:
+    """Return the row groups of a parquet file from its footer; TableError if it cannot be read."""
+    with _parquet(fs, path) as file:
+        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+    return [RowGroup(fs, path, number, rows) for number, rows in enumerate(sizes)]
+
+
+@contextmanager
+def _parquet(fs: Any, path: str) -> Iterator[pq.ParquetFile]:
+    try:
+        with fs.open(path, "rb") as file:
+            yield pq.ParquetFile(file)
+    except _READ_ERRORS as error:
+        raise TableError(f"{path}: cannot be read as parquet: {error}") from error
+
+
+def _without_index(rows: pa.Table) -> pa.Table:
+    unnamed = [name for name in rows.column_names if name.startswith("__index_level_")]
+    return rows.replace_schema_metadata(None).drop_columns(unnamed)
+
+
+# csv and jsonl
+
+
 def _read_csv(file: IO[bytes], separator: str = ",") -> pd.DataFrame:
-    # strict: a stray quote would join lines in silence.
-    reader = csv.reader(_text(file), delimiter=separator, strict=True)
+    content = file.read()
+    # strict: otherwise a stray quote would silently join lines.
+    reader = csv.reader(_text(io.BytesIO(content)), delimiter=separator, strict=True)
     _, names = next(_records(reader), (1, []))
-    if separator == "," and len(names) == 1 and (found := [sign for sign in _SEPARATORS if sign in names[0]]):
+    if separator == "," and len(names) == 1 and (found := [mark for mark in _SEPARATORS if mark in names[0]]):
         raise ValueError(f"its fields are separated by {_SEPARATORS[found[0]]}: save it with commas between them.")
     names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"its header names the column '{twice[0]}' twice.")
+    if reader.line_num == 1 and (rows := _read_regular_csv(content, names, separator)) is not None:
+        return rows
     return _frame(_full_rows(reader, names), names)
+
+
+def _read_regular_csv(content: bytes, names: list[str], separator: str) -> pd.DataFrame | None:
+    """Parse a csv by pyarrow, which is faster; None if it might deviate from the strict reader."""
+    body = content[content.find(b"\n") + 1 :]
+    if b"\0" in body or body.count(b"\r") != body.count(b"\r\n") or not _quotes_match(body, separator):
+        return None
+    try:
+        table = arrow_csv.read_csv(
+            pa.BufferReader(body),
+            arrow_csv.ReadOptions(column_names=names, block_size=min(len(body), 2**30)),
+            arrow_csv.ParseOptions(delimiter=separator, newlines_in_values=True),
+            arrow_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
+        )
+    except pa.ArrowException:
+        return None
+    lines = 1 + sum(pc.count_substring(column, "\n").to_numpy() for column in table.columns)
+    if lines.sum() != body.count(b"\n") + (not body.endswith(b"\n")):
+        return None  # it has empty lines
+    index = pd.Index(2 + np.cumsum(lines) - lines, name="line")
+    return table.to_pandas().astype(object).set_index(index)
+
+
+def _quotes_match(content: bytes, separator: str) -> bool:
+    """Return True if all double quotes enclose a field or are doubled within one."""
+    data = np.frombuffer(content, np.uint8)
+    quotes = np.flatnonzero(data == ord('"'))
+    edge = np.zeros(256, bool)
+    edge[[*b'"\r\n', ord(separator)]] = True
+    closed = np.minimum(quotes[1::2] + 1, len(data) - 1)
+    return len(quotes) % 2 == 0 and bool(edge[data[quotes[::2] - 1]].all() and edge[data[closed]].all())
 
 
 def _full_rows(reader: Any, names: list[str]) -> Iterator[tuple[int, list[str]]]:
     for line, row in _records(reader):
         if len(row) != len(names):
             why = (
-                "is the row cut short?" if len(row) < len(names) else "a text with the separator needs double quotes."
+                "is the row truncated?" if len(row) < len(names) else "a text with the separator needs double quotes."
             )
             raise ValueError(f"line {line} has {len(row)} fields, the header {len(names)}: {why}")
         yield line, row
 
 
 def _records(reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Rows of a csv with their first lines; empty lines are passed over."""
+    """Yield the rows of a csv and the line where each starts, skipping empty lines."""
     while True:
         line = reader.line_num + 1
         try:
@@ -99,14 +208,10 @@ def _records(reader: Any) -> Iterator[tuple[int, list[str]]]:
         except csv.Error as error:
             raise ValueError(
                 f"the double quotes of the row in line {line} do not match ({error}, line {reader.line_num}). Put a "
-                "text that holds a quote into double quotes and write its own quotes twice."
+                "text that contains a quote into double quotes and double its own quotes."
             ) from error
         if row:
             yield line, row
-
-
-def _read_jsonl(file: IO[bytes]) -> pd.DataFrame:
-    return _frame(_objects(_text(file)))
 
 
 def _objects(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -116,14 +221,14 @@ def _objects(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is no JSON ({error.msg}); each line holds one object.") from error
+            raise ValueError(f"line {number} is not JSON ({error.msg}); each line is one object.") from error
         if not isinstance(row, dict):
-            raise ValueError(f"line {number} is no JSON object; each line holds one.")
+            raise ValueError(f"line {number} is not a JSON object; each line is one.")
         yield number, row
 
 
 def _frame(rows: Iterator[tuple[int, Any]], names: list[str] | None = None) -> pd.DataFrame:
-    """Rows with their lines as one frame; `names` belong to lists, None to dicts."""
+    """Build a frame from (line, row) pairs, where a row is a list of the values of `names`, or a dict."""
     blocks = []
     while block := list(islice(rows, _BLOCK)):
         lines, values = zip(*block, strict=True)
@@ -134,7 +239,7 @@ def _frame(rows: Iterator[tuple[int, Any]], names: list[str] | None = None) -> p
 
 
 def _text(file: IO[bytes]) -> io.TextIOWrapper:
-    """The file as UTF-8 with its line breaks as they are; a byte order mark is passed over."""
+    """Decode a file as UTF-8 without its byte order mark, keeping its line ends."""
     start = file.read(4)
     file.seek(0)
     if start.startswith(_UTF16) or b"\0" in start:
@@ -143,21 +248,99 @@ def _text(file: IO[bytes]) -> io.TextIOWrapper:
 
 
 def _not_utf8(file: IO[bytes]) -> str:
-    """Where a file is not UTF-8."""
+    """Describe where a file is not UTF-8."""
     try:
         file.read().decode()
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         return f"line {line} is not UTF-8 (byte {error.object[error.start]:#04x}): save the file as UTF-8."
-    raise AssertionError("it was not UTF-8 a moment ago")
+    raise AssertionError("the file changed while it was read")
 
 
 _READERS: dict[str, Callable[[IO[bytes]], pd.DataFrame]] = {
     ".parquet": lambda file: with_index(pd.read_parquet(file)),
-    # Types are the schema's business: "007" and "NA" are ids and texts like any other.
-    ".jsonl": _read_jsonl,
+    # Types are left to the schema: "007" and "NA" are ids and texts like any other.
+    ".jsonl": lambda file: _frame(_objects(_text(file))),
     ".csv": _read_csv,
     ".tsv": lambda file: _read_csv(file, "\t"),
 }
-# What a table may be; a .tsv is for BEIR's qrels, elsewhere the ending of TREC's files.
+# Formats of a table. A .tsv is read in BEIR folders only; elsewhere it is a TREC file.
 FORMATS = (".parquet", ".jsonl", ".csv")
+
+
+# BEIR folders: corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, optionally gzipped
+
+
+def is_beir(source: Any) -> bool:
+    """Return True if the source is the path of a BEIR folder."""
+    if not isinstance(source, str | os.PathLike):
+        return False
+    return Path(source, "qrels").is_dir() or _packed_or_not(Path(source, "corpus.jsonl")) is not None
+
+
+def beir_files(source: Any) -> list[str]:
+    """Return the sorted files of a BEIR folder; none for any other source."""
+    folder = Path(source)
+    found = [*folder.glob("*.jsonl*"), *folder.glob("qrels/*.tsv*")] if is_beir(source) else []
+    return sorted(map(str, found))
+
+
+def read_beir(folder: Path, table: str, split: str | None = None) -> tuple[pd.DataFrame, str]:
+    """Read a table of a BEIR folder.
+
+    Args:
+        folder: Path of the folder.
+        table: judgments, corpus or queries.
+        split: Split of the judgments; None reads all.
+
+    Returns:
+        The unchecked rows, for judgments with texts and a column `split`, and the file to name in errors.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        TableError: If there is no such table or split, a file is malformed, or a query or document has no text.
+    """
+    if table == "judgments":
+        return _beir_judgments(folder, split)
+    if table not in ("corpus", "queries"):
+        raise TableError(f"{folder}: a BEIR folder has judgments, corpus and queries, no {table} table.")
+    path = _packed_or_not(folder / f"{table}.jsonl")
+    if path is None:
+        raise FileNotFoundError(f"{folder / table}.jsonl: no such file.")
+    rows = read_file(LocalFileSystem(), str(path))
+    if table == "corpus" and "title" not in rows.columns:
+        rows["title"] = ""
+    return _renamed(rows, _BEIR_CORPUS if table == "corpus" else _BEIR_QUERIES, path), str(path)
+
+
+def _beir_judgments(folder: Path, split: str | None) -> tuple[pd.DataFrame, str]:
+    qrels = sorted([*folder.glob("qrels/*.tsv"), *folder.glob("qrels/*.tsv.gz")])
+    paths = {path.name.split(".tsv")[0]: path for path in qrels}
+    if not paths or (split and split not in paths):
+        raise TableError(
+            f"{folder}: there are no judgments of split '{split}'; there are: {', '.join(paths) or 'none'}."
+        )
+    chosen = {split: paths[split]} if split else paths
+    parts = [
+        _renamed(read_file(LocalFileSystem(), str(path), ".tsv"), _BEIR_QRELS, path).assign(split=name)
+        for name, path in chosen.items()
+    ]
+    rows = pd.concat(parts, ignore_index=not split)
+    rows = rows.assign(label=grades_from_zero(rows["label"]))
+    name = str(chosen[split] if split else folder / "qrels")
+    tables = {table: read_beir(folder, table) for table in ("queries", "corpus")}
+    queries, corpus = (validate(frame, table, file) for table, (frame, file) in tables.items())
+    return join_texts(join_queries(rows, queries, name), corpus, name), name
+
+
+def _renamed(rows: pd.DataFrame, names: Mapping[str, str], path: Path) -> pd.DataFrame:
+    """Rename BEIR's columns, dropping other columns whose names have a meaning in our tables."""
+    if missing := [name for name in names if name not in rows.columns]:
+        raise TableError(f"{path}: the rows lack {', '.join(missing)}; they have: {', '.join(rows.columns)}.")
+    ours = {column for table in TABLES.values() for column in table.required + table.optional}
+    return rows.drop(columns=(ours - set(names)) & set(rows.columns)).rename(columns=names)
+
+
+def _packed_or_not(path: Path) -> Path | None:
+    """Return the file or its gzipped form; None if neither exists."""
+    return next((file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()), None)

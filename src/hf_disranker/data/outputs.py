@@ -1,4 +1,4 @@
-"""Where a command may write: over nothing that it did not make."""
+"""Refuse to overwrite files that a command did not write."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-# What a model's folder holds, and what is written into one.
+# Files of a model folder.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "README.md", "onnx/*", "openvino/*")
 
 
 def json_in(path: str | os.PathLike[str]) -> Any:
-    """What a json file holds; None where there is no such file, or another kind of file."""
+    """Load a json file; None if it does not exist or is not json."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, OSError):
@@ -23,16 +23,16 @@ def json_in(path: str | os.PathLike[str]) -> Any:
 def check_output(
     path: str | os.PathLike[str], is_ours: Callable[[Path], bool], inputs: Iterable[str | None] = ()
 ) -> None:
-    """Refuse a file that the command may not write, before it begins its work; make the file's folder.
+    """Check that a command may write a file, and create its folder.
 
     Args:
-        path: the file that will be written.
-        is_ours: whether a file is an earlier output of the same command, which may be replaced.
-        inputs: what the command reads: paths, or names of another kind.
+        path: Path of the output file.
+        is_ours: Return True if an existing file was written by the same command and may be replaced.
+        inputs: Inputs of the command: paths, Hub ids or None.
 
     Raises:
-        ValueError: the path is a folder, one of the inputs, or a file of another origin.
-        OSError: the folder cannot be made or written to.
+        ValueError: If the path is a folder, one of the inputs, or a file that the command did not write.
+        OSError: If the folder cannot be created or written to.
     """
     path = Path(path)
     if path.is_dir():
@@ -49,15 +49,15 @@ def check_output(
 
 
 def check_output_folder(path: str | os.PathLike[str], is_ours: bool, inputs: Iterable[str | None] = ()) -> None:
-    """Refuse a folder whose model files would be overwritten and are not the command's own.
+    """Check that a command may write a model into a folder.
 
     Args:
-        path: the folder that will be written to.
-        is_ours: whether the command has written into it before.
-        inputs: the models that the command reads: folders, or names of another kind.
+        path: Path of the output folder.
+        is_ours: True if the command has written into the folder before.
+        inputs: Models that the command reads: folders, Hub ids or None.
 
     Raises:
-        ValueError: an input is the folder or a checkpoint in it, or the folder holds files of another origin.
+        ValueError: If an input is the folder or one of its checkpoints, or the folder has other model files.
     """
     folder = Path(path).resolve()
     for name in filter(None, inputs):
@@ -68,5 +68,5 @@ def check_output_folder(path: str | os.PathLike[str], is_ours: bool, inputs: Ite
     foreign = [] if is_ours else sorted(file.name for pattern in _MODEL_FILES for file in folder.glob(pattern))
     if foreign:
         raise ValueError(
-            f"{path} holds files that this command did not make, such as {foreign[0]}: choose another folder."
+            f"{path} has files that this command did not write, such as {foreign[0]}: choose another folder."
         )

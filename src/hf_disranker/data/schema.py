@@ -1,4 +1,4 @@
-"""The tables that pass between the stages, and the plain-word errors for tables that are not what they should be.
+"""Schemas of the tables that pass between stages, and their validation.
 
 | table      | columns                                                                              |
 |------------|--------------------------------------------------------------------------------------|
@@ -8,7 +8,7 @@
 | candidates | query_id, query, doc_id [, title, summary: else joined from a corpus]                |
 | scores     | candidates + teacher_score (float32, raw logit)                                      |
 
-Further columns pass through unread. Ids and texts are strings; integer ids are read as strings.
+Other columns pass through unread. Ids and texts are strings; integer ids are read as strings.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ import numpy as np
 import pandas as pd
 
 SHOWN_ROWS = 3
-# What click logs call the weight; such a column is not read.
+# Names that click logs use for the weight. Such a column is ignored with a warning.
 _WEIGHT_NAMES = {"click", "clicks", "count", "counts", "freq", "frequency", "n", "num_clicks", "click_count"}
 _THOUSANDS = re.compile(r"\s*\d{1,3}(\.\d{3})+\s*")
 
 
 class TableError(ValueError):
-    """A table breaks its contract; the message names the source, the column and the first offending rows."""
+    """A table breaks its schema. The message names the source, the column and the first offending rows."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of one table and what makes a row of it unique."""
+    """Columns and unique key of a table."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
@@ -55,96 +55,96 @@ TABLES = {
 
 
 def validate(frame: pd.DataFrame, table: str, source: str) -> pd.DataFrame:
-    """Check a table against its contract and give its columns their types.
+    """Check a table against its schema and convert its columns.
 
     Args:
-        frame: rows as read; errors tell a row by its index, called by the index's name ("line" of a file) or "row".
-        table: a key of `TABLES`.
-        source: where the rows come from; named in every error.
+        frame: Rows as read. Errors locate a row by its index and the index's name ("line" for a file, else "row").
+        table: A key of `TABLES`.
+        source: Origin of the rows, named in every error.
 
     Returns:
         A copy with text columns as str (a missing title or summary becomes ""), `label` as int64, `teacher_score`
-        as float32, `weight` and `users` as float64; the row order and further columns as they were.
+        as float32, `weight` and `users` as float64. Row order and other columns are unchanged.
 
     Raises:
-        TableError: a column is missing or misspelt, a value is not what its column holds, a key occurs twice, one
-            query_id has several query texts, or there are no rows.
+        TableError: If a column is missing or misspelt, a value has the wrong type, a key occurs twice, a query_id
+            has several query texts, or there are no rows.
     """
-    contract = TABLES[table]
+    schema = TABLES[table]
     check_names(frame.columns, table, source)
-    missing = [column for column in contract.required if column not in frame.columns]
+    missing = [column for column in schema.required if column not in frame.columns]
     if missing:
         found = ", ".join(map(str, frame.columns)) or "none"
         raise TableError(
             f"{source}: a {table} table needs the column(s) {', '.join(missing)}; it has: {found}. "
-            f"Rename your columns to {', '.join(contract.required)}."
+            f"Rename your columns to {', '.join(schema.required)}."
         )
     if frame.empty:
         raise TableError(f"{source}: the {table} table has no rows.")
     frame = frame.copy()
-    for column in contract.required + contract.optional:
+    for column in schema.required + schema.optional:
         if column in frame.columns:
             frame[column] = _READERS[column](frame[column], f"{source}: column '{column}' of the {table} table")
-    _check_unique(frame, contract.key, f"{source}: {table} table")
-    if "query_id" in contract.required:
+    _check_unique(frame, schema.key, f"{source}: {table} table")
+    if "query_id" in schema.required:
         _check_one_text_per_query(frame, f"{source}: {table} table")
     return frame
 
 
 def check_names(columns: Iterable[object], table: str, source: str) -> None:
-    """Refuse a column that would be passed over for its case or blanks, and one that occurs twice."""
+    """Raise TableError for a duplicate column, or one that differs from the schema in case or spaces only."""
     names = list(columns)
-    contract = TABLES[table]
-    for known in contract.required + contract.optional:
+    schema = TABLES[table]
+    for known in schema.required + schema.optional:
         if names.count(known) > 1:
             raise TableError(f"{source}: the column '{known}' occurs {names.count(known)} times; keep one.")
         if known not in names:
             for name in names:
                 if isinstance(name, str) and name.strip().casefold() == known:
-                    raise TableError(f"{source}: rename the column {name!r} to '{known}', in lower case, no blanks.")
+                    raise TableError(f"{source}: rename the column {name!r} to '{known}': lower case, no spaces.")
 
 
 def unread_weight(columns: Iterable[object]) -> str | None:
-    """A column of a clicks table that looks like its weight, and is not read, because of its name."""
+    """Return the name of a clicks column that looks like a weight but is not called `weight`, else None."""
     names = [str(name) for name in columns]
     alike = [name for name in names if name.strip().casefold() in _WEIGHT_NAMES]
     return alike[0] if alike and "weight" not in names else None
 
 
 def with_index(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the named parts of their index as columns."""
+    """Turn the named index levels into columns."""
     names = [name for name in frame.index.names if name is not None and name not in frame.columns]
     return frame.reset_index(names) if names else frame
 
 
 def empty_queries(values: pd.Series) -> pd.Series:
-    """Where nothing was asked: missing or blank."""
+    """Return a mask of missing or whitespace-only queries."""
     return values.isna() | (values.astype(str).str.strip() == "")
 
 
 def _read_id(values: pd.Series, where: str) -> pd.Series:
-    refuse(values, values.isna() | (values.astype(str) == ""), where, "hold no id")
+    refuse(values, values.isna() | (values.astype(str) == ""), where, "have no id")
     if pd.api.types.is_float_dtype(values.dtype):
-        raise TableError(f"{where} holds decimal numbers; ids are strings or integers. {_shown(values)}")
-    refuse(values, ~_instances(values, (str, int, np.integer)), where, "hold neither a string nor an integer")
+        raise TableError(f"{where} has decimal numbers; ids are strings or integers. {_shown(values)}")
+    refuse(values, ~_instances(values, (str, int, np.integer)), where, "have neither a string nor an integer")
     return values.astype(str).astype(object)
 
 
 def _read_query(values: pd.Series, where: str) -> pd.Series:
-    refuse(values, empty_queries(values), where, "hold an empty query")
+    refuse(values, empty_queries(values), where, "have an empty query")
     return _read_text(values, where)
 
 
 def _read_text(values: pd.Series, where: str) -> pd.Series:
     values = values.astype(object).where(values.notna(), "")
-    refuse(values, ~values.map(lambda value: isinstance(value, str)).astype(bool), where, "hold no text")
+    refuse(values, ~values.map(lambda value: isinstance(value, str)).astype(bool), where, "have no text")
     return values
 
 
 def _read_label(values: pd.Series, where: str) -> pd.Series:
     numbers = _numbers(values, where)
-    refuse(values, ~((numbers >= 0) & (numbers == np.floor(numbers))), where, "hold no whole number >= 0")
-    refuse(values, numbers >= 2**63, where, "hold a number that is too large")
+    refuse(values, ~((numbers >= 0) & (numbers == np.floor(numbers))), where, "have no whole number >= 0")
+    refuse(values, numbers >= 2**63, where, "have a number that is too large")
     return numbers.astype(np.int64)
 
 
@@ -154,32 +154,32 @@ def _read_score(values: pd.Series, where: str) -> pd.Series:
 
 def _read_weight(values: pd.Series, where: str) -> pd.Series:
     numbers = _numbers(values, where)
-    refuse(values, numbers < 0, where, "hold a negative number")
+    refuse(values, numbers < 0, where, "have a negative number")
     return numbers.astype(np.float64)
 
 
 def _read_users(values: pd.Series, where: str) -> pd.Series:
     numbers = _read_weight(values, where)
     grouped = values.astype(object).map(lambda value: isinstance(value, str) and bool(_THOUSANDS.fullmatch(value)))
-    refuse(values, grouped, where, "may hold thousands written with a dot: write 1200, not 1.200")
-    refuse(values, numbers != np.floor(numbers), where, "hold a fraction, not a number of users")
+    refuse(values, grouped, where, "may have thousands written with a dot: write 1200, not 1.200")
+    refuse(values, numbers != np.floor(numbers), where, "have a fraction, not a number of users")
     return numbers
 
 
 def _numbers(values: pd.Series, where: str, dtype: type[np.floating] | None = None) -> pd.Series:
-    """The values as finite numbers: integers exactly, others in `dtype`, for which they may be too large."""
-    # pandas would take dates, complex numbers and bytes for numbers.
-    refuse(values, ~_instances(values, (str, Real, Decimal)), where, "hold no finite number")
+    """Convert to finite numbers: integers exactly, others to `dtype`, refusing those that overflow it."""
+    # pandas would convert dates, complex numbers and bytes.
+    refuse(values, ~_instances(values, (str, Real, Decimal)), where, "have no finite number")
     numbers: pd.Series = pd.to_numeric(values, errors="coerce")
     if dtype or numbers.isna().any() or not pd.api.types.is_integer_dtype(numbers.dtype):
         with np.errstate(over="ignore"):
             numbers = numbers.astype(dtype or np.float64)
-    refuse(values, ~np.isfinite(numbers), where, "hold no finite number")
+    refuse(values, ~np.isfinite(numbers), where, "have no finite number")
     return numbers
 
 
 def _instances(values: pd.Series, kinds: tuple[type, ...]) -> pd.Series:
-    """Which values are of some types; a column of one type is not looked through."""
+    """Return a mask of the values of given types, without a scan where the dtype decides."""
     if isinstance(values.dtype, pd.StringDtype) or values.dtype.kind in "iubf":
         return pd.Series(True, values.index)
     return values.astype(object).map(lambda value: isinstance(value, kinds)).astype(bool)
@@ -205,8 +205,8 @@ def _check_unique(frame: pd.DataFrame, key: tuple[str, ...], where: str) -> None
     repeated = frame.duplicated(list(key), keep="first")
     if repeated.any():
         raise TableError(
-            f"{where}: {int(repeated.sum())} row(s) repeat a ({', '.join(key)}) that stands above. "
-            f"{_shown(frame.loc[repeated, list(key)])} Keep one row for each."
+            f"{where}: {int(repeated.sum())} row(s) repeat a ({', '.join(key)}) seen above. "
+            f"{_shown(frame.loc[repeated, list(key)])} Keep one row each."
         )
 
 
@@ -214,20 +214,20 @@ def _check_one_text_per_query(frame: pd.DataFrame, where: str) -> None:
     other = frame["query"].to_numpy() != frame.groupby("query_id", sort=False)["query"].transform("first").to_numpy()
     if other.any():
         raise TableError(
-            f"{where}: {int(other.sum())} row(s) give a query_id another query text than the rows above. "
+            f"{where}: {int(other.sum())} row(s) have another query text than earlier rows of their query_id. "
             f"{_shown(frame.loc[other, ['query_id', 'query']])}"
         )
 
 
 def refuse(values: pd.Series, bad: pd.Series | np.ndarray, where: str, what: str) -> None:
-    """Raise TableError with the first of the bad values, if there are any."""
+    """Raise TableError with the first bad values, if any."""
     flags = np.asarray(bad, dtype=bool)
     if flags.any():
         raise TableError(f"{where}: {int(flags.sum())} row(s) {what}. {_shown(values[flags])}")
 
 
 def _shown(rows: pd.Series | pd.DataFrame) -> str:
-    """The first rows with their places, for an error message."""
+    """Format the first rows and their positions for an error message."""
     records = rows.head(SHOWN_ROWS)
     values = records.to_dict("records") if isinstance(records, pd.DataFrame) else records.tolist()
     place = records.index.name or "row"
@@ -236,29 +236,31 @@ def _shown(rows: pd.Series | pd.DataFrame) -> str:
 
 
 def grades_from_zero(labels: pd.Series) -> pd.Series:
-    """TREC's labels with those below 0 (spam) as 0; what is no number is left for `validate` to refuse."""
+    """Replace negative TREC labels (spam) by 0. Values that are not numbers are left for `validate` to refuse."""
     return labels.astype(object).where(~(pd.to_numeric(labels, errors="coerce") < 0), 0)
 
 
-def join_texts(frame: pd.DataFrame, corpus: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Rows with the title and summary that their doc_id has in a corpus table; TableError where it has none."""
-    texts = corpus.set_index("doc_id")[["title", "summary"]]
-    refuse_unknown_documents(frame["doc_id"], texts.index, name)
-    return frame.drop(columns=["title", "summary"], errors="ignore").join(texts, on="doc_id")
-
-
-def refuse_unknown_documents(doc_ids: pd.Series, known: pd.Index, name: str) -> None:
-    """Raise TableError for a table with documents that are not in the corpus."""
-    unknown = ~doc_ids.isin(known)
+def corpus_rows(doc_ids: pd.Series, corpus_ids: pd.Index, name: str) -> np.ndarray:
+    """Return the corpus row of each document, shape (len(doc_ids),); TableError if the corpus lacks one."""
+    rows = corpus_ids.get_indexer(pd.Index(doc_ids))
+    unknown = rows < 0
     if unknown.any():
         first = ", ".join(doc_ids[unknown].head(SHOWN_ROWS))
         raise TableError(
             f"{name}: {int(unknown.sum())} row(s) name a doc_id that is not in the corpus, first: {first}."
         )
+    return rows
+
+
+def join_texts(frame: pd.DataFrame, corpus: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Add the title and summary of each row's doc_id from a corpus table; TableError if the corpus lacks one."""
+    rows = corpus_rows(frame["doc_id"], pd.Index(corpus["doc_id"]), name)
+    texts = {column: corpus[column].to_numpy()[rows] for column in ("title", "summary")}
+    return frame.drop(columns=["title", "summary"], errors="ignore").assign(**texts)
 
 
 def join_queries(frame: pd.DataFrame, queries: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Rows with the text that their query_id has in a queries table; TableError where it has none."""
+    """Add the text of each row's query_id from a queries table; TableError if it lacks one."""
     texts = frame["query_id"].map(queries.set_index("query_id")["query"])
     if (unknown := texts.isna()).any():
         raise TableError(f"{name}: query '{frame['query_id'][unknown].iloc[0]}' has no text.")

@@ -1,4 +1,4 @@
-"""Judgments and rankings from our tables, TREC qrels and runs, and BEIR folders."""
+"""Readers of judgments and rankings: tables, TREC qrels and runs, BEIR folders; writer of TREC runs."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from hf_disranker.data.beir import is_beir
-from hf_disranker.data.files import is_table_file
+from hf_disranker.data.files import is_beir, is_table_file
 from hf_disranker.data.schema import (
     TableError,
     grades_from_zero,
     join_queries,
     join_texts,
     refuse,
-    refuse_unknown_documents,
     validate,
 )
 from hf_disranker.data.tables import Source, read_table, usual_split
@@ -29,22 +27,22 @@ _RUN = ["query_id", "q0", "doc_id", "rank", "teacher_score", "tag"]
 def read_judgments(
     source: Source, split: str | None = None, corpus: Source | None = None, queries: Source | None = None
 ) -> pd.DataFrame:
-    """Read judgments from one of our tables, a TREC qrels file or a BEIR folder.
+    """Read judgments from a table, a TREC qrels file or a BEIR folder.
 
     Args:
-        source: what `read_table` reads; a file of any other ending is read as TREC qrels; a folder with a folder
-            `qrels` is read as BEIR's (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv).
-        split: keep the rows of this split; TREC qrels have none. BEIR's usual ones are train, dev, test.
-        corpus: for qrels, the table with the documents' texts.
-        queries: for qrels, a table with query_id and query.
+        source: As in `read_table`. A file with any other extension is read as TREC qrels, a folder with a subfolder
+            `qrels` as BEIR (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv).
+        split: Keep the rows of this split, by default "test" for BEIR; TREC qrels have no splits.
+        corpus: For qrels, source of the documents' texts.
+        queries: For qrels, source of the queries' texts.
 
     Returns:
-        A judgments table. Qrels without corpus or queries give one without title and summary, their ids as queries:
-        enough to measure a run. TREC's labels below 0 (spam) become 0.
+        A judgments table. Without a corpus, qrels have no title and summary, and without queries their ids as texts:
+        enough to evaluate a run. Negative TREC labels (spam) become 0.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        TableError: the file breaks its format, or a judged document or query has no text.
+        FileNotFoundError: If there is no such file.
+        TableError: If the file is malformed, or a judged document or query has no text.
     """
     if is_beir(source):
         return read_table(source, "judgments", split=split or "test")
@@ -59,7 +57,7 @@ def read_judgments(
 
 
 def judged_split(source: Source, named: str | None, usual: str = "dev") -> str | None:
-    """The split of judgments to read, as `data.usual_split`; of a BEIR folder the usual one where it is there."""
+    """Choose the split of judgments as `tables.usual_split` does; for BEIR, "test" if there is no usual one."""
     if named is not None or _trec_file(source) is not None:
         return named
     if isinstance(source, str | os.PathLike) and Path(source, "qrels").is_dir():
@@ -67,48 +65,43 @@ def judged_split(source: Source, named: str | None, usual: str = "dev") -> str |
     return usual_split(source, named, usual)
 
 
-def read_corpus(source: Source) -> pd.DataFrame:
-    """Documents of a corpus table or of a BEIR folder."""
-    return read_table(source, "corpus")
-
-
 def read_run(source: Source) -> pd.DataFrame:
-    """A ranking as a scores table without texts: a score store, a table of scores, or a TREC run (any other ending).
+    """Read a ranking as a scores table without texts: a score store or table, or a TREC run (any other extension).
 
     Raises:
-        TableError: a row does not have the six columns of a run, a score is not finite, a document occurs twice.
+        TableError: If a row of a run does not have six columns, a score is not finite, or a document occurs twice.
     """
     if (path := _trec_file(source)) is None:
         return read_table(source, "scores", texts=False)
     rows = _read_columns(path, _RUN)[[*KEY, "teacher_score"]]
-    # Kept in full: scores of a run can be closer than float32 tells apart.
+    # float64: scores of a run may differ by less than the precision of float32.
     scores = pd.to_numeric(rows["teacher_score"], errors="coerce").astype("float64")
     checked = validate(rows.assign(query=rows["query_id"]), "scores", str(path))
     return checked.drop(columns="query").assign(teacher_score=scores).reset_index(drop=True)
 
 
 def check_run_ids(table: pd.DataFrame) -> None:
-    """Refuse ids that a TREC run cannot hold: its columns are told apart by blanks.
+    """Refuse ids that a TREC run cannot represent, since whitespace separates its columns.
 
     Raises:
-        TableError: a query_id or doc_id is empty or holds a blank; the message has the first rows.
+        TableError: If a query_id or doc_id is empty or contains whitespace; the message shows the first rows.
     """
     for name in KEY:
         several = table[name].map(lambda value: str(value).split() != [str(value)])
-        what = "are empty or hold a blank, which a TREC run cannot hold; take ids without, such as a hash of the text"
+        what = "are empty or contain whitespace, which a TREC run cannot represent; use other ids, such as a hash"
         refuse(table[name], several, f"column '{name}'", what)
 
 
 def read_candidates(source: Source, judgments: pd.DataFrame, corpus: pd.DataFrame) -> pd.DataFrame:
-    """A first stage's documents of the judged queries, with their texts and the columns of the query.
+    """Read a first stage's documents for the judged queries, with texts and the other columns of the query.
 
     Args:
-        source: a candidates table or what `read_run` reads.
-        judgments: a judgments table with query texts.
-        corpus: a corpus table.
+        source: A candidates table or a TREC run.
+        judgments: A judgments table with query texts.
+        corpus: A corpus table.
 
     Raises:
-        TableError: no document is of a judged query, or one is not in the corpus.
+        TableError: If there is no document for a judged query, or a document is not in the corpus.
     """
     rows = (read_run(source) if _trec_file(source) else read_table(source, "candidates", texts=False))[KEY]
     documents = {"doc_id", "title", "summary", "label"}
@@ -116,20 +109,19 @@ def read_candidates(source: Source, judgments: pd.DataFrame, corpus: pd.DataFram
     rows = rows.merge(by_query, on="query_id")
     if rows.empty:
         raise TableError(f"{source}: no row is of a judged query.")
-    refuse_unknown_documents(rows["doc_id"], pd.Index(corpus["doc_id"]), str(source))
-    return rows.merge(corpus[["doc_id", "title", "summary"]], on="doc_id")
+    return join_texts(rows, corpus, str(source))
 
 
 def write_run(rows: pd.DataFrame, path: str | os.PathLike[str], tag: str) -> None:
     """Write a TREC run.
 
     Args:
-        rows: columns query_id, doc_id, score; in the column `missing`, if there is one, True for rows to leave out.
-        path: the file.
-        tag: names the run; its blanks become underscores.
+        rows: Columns query_id, doc_id, score and optionally `missing`, True for rows to leave out.
+        path: Path of the file.
+        tag: Name of the run; whitespace becomes underscores.
 
     Raises:
-        TableError: as in `check_run_ids`.
+        TableError: As in `check_run_ids`.
     """
     if "missing" in rows.columns:
         rows = rows[~rows["missing"]]
@@ -143,13 +135,13 @@ def write_run(rows: pd.DataFrame, path: str | os.PathLike[str], tag: str) -> Non
 
 
 def _trec_file(source: Source) -> Path | None:
-    """The path of a source that is a file of TREC's: one that has not the ending of a table."""
+    """Return the path of a TREC file, that is one without the extension of a table; None for other sources."""
     path = Path(source) if isinstance(source, str | os.PathLike) else Path()
     return path if path.is_file() and not is_table_file(path.name) else None
 
 
 def _read_columns(path: Path, names: list[str]) -> pd.DataFrame:
-    """A file of columns between blanks, without a header; its lines, from 1, as index."""
+    """Read a file of whitespace-separated columns without a header, indexed by line from 1."""
     try:
         rows = pd.read_csv(
             path,
@@ -162,7 +154,7 @@ def _read_columns(path: Path, names: list[str]) -> pd.DataFrame:
             encoding="utf-8-sig",
         )
     except (ValueError, OSError, EOFError) as error:
-        raise TableError(f"{path}: cannot be read as TREC's columns: {error}") from error
+        raise TableError(f"{path}: cannot be read as TREC columns: {error}") from error
     rows = rows.set_axis(pd.RangeIndex(1, len(rows) + 1, name="line"))
     rows = rows[rows[0] != ""]
     if rows.shape[1] != len(names):

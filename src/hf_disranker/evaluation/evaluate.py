@@ -1,9 +1,9 @@
-"""Stage 4: how good a ranking is, with intervals by query.
+"""Stage 4: evaluation of rankings, with intervals by query.
 
-Two situations, two words. A model *re-ranks* judged documents: all of them are there, equal scores share their gain,
-and a query without a relevant document is left out. A *run* is what was retrieved, here or elsewhere, and is judged as
-trec_eval judges it: what it lacks earns nothing, a query without an answer or without a relevant document counts 0,
-and equal scores (in float32) rank by doc_id, the last one first. Rows of a run have the column `missing`.
+There are two settings. A model *re-ranks* judged documents: all of them are ranked, equal scores share their gain, and
+queries without a relevant document are left out. A *run* is a list of retrieved documents and is evaluated as in
+trec_eval: documents that it lacks earn nothing, queries without results or without a relevant document count 0, and
+equal scores (in float32) rank by falling doc_id. Rows of a run have the column `missing`.
 """
 
 from __future__ import annotations
@@ -29,40 +29,40 @@ from hf_disranker.models.checkpoint import MARKER
 
 logger = logging.getLogger(__name__)
 
-# The label of a document that a run holds and nobody judged.
+# Label of an unjudged document of a run.
 UNJUDGED = -1
-# Slices with fewer queries say little.
+# Slices with fewer queries are flagged as small.
 FEW_QUERIES = 50
 _CHUNK = 16_384
 _COUNTS = ("concordant", "discordant", "tied")
 
 
 class Predictor(Protocol):
-    """What scores (query, {"title", "summary"}) pairs: a `Ranker`, an engine of `disranker score`."""
+    """Scorer of (query, {"title", "summary"}) pairs: a `Ranker` or a scoring engine."""
 
     def predict(self, pairs: Sequence[tuple[str, Any]]) -> np.ndarray:
-        """Raw scores in the order of the pairs, shape (len(pairs),)."""
+        """Return raw scores in the order of the pairs, shape (len(pairs),)."""
 
 
 class Scored(NamedTuple):
-    """Scores of rows, shape (rows,), and how fast they came (None if they were read from a file)."""
+    """Scores of rows, shape (rows,), and the throughput (None for scores read from a file)."""
 
     scores: np.ndarray
     pairs_per_s: float | None = None
 
 
 def score_with(ranker: Predictor, judgments: pd.DataFrame, progress: bool = True) -> Scored:
-    """Score judged pairs with a ranker; the time includes tokenisation, and the machine is warm.
+    """Score judged pairs with a ranker and measure its throughput after warm-up, tokenisation included.
 
     Args:
-        ranker: the ranker.
-        judgments: columns query, title, summary.
-        progress: show a progress bar.
+        ranker: The ranker.
+        judgments: Columns query, title, summary.
+        progress: If True, show a progress bar.
     """
     pairs = pair_texts(judgments)
     cut = {name: getattr(ranker, name) for name in ("queries_cut", "documents_cut") if hasattr(ranker, name)}
     ranker.predict(pairs[:256])
-    for name, count in cut.items():  # what warms the machine up is not counted
+    for name, count in cut.items():  # do not count the warm-up
         setattr(ranker, name, count)
     start = time.perf_counter()
     starts = tqdm(range(0, len(pairs), _CHUNK), desc="scoring", disable=not progress, leave=False)
@@ -71,7 +71,7 @@ def score_with(ranker: Predictor, judgments: pd.DataFrame, progress: bool = True
 
 
 def describe(ranker: Any) -> dict[str, Any]:
-    """What a report says of a `Ranker` or of an engine of `disranker score`."""
+    """Return facts about a `Ranker` or scoring engine for reports."""
     model = ranker.model
     marker = getattr(model.config, MARKER, {})
     about = {"role": marker.get("role", "model"), "teacher": (marker.get("teacher") or {}).get("id")}
@@ -81,19 +81,20 @@ def describe(ranker: Any) -> dict[str, Any]:
 
 
 def join_run(judgments: pd.DataFrame, run: pd.DataFrame) -> pd.DataFrame:
-    """Judged documents with a run's scores, and what else the run holds of the judged queries.
+    """Join judgments with a run's scores, appending unjudged run documents with label -1.
+
+    Documents that are missing or unjudged, and queries missing from the run, are counted in warnings.
 
     Args:
-        judgments: a judgments table; texts are not needed.
-        run: a scores table; texts are not needed.
+        judgments: A judgments table; texts are optional.
+        run: A scores table; texts are optional.
 
     Returns:
-        The rows of `judgments`, then the unjudged ones with label -1, with the columns `score` (float64) and
-        `missing`: True for a judged document that the run lacks, whose score is below all that the run holds. Both
-        kinds are counted in a warning, and so are queries of which the run holds nothing.
+        The rows of `judgments`, then the unjudged ones, with the columns `score` (float64) and `missing`: True for a
+        judged document that the run lacks, whose score is below all scores of the run.
 
     Raises:
-        TableError: no judged pair is in the run.
+        TableError: If no judged pair is in the run.
     """
     run = run[run["query_id"].isin(judgments["query_id"])]
     rows = judgments.merge(run[[*KEY, "teacher_score"]], on=KEY, how="outer", indicator="found", sort=False)
@@ -112,7 +113,7 @@ def join_run(judgments: pd.DataFrame, run: pd.DataFrame) -> pd.DataFrame:
         logger.warning(
             "%d documents of the run are not judged: grade 0 in NDCG, MRR, MAP, not in PNR.", unjudged.sum()
         )
-    # float64: in float32 a large score less 1 is the score itself.
+    # float64: in float32, subtracting 1 may not change a large score.
     scores = rows["teacher_score"].to_numpy(np.float64)
     labels = rows["label"].where(~unjudged, UNJUDGED).astype(np.int64)
     score = np.where(missing, np.nanmin(scores) - 1.0, scores)
@@ -120,14 +121,17 @@ def join_run(judgments: pd.DataFrame, run: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_passages(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """One row for each document of a query, from a row for each of its passages: the highest score, the highest label.
+    """Reduce passages to documents, with the highest score and the highest label of each document's passages.
 
     Args:
-        rows: columns query_id, doc_id, label, score and `column`.
-        column: says which document a passage is of; where it is missing, a passage is a document of its own.
+        rows: Columns query_id, doc_id, label, score and `column`.
+        column: Column with the document of a passage; where empty, a passage is its own document.
+
+    Raises:
+        TableError: If there is no such column.
     """
     if column not in rows.columns:
-        raise TableError(f"There is no column '{column}' to say which document a passage is of.")
+        raise TableError(f"There is no column '{column}' with the document of each passage.")
     owner = rows[column].where(rows[column].notna(), rows["doc_id"]).astype(str)
     rows = rows.assign(doc_id=owner).sort_values("score", ascending=False, kind="stable")
     label = rows.groupby(KEY)["label"].transform("max")
@@ -135,16 +139,16 @@ def best_passages(rows: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def per_query(rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[str] = ()) -> pd.DataFrame:
-    """A row of measures for each query, by sorted query_id.
+    """Compute the measures of each query.
 
     Args:
-        rows: columns query_id, doc_id, label (-1 for a document that is not judged) and, of a run, `missing`.
-        scores: shape (len(rows),).
-        measures: further ones by their ir_measures names, whose values are that package's in both situations.
+        rows: Columns query_id, doc_id, label (-1 for unjudged documents) and, for a run, `missing`.
+        scores: Shape (len(rows),).
+        measures: Names of additional ir_measures measures, computed by that package in both settings.
 
     Returns:
-        query_id, documents (judged ones), what `metrics.by_query` gives, and a column for each further measure. NaN
-        where a query does not define one.
+        A row per query, sorted by query_id, with the columns query_id, documents (number of judged ones), those of
+        `metrics.by_query` and the additional measures. NaN where a query does not define a measure.
     """
     labels, ids = rows["label"].to_numpy(), rows["query_id"].to_numpy()
     judged, is_run = labels != UNJUDGED, "missing" in rows.columns
@@ -161,7 +165,7 @@ def per_query(rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[str] = 
 
 
 def _run_order(rows: pd.DataFrame, scores: np.ndarray) -> np.ndarray:
-    """Distinct scores in the order of trec_eval: falling float32, among equal ones falling doc_id."""
+    """Replace scores by distinct ones in the order of trec_eval: by float32 score, then by doc_id."""
     order = np.lexsort((pd.factorize(rows["doc_id"], sort=True)[0], np.asarray(scores, np.float32)))
     places = np.empty(len(rows))
     places[order] = np.arange(len(rows))
@@ -169,7 +173,7 @@ def _run_order(rows: pd.DataFrame, scores: np.ndarray) -> np.ndarray:
 
 
 def _ir_measures(rows: pd.DataFrame, scores: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
-    """Columns by measure, index query_id."""
+    """Compute ir_measures measures, a column each, indexed by query_id."""
     try:
         import ir_measures
     except ImportError as error:
@@ -178,7 +182,7 @@ def _ir_measures(rows: pd.DataFrame, scores: np.ndarray, names: Sequence[str]) -
         wanted = [ir_measures.parse_measure(name) for name in dict.fromkeys(names)]
     except (NameError, ValueError, SyntaxError, AssertionError) as error:
         raise ValueError(f"ir_measures knows no such measure as {', '.join(names)}: {error}") from error
-    # Numbers for ids: some of the programs behind ir_measures take no others. Equal scores are in the order of doc_id.
+    # Numeric ids, as some providers of ir_measures require, that keep the order of doc_id for equal scores.
     codes, ids = pd.factorize(rows["query_id"])
     documents, known = pd.factorize(rows["doc_id"].astype(str), sort=True)
     padded = pd.Series(documents.astype(str)).str.zfill(len(str(len(known))))
@@ -199,18 +203,18 @@ def _ir_measures(rows: pd.DataFrame, scores: np.ndarray, names: Sequence[str]) -
 def evaluate(
     rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[str] = (), by: str | None = None
 ) -> dict[str, Any]:
-    """Measure a ranking.
+    """Evaluate a ranking.
 
     Args:
-        rows: a judgments table, with label -1 for documents that are not judged; texts are not needed.
-        scores: shape (len(rows),); higher is better.
-        measures: as in `per_query`.
-        by: a column of `rows` to measure by: each of its values apart, over the rows that hold it.
+        rows: A judgments table with label -1 for unjudged documents; texts are optional.
+        scores: Shape (len(rows),); higher is better.
+        measures: As in `per_query`.
+        by: Column of `rows` whose values define slices to evaluate separately.
 
     Returns:
-        Json-friendly: every measure of `metrics.evaluate`, of the judged documents alone where they are measures of
-        pairs; "intervals" with the 95% bootstrap intervals by query; "slices" with the same for each value of `by`,
-        and "few" where a slice has under 50 queries.
+        Values for json: all measures of `metrics.evaluate`, pair measures over judged documents only; "intervals" with
+        95% bootstrap intervals by query; "slices" with the same for each value of `by`, and "few" set to True for
+        slices of under 50 queries.
     """
     return summarise(rows, scores, per_query(rows, scores, measures)) | (
         {"slices": measure_slices(rows, scores, measures, by)} if by else {}
@@ -218,27 +222,26 @@ def evaluate(
 
 
 def summarise(rows: pd.DataFrame, scores: np.ndarray, queries: pd.DataFrame) -> dict[str, Any]:
-    """What `evaluate` gives, of values by query that are there already."""
+    """Summarise the values of `per_query` into the result of `evaluate`."""
     judged = rows["label"].to_numpy() != UNJUDGED
     columns = rows["label"].to_numpy()[judged], np.asarray(scores)[judged], rows["query_id"].to_numpy()[judged]
     found: dict[str, float | int] = metrics.evaluate(*columns, ks=())
     means = [name for name in queries.columns if name not in ("query_id", "documents", "pair_accuracy", *_COUNTS)]
     found |= {name: metrics.query_mean(queries[name].to_numpy(np.float64)) for name in means}
     found["unjudged"] = int((~judged).sum())
-    ratios = {"pnr": ("concordant", "discordant")}
-    intervals = {name: bootstrap(queries[top], queries[bottom]) for name, (top, bottom) in ratios.items()}
+    intervals = {"pnr": bootstrap(queries["concordant"], queries["discordant"])}
     intervals["pair_accuracy"] = bootstrap(queries["concordant"], queries["concordant"] + queries["discordant"])
     intervals |= {name: bootstrap(queries[name]) for name in means}
     return jsonable(found) | {"intervals": {name: [*jsonable(ends).values()] for name, ends in intervals.items()}}
 
 
 def measure_slices(rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[str], by: str) -> dict[str, Any]:
-    """What `evaluate` gives for each value of a column; `query_words` needs none."""
+    """Evaluate each value of a column, or each query length for `query_words`."""
     if by == "query_words" and by not in rows.columns:
         rows = rows.assign(query_words=[min(len(query.split()), 10) for query in rows["query"]])
     if by not in rows.columns:
         raise TableError(f"There is no column '{by}' to measure by; there are: {', '.join(rows.columns)}.")
-    # Documents that are not judged have no values of their own; they go where their query is.
+    # Unjudged documents have no values of their own and join the slice of their query.
     values = rows[by].where(rows[by].notna(), rows.groupby("query_id")[by].transform("first"))
     slices = {}
     for value, part in rows.groupby(values, sort=True):
@@ -249,19 +252,19 @@ def measure_slices(rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[st
 
 
 def jsonable(values: Mapping[str, Any] | Iterable[float]) -> dict[Any, Any]:
-    """The numbers with None for inf and nan, which JSON lacks; those of a sequence by their place."""
+    """Replace inf and nan, which json lacks, by None. Numbers of a sequence are keyed by position."""
     pairs = values.items() if isinstance(values, Mapping) else enumerate(values)
     return {name: value if math.isfinite(value) else None for name, value in pairs}
 
 
 class RankingEvaluator(BaseEvaluator):
-    """Measures judgments while a model trains, as `evaluator=` of sentence-transformers or by a call.
+    """Evaluate a model during training, as `evaluator=` of sentence-transformers or by a call.
 
-    `RankingTrainer` and `DistillationTrainer` give the same numbers for their eval_dataset.
+    The results equal those of `RankingTrainer` and `DistillationTrainer` for their eval_dataset.
 
     Args:
-        judgments: a judgments table with texts.
-        name: goes before the names of the measures, as `name_ndcg@10`.
+        judgments: A judgments table with texts.
+        name: Prefix of the measures, as in `name_ndcg@10`.
     """
 
     primary_metric = "ndcg@10"
@@ -274,7 +277,7 @@ class RankingEvaluator(BaseEvaluator):
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
-        """The measures of a `Ranker` or a `CrossEncoder` as it stands; the last three arguments are not used."""
+        """Evaluate a `Ranker` or `CrossEncoder`; the other arguments are ignored."""
         from sentence_transformers import CrossEncoder
         from torch.nn import Identity
 

@@ -1,14 +1,14 @@
-"""Ranking measures on flat numpy arrays: PNR, NDCG, MRR, MAP, and what compares raw scores across queries.
+"""Ranking measures on flat numpy arrays: PNR, NDCG, MRR, MAP, AUC.
 
-Inputs are the columns of one table with a row per query and document, in any order:
+Inputs are the columns of a table with a row per query and document, in any order:
 
-- labels: shape (rows,), whole numbers >= 0; 0 is irrelevant;
-- scores: shape (rows,), finite, higher is better;
-- groups: shape (rows,), the query ids: ints, strings, whatever hashes and sorts.
+- labels: Shape (rows,), whole numbers >= 0; 0 is irrelevant.
+- scores: Shape (rows,), finite; higher is better.
+- groups: Shape (rows,), query ids of any hashable and sortable type.
 
-Columns that are empty, differ in length or hold anything else raise a ValueError; ids that do not sort, a TypeError.
+Empty columns, columns of different lengths and invalid values raise a ValueError; ids that do not sort, a TypeError.
 Results by query have shape (queries,), in the order of the sorted ids, and are nan where a query does not define the
-measure. The order of the rows does not matter.
+measure.
 """
 
 from __future__ import annotations
@@ -27,108 +27,35 @@ Gain: TypeAlias = Literal["exp2", "linear"]
 Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 
-MAX_EXP2_LABEL = 1000  # 2^1024 is beyond float64
-
-
-class PairCounts(NamedTuple):
-    """Pairs of documents with label_i > label_j: score_i > score_j, score_i < score_j, or equal scores.
-
-    Source: Zou et al. 2021, arXiv 2105.11108, for PNR; that we count over all queries (micro) is our choice.
-    """
-
-    concordant: int
-    discordant: int
-    tied: int
-
-    @property
-    def decided(self) -> int:
-        """Pairs whose scores differ."""
-        return self.concordant + self.discordant
-
-    @property
-    def pnr(self) -> float:
-        """Positive-negative ratio, concordant / discordant: inf without discordant pairs, nan without decided ones."""
-        return float(_ratio(self.concordant, self.discordant))
-
-    @property
-    def pair_accuracy(self) -> float:
-        """Concordant share of the decided pairs, PNR / (1 + PNR): nan without decided pairs."""
-        return float(_ratio(self.concordant, self.decided))
-
-
-class QueryPairCounts(NamedTuple):
-    """The counts of `PairCounts` by query, each of shape (queries,)."""
-
-    concordant: Ints
-    discordant: Ints
-    tied: Ints
-
-    @property
-    def pair_accuracy(self) -> Floats:
-        """By query; averaged over queries instead of PNR, which is infinite for every perfectly ranked query."""
-        return _ratio(self.concordant, self.concordant + self.discordant)
-
-    @property
-    def total(self) -> PairCounts:
-        """The counts over all queries."""
-        return PairCounts(*(int(counts.sum()) for counts in self))
+_MAX_EXP2_LABEL = 1000  # 2^1024 overflows float64
+_PAIRS = ("concordant", "discordant", "tied")
 
 
 class TeacherError(NamedTuple):
-    """Distance of student from teacher scores, in units of the score: rmse^2 = offset^2 + order^2."""
+    """Distance of student from teacher scores, in units of the scores: rmse^2 = offset^2 + order^2."""
 
     rmse: float
     offset: float
     order: float
 
 
-def pair_counts(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> PairCounts:
-    """Count the pairs of documents of one query, summed over the queries.
-
-    Takes O(rows * (log rows + distinct labels)) time and O(rows) memory.
-    """
-    return query_pair_counts(labels, scores, groups).total
-
-
-def query_pair_counts(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> QueryPairCounts:
-    """Count the pairs of documents of one query, for each query."""
-    return _count_pairs(_read(labels, scores, groups))
-
-
-def cross_query_pair_counts(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> PairCounts:
-    """Count the pairs of documents of two different queries: does one score mean one thing for every query?"""
-    rows = _read(labels, scores, groups)
-    return _cross_query(rows, _count_pairs(rows).total)
-
-
-def auc(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Area under the ROC curve of label >= 1 against label 0, over all rows whatever their query.
-
-    Returns:
-        P(score of a relevant row > score of an irrelevant row), ties counting half; nan if either kind is missing.
-
-    Source: Mann and Whitney 1947; equals sklearn.metrics.roc_auc_score.
-    """
-    return _auc(_read(labels, scores, np.zeros(np.shape(labels), np.int64)))
-
-
 def ndcg(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: int | None = 10, gain: Gain = "exp2") -> Floats:
-    """Normalised discounted cumulative gain by query; the discount is 1 / log2(1 + rank).
+    """Compute normalised discounted cumulative gain by query, with the discount 1 / log2(1 + rank).
 
-    Documents with equal scores share the mean gain of their places.
+    Documents with equal scores share the mean gain of their ranks.
 
     Args:
-        labels: grades, shape (rows,).
-        scores: shape (rows,).
-        groups: query ids, shape (rows,).
-        k: how many ranks count, in the ranking and in the ideal one; None for all.
+        labels: Grades, shape (rows,).
+        scores: Shape (rows,).
+        groups: Query ids, shape (rows,).
+        k: Cut-off rank of the ranking and the ideal ranking; None for all ranks.
         gain: "exp2" for 2^label - 1, "linear" for the label.
 
     Returns:
         Shape (queries,), in [0, 1]; nan for a query without a relevant document.
 
     Raises:
-        ValueError: k < 1, an unknown gain, or a label too large for "exp2".
+        ValueError: If k < 1, the gain is unknown, or a label is too large for "exp2".
 
     Source: Järvelin and Kekäläinen 2002 (linear), Burges et al. 2005 (exp2), McSherry and Najork 2008 (ties); equals
         sklearn.metrics.ndcg_score(gains, scores, ignore_ties=False).
@@ -136,41 +63,17 @@ def ndcg(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: int | None 
     return _ndcg(_read(labels, scores, groups), k, gain)
 
 
-def reciprocal_rank(
-    labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: int | None = None, min_label: int = 1
-) -> Floats:
-    """1 / rank of a query's first relevant document (label >= min_label), or 0 if it ranks below k.
-
-    Among equal scores the lowest label ranks first: the pessimistic value.
-
-    Returns:
-        Shape (queries,), in [0, 1]; nan for a query without a relevant document.
-    """
-    return _reciprocal_rank(_read(labels, scores, groups), k, min_label)
-
-
-def average_precision(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, min_label: int = 1) -> Floats:
-    """Mean precision at the ranks of a query's relevant documents (label >= min_label).
-
-    Among equal scores the lowest label ranks first: the pessimistic value.
-
-    Returns:
-        Shape (queries,), in (0, 1]; nan for a query without a relevant document.
-    """
-    return _average_precision(_read(labels, scores, groups), min_label)
-
-
 def query_mean(values: Floats) -> float:
-    """Mean of a measure over the queries that define it; nan if none does."""
+    """Average a measure over the queries that define it; nan if none does."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else math.nan
 
 
 def kendall_tau(scores_a: ArrayLike, scores_b: ArrayLike, groups: ArrayLike) -> Floats:
-    """Rank correlation tau-b by query of two scorings of the same documents, such as student and teacher.
+    """Compute Kendall's tau-b by query between two scorings of the same documents, such as student and teacher.
 
-    Tau-b is the cosine between the signs of the score differences, taken over all pairs of documents. Takes
-    O(sum of n^2) time for queries of n documents and O(rows) memory.
+    Tau-b is the cosine between the signs of the score differences over all pairs of documents. Takes O(sum of n^2)
+    time for queries of n documents and O(rows) memory.
 
     Returns:
         Shape (queries,), in [-1, 1]; nan for a query with one document, or with constant scores in a or b.
@@ -192,10 +95,10 @@ def kendall_tau(scores_a: ArrayLike, scores_b: ArrayLike, groups: ArrayLike) -> 
 
 
 def teacher_error(scores: ArrayLike, teacher_scores: ArrayLike, groups: ArrayLike) -> TeacherError:
-    """Root mean squared error of student against teacher scores, split into offset and order.
+    """Compute the root mean squared error of student against teacher scores, split into offset and order.
 
     With e = student - teacher and m the mean of e in the row's query, offset^2 is the mean of m^2 over the rows and
-    order^2 the mean of (e - m)^2. PNR and NDCG see nothing of the offset.
+    order^2 the mean of (e - m)^2. PNR and NDCG do not depend on the offset.
     """
     student, teacher, query = _columns(groups, scores=scores, teacher_scores=teacher_scores)
     error = student - teacher
@@ -210,48 +113,69 @@ def by_query(
     ks: Iterable[int] = (1, 3, 5, 10),
     retrieved: ArrayLike | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """What labels and scores define for each query.
+    """Compute all measures by query.
 
     Args:
-        labels: grades, shape (rows,).
-        scores: shape (rows,).
-        groups: query ids, shape (rows,).
-        ks: the cut-offs of NDCG.
+        labels: Grades, shape (rows,).
+        scores: Shape (rows,).
+        groups: Query ids, shape (rows,).
+        ks: Cut-offs of NDCG.
         retrieved: False for a judged document that a retrieval run lacks, shape (rows,). It ranks last and earns
             nothing in NDCG, MRR and MAP, and a query without a relevant document counts 0 there, as in trec_eval.
-            None re-ranks given documents: all are there, and such a query is nan.
+            None is for re-ranking: all documents are ranked, and such a query is nan.
 
     Returns:
-        Columns of shape (queries,): "concordant", "discordant", "tied", "pair_accuracy", "ndcg@k", "mrr" and "map" (a
-        query's reciprocal rank and average precision).
+        Columns of shape (queries,):
+
+        - "concordant", "discordant", "tied": numbers of document pairs with label_i > label_j and score_i > score_j,
+          score_i < score_j, or equal scores;
+        - "pair_accuracy": concordant share of the concordant and discordant pairs;
+        - "ndcg@k";
+        - "mrr": 1 / rank of the first relevant document (label >= 1); among equal scores the lowest label ranks first;
+        - "map": mean precision at the ranks of the relevant documents, with equal scores as in "mrr".
     """
     if retrieved is None:
         return _by_query(_read(labels, scores, groups), ks)
-    found = _by_query(_read(labels, scores, groups, np.asarray(retrieved, np.bool_)), ks)
-    return {name: np.nan_to_num(values) if name != "pair_accuracy" else values for name, values in found.items()}
+    values = _by_query(_read(labels, scores, groups, np.asarray(retrieved, np.bool_)), ks)
+    return {name: np.nan_to_num(column) if name != "pair_accuracy" else column for name, column in values.items()}
 
 
 def evaluate(
     labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, ks: Iterable[int] = (1, 3, 5, 10)
 ) -> dict[str, float | int]:
-    """Every measure that labels and scores define; arguments as for `by_query`.
+    """Compute all measures; arguments as in `by_query`.
+
+    Takes O(rows * (log rows + distinct labels)) time and O(rows) memory.
 
     Returns:
-        Python numbers. "pnr", "pair_accuracy", "concordant", "discordant", "tied" are over the pairs of all queries;
-        "pair_accuracy_per_query", "ndcg@k", "mrr", "map" are means over the queries that define them; "auc" and
-        "cross_query_pair_accuracy" compare raw scores across queries; the rest are counts.
+        Python numbers:
+
+        - "pnr" (concordant / discordant, inf without discordant pairs), "pair_accuracy", "concordant", "discordant",
+          "tied": over the pairs of all queries;
+        - "pair_accuracy_per_query", "ndcg@k", "mrr", "map": means over the queries that define them;
+        - "auc", "cross_query_pair_accuracy": comparisons of scores across queries. AUC is the probability that a
+          document with label >= 1 scores higher than one with label 0, ties counting half;
+        - "queries", "queries_without_relevant", "documents": counts.
+
+    Source: Zou et al. 2021, arXiv 2105.11108, for PNR; counting over all queries (micro) is our choice. Mann and
+        Whitney 1947 for AUC, equal to sklearn.metrics.roc_auc_score.
     """
     rows = _read(labels, scores, groups)
     queries = _by_query(rows, ks)
-    pairs = PairCounts(*(int(queries[name].sum()) for name in PairCounts._fields))
+    concordant, discordant, tied = (int(queries[name].sum()) for name in _PAIRS)
+    everywhere = _count_pairs(rows.pooled)[:, 0]
+    across = everywhere - (concordant, discordant, tied)
+    relevant = _count_pairs(replace(rows.pooled, labels=np.minimum(rows.pooled.labels, 1)))[:, 0]
     return {
-        "pnr": pairs.pnr,
-        "pair_accuracy": pairs.pair_accuracy,
+        "pnr": float(_ratio(concordant, discordant)),
+        "pair_accuracy": float(_ratio(concordant, concordant + discordant)),
         "pair_accuracy_per_query": query_mean(queries["pair_accuracy"]),
-        **pairs._asdict(),
+        "concordant": concordant,
+        "discordant": discordant,
+        "tied": tied,
         **{name: query_mean(queries[name]) for name in queries if name.startswith(("ndcg@", "mrr", "map"))},
-        "auc": _auc(rows),
-        "cross_query_pair_accuracy": _cross_query(rows, pairs).pair_accuracy,
+        "auc": float(_ratio(relevant[0] + relevant[2] / 2, relevant.sum())),
+        "cross_query_pair_accuracy": float(_ratio(across[0], across[:2].sum())),
         "queries": queries["map"].size,
         "queries_without_relevant": int(np.isnan(queries["map"]).sum()),
         "documents": rows.labels.size,
@@ -260,9 +184,9 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Rows:
-    """Checked rows by query, in each query by falling score, among equal scores by rising label.
+    """Validated rows, sorted by query, falling score and rising label.
 
-    Rows that were not retrieved are the last of their query.
+    Rows that were not retrieved are last in their query.
     """
 
     labels: Ints
@@ -280,22 +204,22 @@ class _Rows:
 
     @cached_property
     def rank(self) -> Ints:
-        """From 1, by row."""
+        """Rank of each row in its query, from 1."""
         return np.arange(1, self.query.size + 1) - _starts(self.query_edges)
 
     @cached_property
     def ideal_labels(self) -> Ints:
-        """The labels with the highest first in each query."""
+        """Labels in falling order within each query."""
         return self.labels[np.lexsort((-self.labels, self.query))]
 
     @cached_property
     def pooled(self) -> _Rows:
-        """The same rows as documents of one query."""
+        """The rows as documents of a single query."""
         return _sort(self.labels, self.scores, np.zeros_like(self.query), self.retrieved)
 
     def sum(self, values: NDArray[Any]) -> NDArray[Any]:
-        """By query."""
-        return np.add.reduceat(values, self.query_edges[:-1])
+        """Sum values of shape (..., rows) by query."""
+        return np.add.reduceat(values, self.query_edges[:-1], axis=-1)
 
 
 def _read(
@@ -313,7 +237,7 @@ def _sort(labels: Ints, scores: Floats, query: Ints, retrieved: NDArray[np.bool_
 
 
 def _columns(groups: ArrayLike, **numbers: ArrayLike) -> tuple[NDArray[Any], ...]:
-    """Check the columns of a call; the numbers come back as float64, then the ids as their places in sorted order."""
+    """Validate columns; return the numbers as float64, then the ids as their ranks in sorted order."""
     columns = {name: np.asarray(column) for name, column in (*numbers.items(), ("groups", groups))}
     shapes = {name: column.shape for name, column in columns.items()}
     ids = columns.pop("groups")
@@ -327,8 +251,8 @@ def _columns(groups: ArrayLike, **numbers: ArrayLike) -> tuple[NDArray[Any], ...
 
 
 def _places(ids: NDArray[Any]) -> Ints:
-    """The place of each id among the sorted ids, from 0."""
-    found, distinct = pd.factorize(ids)  # by hashing: several times faster than np.unique on strings
+    """Return the rank of each id among the sorted ids, from 0."""
+    found, distinct = pd.factorize(ids)  # several times faster than np.unique on strings
     _refuse("groups", found < 0, "missing (None or nan)")
     place = {i: n for n, i in enumerate(sorted(distinct.tolist()))}
     return np.array([place[i] for i in distinct.tolist()])[found]
@@ -342,16 +266,17 @@ def _refuse(name: str, bad: NDArray[np.bool_], what: str) -> None:
 def _by_query(rows: _Rows, ks: Iterable[int]) -> dict[str, NDArray[Any]]:
     pairs = _count_pairs(rows)
     return {
-        **pairs._asdict(),
-        "pair_accuracy": pairs.pair_accuracy,
+        **dict(zip(_PAIRS, pairs, strict=True)),
+        "pair_accuracy": _ratio(pairs[0], pairs[0] + pairs[1]),
         **{f"ndcg@{k}": _ndcg(rows, k) for k in ks},
         "mrr": _reciprocal_rank(rows),
         "map": _average_precision(rows),
     }
 
 
-def _count_pairs(rows: _Rows) -> QueryPairCounts:
-    """Count, for each document, the lower-labelled ones that score below, above and like it."""
+def _count_pairs(rows: _Rows) -> Ints:
+    """Count concordant, discordant and tied pairs, shape (3, queries)."""
+    # For each document: the lower-labelled ones that score below, above and like it.
     counts = np.zeros((3, rows.labels.size), np.int64)
     query_start, query_end = _starts(rows.query_edges), _ends(rows.query_edges)
     tie_start, tie_end = _starts(rows.tie_edges), _ends(rows.tie_edges)
@@ -361,22 +286,14 @@ def _count_pairs(rows: _Rows) -> QueryPairCounts:
         counts[0, at] = lower_before[query_end[at]] - lower_before[tie_end[at]]
         counts[1, at] = lower_before[tie_start[at]] - lower_before[query_start[at]]
         counts[2, at] = lower_before[tie_end[at]] - lower_before[tie_start[at]]
-    return QueryPairCounts(*np.add.reduceat(counts, rows.query_edges[:-1], axis=1))
-
-
-def _cross_query(rows: _Rows, within: PairCounts) -> PairCounts:
-    """All pairs less those of one query."""
-    return PairCounts(*(every - inside for every, inside in zip(_count_pairs(rows.pooled).total, within, strict=True)))
-
-
-def _auc(rows: _Rows) -> float:
-    pairs = _count_pairs(replace(rows.pooled, labels=np.minimum(rows.pooled.labels, 1))).total
-    return float(_ratio(pairs.concordant + pairs.tied / 2, pairs.decided + pairs.tied))
+    return rows.sum(counts)
 
 
 def _ndcg(rows: _Rows, k: int | None, gain: Gain = "exp2") -> Floats:
-    discount = np.where(rows.rank <= _cutoff(k), 1 / np.log2(1 + rows.rank), 0)
-    # Sharing the mean discount among equal scores gives the same sum as sharing their mean gain.
+    if k is not None and k < 1:
+        raise ValueError(f"k must be at least 1 or None, got {k}")
+    discount = np.where(rows.rank <= (math.inf if k is None else k), 1 / np.log2(1 + rows.rank), 0)
+    # Sharing the mean discount among equal scores has the same sum as sharing their mean gain.
     sizes = np.diff(rows.tie_edges)
     shared = np.repeat(np.add.reduceat(discount, rows.tie_edges[:-1]) / sizes, sizes)
     found = _gains(rows.labels, gain) * shared * rows.retrieved
@@ -389,49 +306,42 @@ def _gains(labels: Ints, gain: Gain) -> Floats:
         return labels.astype(np.float64)
     if gain != "exp2":
         raise ValueError(f"gain must be 'exp2' or 'linear', got {gain!r}")
-    if labels.max() > MAX_EXP2_LABEL:
-        raise ValueError(f"gain 'exp2' takes labels up to {MAX_EXP2_LABEL}, got {labels.max()}; use 'linear'")
+    if labels.max() > _MAX_EXP2_LABEL:
+        raise ValueError(f"gain 'exp2' supports labels up to {_MAX_EXP2_LABEL}, got {labels.max()}; use 'linear'")
     return np.exp2(labels) - 1
 
 
-def _reciprocal_rank(rows: _Rows, k: int | None = None, min_label: int = 1) -> Floats:
-    relevant = rows.labels >= min_label
-    earned = np.where(relevant & rows.retrieved & (rows.rank <= _cutoff(k)), 1 / rows.rank, 0)
-    best = np.maximum.reduceat(earned, rows.query_edges[:-1])
+def _reciprocal_rank(rows: _Rows) -> Floats:
+    relevant = rows.labels >= 1
+    best = np.maximum.reduceat(np.where(relevant & rows.retrieved, 1 / rows.rank, 0), rows.query_edges[:-1])
     return np.where(rows.sum(relevant.astype(np.int64)) > 0, best, np.nan)
 
 
-def _average_precision(rows: _Rows, min_label: int = 1) -> Floats:
-    relevant = (rows.labels >= min_label).astype(np.int64)
+def _average_precision(rows: _Rows) -> Floats:
+    relevant = (rows.labels >= 1).astype(np.int64)
     found = np.cumsum(relevant)
     found_before_query = (found - relevant)[_starts(rows.query_edges)]
     precision = (found - found_before_query) / rows.rank
     return _ratio(rows.sum(relevant * precision * rows.retrieved), rows.sum(relevant))
 
 
-def _cutoff(k: int | None) -> float:
-    if k is not None and k < 1:
-        raise ValueError(f"k must be at least 1 or None, got {k}")
-    return math.inf if k is None else k
-
-
 def _edges(*columns: NDArray[Any]) -> Ints:
-    """First rows of the runs of rows that agree in all columns, then the number of rows: shape (runs + 1,)."""
+    """Return the starts of runs of equal rows, then the number of rows, shape (runs + 1,)."""
     changes = np.any([column[1:] != column[:-1] for column in columns], axis=0)
     return np.concatenate(([0], np.flatnonzero(changes) + 1, [columns[0].size]))
 
 
 def _starts(edges: Ints) -> Ints:
-    """By row, the first row of its run."""
+    """Return the start of each row's run."""
     return np.repeat(edges[:-1], np.diff(edges))
 
 
 def _ends(edges: Ints) -> Ints:
-    """By row, the first row after its run."""
+    """Return the end of each row's run, exclusive."""
     return np.repeat(edges[1:], np.diff(edges))
 
 
 def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> Any:
-    """IEEE division: x / 0 is inf, 0 / 0 is nan."""
+    """Divide as IEEE 754 does: x / 0 is inf, 0 / 0 is nan."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.true_divide(numerator, denominator)

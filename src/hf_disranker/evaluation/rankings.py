@@ -1,4 +1,4 @@
-"""Rankings that were measured: written to disk, read again, told in lines, compared with each other."""
+"""Evaluated rankings: saving, loading, printing and comparing them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _PACKAGES = ("hf-disranker", "torch", "transformers", "numpy")
 
 @dataclass
 class Evaluation:
-    """A ranking and what it is worth; one json file, with two more beside it.
+    """An evaluated ranking, saved as a json file and two side files.
 
     Args:
-        name: what tables and pictures call the ranker.
-        rows: a judgments table with label -1 for documents that are not judged, and the column `score`.
-        queries: as from `per_query`.
-        measures: as from `evaluate`.
-        about: what is known of the ranker and the data: model, role, parameters, pairs_per_s, judgments, split ...
+        name: Name of the ranker in tables and charts.
+        rows: A judgments table with label -1 for unjudged documents, and the column `score`.
+        queries: Result of `per_query`.
+        measures: Result of `evaluate`.
+        about: Facts about the ranker and the data: model, role, parameters, pairs_per_s, judgments, split ...
     """
 
     name: str
@@ -46,7 +46,7 @@ class Evaluation:
     def of(
         cls, name: str, rows: pd.DataFrame, measures: Sequence[str] = (), by: str | None = None, **about: Any
     ) -> Evaluation:
-        """Measure rows with the column `score`."""
+        """Evaluate rows with the column `score`."""
         scores = rows["score"].to_numpy()
         queries = per_query(rows, scores, measures)
         found = summarise(rows, scores, queries)
@@ -59,7 +59,7 @@ class Evaluation:
         """Write PATH (json: the measures, `name`, `about`), PATH.parquet (values by query), PATH.run (TREC run).
 
         Raises:
-            ValueError: as `check_evaluation_output`.
+            ValueError: As in `check_evaluation_output`.
         """
         check_evaluation_output(path)
         queries, run = _side_files(path)
@@ -70,7 +70,7 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], judgments: pd.DataFrame) -> Evaluation:
-        """Read what `save` wrote, with the judgments that it was made with."""
+        """Load an evaluation with the judgments that it was computed from."""
         queries, run = _side_files(path)
         measures = _read_measures(path)
         name, about = measures.pop("name"), measures.pop("about")
@@ -81,14 +81,14 @@ class Evaluation:
 
 
 def check_evaluation_output(path: str | os.PathLike[str], inputs: Iterable[str | None] = ()) -> None:
-    """Refuse a path where `Evaluation.save` would overwrite anything but an earlier evaluation of that path.
+    """Check that `Evaluation.save` would overwrite nothing but an earlier evaluation.
 
     Args:
-        path: as for `Evaluation.save`.
-        inputs: what is read to evaluate: paths, or names of another kind.
+        path: As in `Evaluation.save`.
+        inputs: Inputs of the evaluation: paths, Hub ids or None.
 
     Raises:
-        ValueError, OSError: as `outputs.check_output`.
+        ValueError, OSError: As in `outputs.check_output`.
     """
     replaces = _is_evaluation(path)
     for file in (path, *_side_files(path)):
@@ -96,18 +96,18 @@ def check_evaluation_output(path: str | os.PathLike[str], inputs: Iterable[str |
 
 
 def _side_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The values by query and the ranking; named after the whole name, so that `lr_0.1` and `lr_0.2` share nothing."""
+    """Return the paths of the values by query and of the run, which extend the full name of `path`."""
     return Path(f"{os.fspath(path)}.parquet"), Path(f"{os.fspath(path)}.run")
 
 
 def _is_evaluation(path: str | os.PathLike[str]) -> bool:
-    """Whether a file was written by `Evaluation.save`."""
+    """Return True if a file was written by `Evaluation.save`."""
     found = json_in(path)
     return isinstance(found, dict) and {"name", "about", "intervals"} <= found.keys()
 
 
 def _read_measures(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The json of an evaluation; ValueError where it is another file, FileNotFoundError where a file is missing."""
+    """Load the json of an evaluation; ValueError for another kind of file, FileNotFoundError for a missing one."""
     if os.path.isfile(path) and not _is_evaluation(path):
         raise ValueError(f"{path} was not written by `disranker evaluate --out`.")
     for file in (Path(path), *_side_files(path)):
@@ -117,11 +117,11 @@ def _read_measures(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_evaluations(paths: Iterable[str | os.PathLike[str]]) -> list[Evaluation]:
-    """Read what `disranker evaluate --out` wrote: json files, or folders of them, whose other files are passed over.
+    """Load evaluations from json files of `disranker evaluate --out`, or from folders, skipping other files there.
 
     Raises:
-        FileNotFoundError: a file of an evaluation is missing.
-        ValueError: there is none, two have one name, or they are not of the same judgments.
+        FileNotFoundError: If a file of an evaluation is missing.
+        ValueError: If there is no evaluation, two have the same name, or their judgments differ.
     """
     files = [
         file
@@ -129,29 +129,29 @@ def load_evaluations(paths: Iterable[str | os.PathLike[str]]) -> list[Evaluation
         for file in (filter(_is_evaluation, sorted(path.glob("*.json"))) if path.is_dir() else [path])
     ]
     if not files:
-        raise ValueError("There is no json of `disranker evaluate --out` at these places.")
+        raise ValueError("No json file of `disranker evaluate --out` was found.")
     about = [_read_measures(file)["about"] for file in files]
     sources = [(one.get("judgments"), one.get("split")) for one in about]
     for file, source in zip(files, sources, strict=True):
         if source[0] is None or source != sources[0]:
-            raise ValueError(f"{file} is not of the same judgments as {files[0]}: {source} and {sources[0]}.")
-    # BM25's corpus and a run's lack of one differ; what holds texts serves all.
+            raise ValueError(f"{file} has other judgments than {files[0]}: {source} and {sources[0]}.")
+    # Only some evaluations, such as BM25's, name a corpus; its texts serve all.
     texts = [next(filter(None, (one.get(name) for one in about)), None) for name in ("corpus", "queries")]
     judgments = read_judgments(*sources[0], *texts)
     found = [Evaluation.load(file, judgments) for file in files]
     names = [evaluation.name for evaluation in found]
     if len(set(names)) < len(names):
-        raise ValueError(f"Rankers need names of their own (`disranker evaluate --name`): {', '.join(names)}.")
+        raise ValueError(f"Rankers need distinct names (`disranker evaluate --name`): {', '.join(names)}.")
     return found
 
 
 def compare_evaluations(
     evaluations: Sequence[Evaluation], measure: str = "ndcg@10", pairs: Iterable[tuple[str, str]] | None = None
 ) -> list[Comparison]:
-    """Compare rankings of the same judgments; see `significance.compare`. Also tells whose first documents changed.
+    """Compare rankings of the same judgments by `significance.compare`, with the share of changed top documents.
 
     Raises:
-        ValueError: an evaluation does not have the measure by query.
+        ValueError: If an evaluation lacks the measure.
     """
     for one in evaluations:
         if measure not in one.queries.columns:
@@ -166,7 +166,7 @@ def compare_evaluations(
 
 
 def table_text(measures: Mapping[str, Any]) -> str:
-    """The numbers with their intervals, a line each."""
+    """Format the measures and their intervals, a line each."""
     numbers = {name: value for name, value in measures.items() if isinstance(value, float | int)}
     return "\n".join(
         f"{name:>26} {value:12.4f}{_interval(measures, name)}"
@@ -177,13 +177,13 @@ def table_text(measures: Mapping[str, Any]) -> str:
 
 
 def _interval(measures: Mapping[str, Any], name: str) -> str:
-    """The 95% interval of a measure, if it has one."""
+    """Format the 95% interval of a measure; empty if it has none."""
     low, high = measures["intervals"].get(name, (None, None))
     return "" if low is None or high is None else f"  [{low:.4f}, {high:.4f}]"
 
 
 def slices_text(column: str, found: Mapping[str, Any]) -> str:
-    """NDCG@10 by the values of a column, a line each."""
+    """Format NDCG@10 by slice, a line each."""
     lines = [f"\n{column:>26}  queries  ndcg@10"]
     for value, measures in found.items():
         shown = f"{measures['ndcg@10']:.4f}" if measures["ndcg@10"] is not None else "-"
@@ -193,14 +193,14 @@ def slices_text(column: str, found: Mapping[str, Any]) -> str:
 
 
 def read_expected(path: str) -> dict[str, float | None]:
-    """A file of expected measures (yaml), for `differences`; TableError where it holds anything but numbers."""
+    """Load expected measures for `differences` from yaml; TableError if a value is not a number."""
     with open(path, encoding="utf-8") as file:
         try:
             expected = yaml.safe_load(file)
         except yaml.YAMLError as error:
-            raise TableError(f"{path}: is no yaml: {' '.join(str(error).split())}") from error
+            raise TableError(f"{path}: is not yaml: {' '.join(str(error).split())}") from error
     if not isinstance(expected, dict):
-        raise TableError(f"{path}: holds no measures.")
+        raise TableError(f"{path}: there are no measures.")
     for name, value in expected.items():
         if value is not None and not isinstance(value, float | int):
             raise TableError(f"{path}: {name} is {value!r}, not a number.")
@@ -208,7 +208,7 @@ def read_expected(path: str) -> dict[str, float | None]:
 
 
 def differences(measures: Mapping[str, Any], expected: Mapping[str, float | None]) -> list[str]:
-    """What differs from expected measures by more than their `tolerance` (a share; by default 0.01)."""
+    """List measures that differ from the expected ones by more than `tolerance` (relative, by default 0.01)."""
     expected = dict(expected)
     tolerance = expected.pop("tolerance", None)
     tolerance = 0.01 if tolerance is None else tolerance

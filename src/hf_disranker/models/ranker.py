@@ -14,7 +14,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_disranker.data.collators import Encoded, PairCollator, budget_batches, made_ahead, runs_within
+from hf_disranker.data.collators import Encoded, PairCollator, budget_batches, prefetch_map, runs_within
 from hf_disranker.models.base import Pair, PairRanker, listed
 from hf_disranker.models.checkpoint import (
     HUB_OPTIONS,
@@ -121,7 +121,7 @@ class Ranker(PairRanker):
         chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
         start = 0
         with tqdm(total=len(pairs), desc="pairs", unit=" pairs", disable=not progress or callable(progress)) as bar:
-            for encoded in made_ahead(self._encode, chunks):
+            for encoded in prefetch_map(self._encode, chunks):
                 lengths = np.array([len(row["input_ids"]) for row in encoded.rows])
                 self._count(encoded, int(lengths.sum()))
                 batches = runs_within if self.share_prefix and self._can_share() else budget_batches

@@ -17,7 +17,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from hf_disranker.data.candidates import TEXT_COLUMNS, Candidates
-from hf_disranker.data.collators import made_ahead
+from hf_disranker.data.collators import prefetch_map
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import pair_texts
 from hf_disranker.scoring.engines import Engine
@@ -73,7 +73,7 @@ class ScoringRun:
         first_here = os.environ.get("LOCAL_RANK", "0") == "0"
         progress = Progress(sum(self._length(shard) for shard in todo), shown=first_here)
         failures = []
-        for shard, rows in made_ahead(self._read, todo):
+        for shard, rows in prefetch_map(self._read, todo):
             try:
                 record = self._score(shard, rows, progress)
             except Exception as error:

@@ -24,7 +24,8 @@ from datasets import IterableDataset
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from hf_disranker.data.tables import load_groups, read_table
+from hf_disranker.data.groups import load_groups
+from hf_disranker.data.tables import read_table
 from hf_disranker.scoring.summary import Status, Summary, rate
 
 logger = logging.getLogger(__name__)

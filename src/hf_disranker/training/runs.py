@@ -23,7 +23,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_disranker.data.beir import beir_files
+from hf_disranker.data.files import beir_files
 from hf_disranker.data.outputs import check_output_folder, json_in
 from hf_disranker.data.tables import parquet_files
 from hf_disranker.models.hub import TrainerHubMixin, publish

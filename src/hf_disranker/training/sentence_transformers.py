@@ -13,8 +13,8 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
+from hf_disranker.data.groups import group_rows
 from hf_disranker.data.schema import validate
-from hf_disranker.data.tables import group_rows
 from hf_disranker.data.templates import STUDENT_TEMPLATES, Templates
 from hf_disranker.training.losses import margin_mse, point_mse
 

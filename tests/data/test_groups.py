@@ -1,10 +1,11 @@
-"""Which documents of a query are kept."""
+"""Groups and document sampling."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import Dataset
 
-from hf_disranker.data.sampling import sample_documents
+from hf_disranker.data.groups import mean_scores, sample_documents
 
 
 def group(query_id, scores):
@@ -48,3 +49,12 @@ def test_an_unknown_way_is_refused():
     for count, kind in ((4, "best"), (1, "top")):
         with pytest.raises(ValueError, match="all, top, stratified"):
             sample_documents(Dataset.from_list([group("a", [1.0])]), count, kind)
+
+
+def test_mean_scores_match_hand_example():
+    first = pd.DataFrame({"query_id": ["a", "a", "b"], "doc_id": ["x", "y", "x"], "teacher_score": [1.0, 2.0, 6.0]})
+    second = pd.DataFrame({"query_id": ["b", "a"], "doc_id": ["x", "x"], "teacher_score": [10.0, 30.0]})
+    assert mean_scores([first, second]).tolist()[::2] == [15.5, 8.0]
+    assert np.isnan(mean_scores([first, second]).iloc[1])
+    # (1 - 3) / 2 = -1 and (30 - 20) / 10 = 1; (6 - 3) / 2 = 1.5 and (10 - 20) / 10 = -1.
+    assert mean_scores([first, second], [(3.0, 2.0), (20.0, 10.0)]).tolist()[::2] == [0.0, 0.25]
