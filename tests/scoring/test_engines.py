@@ -342,7 +342,11 @@ def test_a_cross_encoder_halves_its_batch(student_dir, judgments, monkeypatch, c
 
     monkeypatch.setattr(engine.model, "predict", small)
     np.testing.assert_allclose(engine.predict(pair_texts(judgments)), expected, atol=1e-5)
-    assert sizes[:2] == [32, 16] and set(sizes[2:]) == {8} and "Out of memory: continuing with batch_size 8." in caplog.messages
+    assert (
+        sizes[:2] == [32, 16]
+        and set(sizes[2:]) == {8}
+        and "Out of memory: continuing with batch_size 8." in caplog.messages
+    )
 
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}

@@ -211,7 +211,13 @@ def test_the_teacher_of_scores_is_known_where_a_manifest_tells(tmp_path, rows):
 def test_a_foreign_manifest_is_refused(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     store = ScoreStore(tmp_path)
-    for use in (store.manifest, store.missing, store.status, lambda: store.open(MANIFEST), lambda: teacher_of(tmp_path)):
+    for use in (
+        store.manifest,
+        store.missing,
+        store.status,
+        lambda: store.open(MANIFEST),
+        lambda: teacher_of(tmp_path),
+    ):
         with pytest.raises(ValueError, match="manifest.json is not the manifest of a score store"):
             use()
     assert (tmp_path / "manifest.json").read_bytes() == content

@@ -30,7 +30,7 @@ from hf_disranker.scoring.provenance import describe_model, describe_module, tok
 logger = logging.getLogger(__name__)
 
 Pair = tuple[str, dict[str, str]]
-Callback = Callable[[int], object]
+Callback = Callable[[int], None]
 
 
 class Engine(Protocol):
@@ -41,7 +41,7 @@ class Engine(Protocol):
         """Number of tokens read so far; 0 if the backend does not count them."""
 
     def describe(self) -> dict[str, Any]:
-        """Return everything that affects the scores, for the manifest: weights, config, tokenizer, templates, limits."""
+        """Describe everything that affects the scores, for the manifest: weights, config, tokenizer, templates ..."""
 
     def predict(self, pairs: Sequence[Pair], callback: Callback | None = None) -> np.ndarray:
         """Score (query, {"title", "summary"}) pairs.
@@ -322,7 +322,9 @@ class HttpEngine:
             with self._lock:
                 self.tokens += (about.get("usage") or {}).get("prompt_tokens") or 0
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise OSError(f"{response.url} returned no scores of {documents} documents: {response.text:.200}") from error
+            raise OSError(
+                f"{response.url} returned no scores of {documents} documents: {response.text:.200}"
+            ) from error
         if len(results) != documents or scores.keys() != set(range(documents)):
             return None
         return [scores[place] for place in range(documents)]

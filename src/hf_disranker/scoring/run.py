@@ -139,7 +139,7 @@ def score_shard(
     engine: Engine,
     rows: pa.Table,
     known: pd.Series | None = None,
-    callback: Callable[[int], object] | None = None,
+    callback: Callable[[int], None] | None = None,
 ) -> tuple[pa.Table, pa.Table, int]:
     """Score the rows of one shard.
 

@@ -207,7 +207,9 @@ class ScoreStore:
         if records := [self._log(name) for name in logs[-_RECENT:]]:
             last, per_s, tokens_per_s = rate(records)
             left = f"{tqdm.format_interval(missing / per_s)} to go" if missing else "finished"
-            lines.append(f"rate       {per_s:,.{0 if per_s >= 10 else 1}f} pairs/s, {tokens_per_s:,.0f} tokens/s, {left}")
+            lines.append(
+                f"rate       {per_s:,.{0 if per_s >= 10 else 1}f} pairs/s, {tokens_per_s:,.0f} tokens/s, {left}"
+            )
             lines.append(f"last       shard {last['shard']} by worker {last['worker']}")
         if summary.scored:
             lines.append(f"scores     {summary.scored:,}, mean {summary.mean:.3f}, std {summary.std:.3f}")
