@@ -26,7 +26,7 @@ SHARD_ROWS = 100_000
 
 
 def write_tables(folder: Path, rows: int) -> None:
-    """Write candidates in files of a million rows, 50 documents per query, and a corpus of 400 characters per document."""
+    """Write candidates in files of a million rows, 50 documents per query, and a corpus of 400-character documents."""
     words = np.random.default_rng(0).integers(10**9, 10**10, (DOCUMENTS, 40)).astype(str)
     ids = np.char.add("d", np.arange(DOCUMENTS).astype(str))
     corpus = {"doc_id": ids, "title": words[:, 0], "summary": [" ".join(row[1:]) for row in words]}

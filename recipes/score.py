@@ -17,13 +17,36 @@ from trl import TrlParser
 
 from hf_disranker.data.candidates import Candidates
 from hf_disranker.scoring.engines import SERVERS, Engine, HttpEngine, load_engine
+from hf_disranker.scoring.likelihood import (
+    DEFAULT_DOCUMENT_TOKENS,
+    DEFAULT_TEMPLATE,
+    LikelihoodEngine,
+    load_likelihood,
+)
 from hf_disranker.scoring.run import ScoringRun, verify
 from hf_disranker.scoring.store import ScoreStore
 from hf_disranker.training.runs import recipe_parser
 
 
+@dataclass(kw_only=True)
+class LikelihoodArguments:
+    """Scoring by query likelihood, without labels."""
+
+    likelihood: bool = field(
+        default=False, metadata={"help": "If true, any causal language model scores by log P(query | document)."}
+    )
+    likelihood_template: str = field(
+        default=DEFAULT_TEMPLATE,
+        metadata={"help": "Text with title and summary, and the query at the end; \\n is a line."},
+    )
+    document_tokens: int = field(
+        default=DEFAULT_DOCUMENT_TOKENS, metadata={"help": "Limit of the document, with --likelihood."}
+    )
+    gguf_file: str | None = field(default=None, metadata={"help": "GGUF file of the model, with --likelihood."})
+
+
 @dataclass
-class ScoreArguments:
+class ScoreArguments(LikelihoodArguments):
     """What the stage reads and writes."""
 
     model: str | None = field(default=None, metadata={"help": "The teacher: folder, Hub id, or its name on a server."})
@@ -95,10 +118,32 @@ def make_engine(args: ScoreArguments) -> Engine:
     assert args.model is not None
     if args.engine != "transformers":
         given = {"generative": args.generative, "dtype": args.dtype != "auto", "token_budget": args.token_budget}
+        given |= {"likelihood": args.likelihood, "gguf_file": args.gguf_file}
         if ignored := [f"--{name}" for name, is_given in given.items() if is_given]:
             raise ValueError(f"{', '.join(ignored)}: for a model in this process, not for --engine {args.engine}.")
         return HttpEngine(args.engine, args.url, args.model, concurrency=args.concurrency)
+    if is_likelihood(args, args.generative):
+        return load_from(args, args.model, args.dtype, args.token_budget)
     return load_engine(args.model, args.dtype, args.token_budget, args.generative)
+
+
+def load_from(
+    args: LikelihoodArguments, model: str, dtype: str = "auto", token_budget: int | None = None
+) -> LikelihoodEngine:
+    """Load a language model as a teacher by query likelihood."""
+    template = args.likelihood_template.replace("\\n", "\n")
+    return load_likelihood(model, template, args.document_tokens, dtype, token_budget, args.gguf_file)
+
+
+def is_likelihood(args: LikelihoodArguments, generative: bool) -> bool:
+    """Return whether to score by query likelihood; refuse options that do not go together."""
+    if args.likelihood and generative:
+        raise ValueError("--likelihood and --generative are two ways to score: choose one.")
+    defaults = {"likelihood_template": DEFAULT_TEMPLATE, "document_tokens": DEFAULT_DOCUMENT_TOKENS, "gguf_file": None}
+    given = [f"--{name}" for name, default in defaults.items() if getattr(args, name) != default]
+    if given and not args.likelihood:
+        raise ValueError(f"{', '.join(given)}: only with --likelihood.")
+    return args.likelihood
 
 
 if __name__ == "__main__":
