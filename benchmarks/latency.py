@@ -65,7 +65,7 @@ def make_rankers(path: Path, folder: Path, dtypes: list[str], threads: int) -> d
     rankers |= {f"ours {name}": Ranker.from_pretrained(path, device="cpu", dtype=name) for name in dtypes}
     export.write_checkpoint(copy.deepcopy(ranker), folder, weights=False)
     for name, file in zip(("onnx", "openvino"), runtime.FILES, strict=True):
-        export.WRITERS[name](ranker, folder)
+        export.write_format(name, ranker, folder)
         rankers[name] = runtime.Ranker(folder, file, threads)
     return rankers
 

@@ -1,9 +1,9 @@
-"""The score store without a model: rows per second and memory, for tables of growing length.
+"""Benchmark the score store without a model: rows per second and peak memory by number of rows.
 
     python benchmarks/store.py --rows 1000000 10000000
 
-A stub gives every pair a score, so what is measured is all around it: the check of the input, the join with the
-corpus, the shards. Each length runs in a process of its own, whose peak of memory is shown.
+A stub scores every pair, so this measures everything else: the check of the input, the join with the corpus, the
+shards. Each number of rows runs in its own process, whose peak memory is printed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SHARD_ROWS = 100_000
 
 
 def write_tables(folder: Path, rows: int) -> None:
-    """Candidates in files of a million rows, 50 documents to a query, and a corpus of 400 characters a document."""
+    """Write candidates in files of a million rows, 50 documents per query, and a corpus of 400-character documents."""
     words = np.random.default_rng(0).integers(10**9, 10**10, (DOCUMENTS, 40)).astype(str)
     ids = np.char.add("d", np.arange(DOCUMENTS).astype(str))
     corpus = {"doc_id": ids, "title": words[:, 0], "summary": [" ".join(row[1:]) for row in words]}
@@ -41,7 +41,7 @@ def write_tables(folder: Path, rows: int) -> None:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Check, score and read back; gives rows/s of each and the peak of memory in MB."""
+    """Check, score and read back; return rows/s of each step and the peak memory in MB."""
     from hf_disranker.data.candidates import Candidates
     from hf_disranker.scoring.run import ScoringRun
     from hf_disranker.scoring.store import ScoreStore
@@ -63,22 +63,22 @@ def measure(folder: Path) -> dict[str, float]:
     store = ScoreStore(folder / "scores")
     assert ScoringRun(Stub(), candidates, store, SHARD_ROWS).run() == len(candidates)
     times.append(time.perf_counter())
-    assert store.status().summary.scored == len(candidates)
+    assert store.summary().scored == len(candidates)
     times.append(time.perf_counter())
     check, score, status = np.diff(times)
     size = sum(file.stat().st_size for file in (folder / "scores").glob("*.parquet")) / len(candidates)
     rates = {"check rows/s": len(candidates) / check, "score rows/s": len(candidates) / score, "status s": status}
-    return rates | {"bytes/row": size, "MB at start": start, "MB at most": peak_mb()}
+    return rates | {"bytes/row": size, "MB at start": start, "peak MB": peak_mb()}
 
 
 def peak_mb() -> float:
-    """The most memory that this process has held; Linux only (what getrusage tells includes the parent's)."""
+    """Return the peak memory of this process in MB; Linux only (getrusage includes the parent's)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def main() -> None:
-    """Print a line for each number of rows."""
+    """Print a row of results for each number of rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--folder", help=argparse.SUPPRESS)

@@ -42,13 +42,14 @@ from hf_disranker.evaluation.rankings import (
     table_text,
 )
 from hf_disranker.recipes.command_line import recipe_parser
-from hf_disranker.scoring.engines import load_engine
+from hf_disranker.recipes.score import LikelihoodArguments, is_likelihood, load_from
+from hf_disranker.scoring.engines import Engine, load_engine
 
 logger = logging.getLogger("hf_disranker")
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(LikelihoodArguments):
     """Ranking, judgments and output."""
 
     judgments: str = field(metadata={"help": "Table of judgments, TREC qrels, or a BEIR folder."})
@@ -101,6 +102,8 @@ def main(args: EvaluateArguments) -> Evaluation:
     """Score the judged pairs and measure the ranking."""
     if sum(map(bool, (args.model, args.run, args.scores, args.bm25))) != 1:
         raise SystemExit("Name one of --model, --run, --scores and --bm25.")
+    if (is_likelihood(args, args.generative) or args.generative) and not args.model:
+        raise SystemExit("--likelihood and --generative need --model.")
     if args.out:
         inputs = (args.judgments, args.run, args.scores, args.corpus, args.queries, args.candidates, args.expect)
         check_evaluation_output(args.out, inputs)
@@ -141,7 +144,11 @@ def rank(args: EvaluateArguments, judgments: pd.DataFrame) -> tuple[pd.DataFrame
     joined = join_run(judgments, rows.assign(teacher_score=np.arange(len(rows)))) if args.candidates else rows
     check(args, joined)
     if args.model:
-        engine = load_engine(args.model, generative=args.generative)
+        engine: Engine
+        if args.likelihood:
+            engine = load_from(args, args.model)
+        else:
+            engine = load_engine(args.model, generative=args.generative)
         ranker = getattr(engine, "ranker", engine)
         scores, speed = score_with(ranker, rows)
         about = describe(ranker) | {"source": args.model, "pairs_per_s": speed}

@@ -18,13 +18,35 @@ from trl import TrlParser
 from hf_disranker.data.candidates import Candidates
 from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.scoring.engines import SERVERS, Engine, HttpEngine, load_engine
-from hf_disranker.scoring.run import OldScores, ScoringRun, verify
+from hf_disranker.scoring.likelihood import (
+    DEFAULT_DOCUMENT_TOKENS,
+    DEFAULT_TEMPLATE,
+    LikelihoodEngine,
+    load_likelihood,
+)
+from hf_disranker.scoring.run import ScoringRun, verify
 from hf_disranker.scoring.store import ScoreStore
-from hf_disranker.scoring.summary import moved
+
+
+@dataclass(kw_only=True)
+class LikelihoodArguments:
+    """Scoring by query likelihood, without labels."""
+
+    likelihood: bool = field(
+        default=False, metadata={"help": "If true, any causal language model scores by log P(query | document)."}
+    )
+    likelihood_template: str = field(
+        default=DEFAULT_TEMPLATE,
+        metadata={"help": "Text with title and summary, and the query at the end; \\n is a line."},
+    )
+    document_tokens: int = field(
+        default=DEFAULT_DOCUMENT_TOKENS, metadata={"help": "Limit of the document, with --likelihood."}
+    )
+    gguf_file: str | None = field(default=None, metadata={"help": "GGUF file of the model, with --likelihood."})
 
 
 @dataclass
-class ScoreArguments:
+class ScoreArguments(LikelihoodArguments):
     """Teacher, pairs and output."""
 
     model: str | None = field(default=None, metadata={"help": "Teacher: folder, Hub id, or model name on a server."})
@@ -37,12 +59,10 @@ class ScoreArguments:
     engine: str = field(default="transformers", metadata={"help": f"transformers, or a server: {', '.join(SERVERS)}."})
     url: str = field(default="http://localhost:8000", metadata={"help": "Where the server listens."})
     concurrency: int = field(default=8, metadata={"help": "Requests to the server under way at a time."})
-    per_second: float | None = field(default=None, metadata={"help": "Requests to the server in a second at most."})
     num_shards: int = field(default=1, metadata={"help": "Jobs that share the run."})
     shard_index: int = field(default=0, metadata={"help": "Which of them this is, from 0."})
     reuse: str | None = field(default=None, metadata={"help": "Store whose scores hold where the texts are the same."})
     status: str | None = field(default=None, metadata={"help": "Only tell how far the run in this folder is."})
-    against: str | None = field(default=None, metadata={"help": "With status: how the scores moved from this store."})
     verify: bool = field(default=False, metadata={"help": "Only score a sample of `out` again and compare."})
     tolerance: float = field(
         default=0.05,
@@ -61,9 +81,7 @@ def make_parser() -> TrlParser:
 def main(args: ScoreArguments) -> None:
     """Score what the store does not hold yet, or tell what it holds."""
     if args.status:
-        print(status := ScoreStore(args.status).status())
-        if args.against:
-            print(moved(status.summary, ScoreStore(args.against).summary()))
+        print(ScoreStore(args.status).status())
         return
     if not (args.model and args.out and (args.pairs or args.verify)):
         raise SystemExit("disranker score: name --model, --pairs and --out, or --status.")
@@ -75,31 +93,57 @@ def main(args: ScoreArguments) -> None:
         return
     candidates = Candidates(args.pairs, args.corpus)
     candidates.check()  # before the model loads
-    old = OldScores(ScoreStore(args.reuse)) if args.reuse else None
+    reuse = ScoreStore(args.reuse) if args.reuse else None
+    if reuse:
+        reuse.scored_shards()  # also refused before the model loads
     engine = make_engine(args)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # of accelerate launch
     worker = args.shard_index * processes + int(os.environ.get("RANK", 0))
-    done = ScoringRun(engine, candidates, store, args.shard_rows, old).run(worker, args.num_shards * processes)
+    done = ScoringRun(engine, candidates, store, args.shard_rows, reuse).run(worker, args.num_shards * processes)
     ranker = getattr(engine, "ranker", None)
     cut = f"; {ranker.documents_cut} documents and {ranker.queries_cut} queries were cut" if ranker else ""
     print(f"Scored {done} of {len(candidates)} pairs into {args.out}{cut}.")
 
 
 def check(engine: Engine, store: ScoreStore, tolerance: float) -> None:
-    """Score a sample of a store again; ends the program where it differs too much."""
+    """Score a sample of a store again; exit with an error if it differs too much."""
     largest, std = verify(engine, store), store.summary().std or 1.0
     print(f"Largest difference: {largest:.2g}, {largest / std:.2g} standard deviations of the scores.")
     if largest > tolerance * std:
-        sys.exit(f"{store.path} holds other scores than this teacher gives now: --tolerance is {tolerance:g}.")
+        sys.exit(f"{store.path} contains other scores than this teacher computes now: --tolerance is {tolerance:g}.")
 
 
 def make_engine(args: ScoreArguments) -> Engine:
-    """Who computes the scores."""
+    """Return the backend that the options name; refuse options of another one."""
     assert args.model is not None
     if args.engine != "transformers":
-        concurrency, pace = args.concurrency, args.per_second
-        return HttpEngine(args.engine, args.url, args.model, concurrency=concurrency, per_second=pace)
+        given = {"generative": args.generative, "dtype": args.dtype != "auto", "token_budget": args.token_budget}
+        given |= {"likelihood": args.likelihood, "gguf_file": args.gguf_file}
+        if ignored := [f"--{name}" for name, is_given in given.items() if is_given]:
+            raise ValueError(f"{', '.join(ignored)}: for a model in this process, not for --engine {args.engine}.")
+        return HttpEngine(args.engine, args.url, args.model, concurrency=args.concurrency)
+    if is_likelihood(args, args.generative):
+        return load_from(args, args.model, args.dtype, args.token_budget)
     return load_engine(args.model, args.dtype, args.token_budget, args.generative)
+
+
+def load_from(
+    args: LikelihoodArguments, model: str, dtype: str = "auto", token_budget: int | None = None
+) -> LikelihoodEngine:
+    """Load a language model as a teacher by query likelihood."""
+    template = args.likelihood_template.replace("\\n", "\n")
+    return load_likelihood(model, template, args.document_tokens, dtype, token_budget, args.gguf_file)
+
+
+def is_likelihood(args: LikelihoodArguments, generative: bool) -> bool:
+    """Return whether to score by query likelihood; refuse options that do not go together."""
+    if args.likelihood and generative:
+        raise ValueError("--likelihood and --generative are two ways to score: choose one.")
+    defaults = {"likelihood_template": DEFAULT_TEMPLATE, "document_tokens": DEFAULT_DOCUMENT_TOKENS, "gguf_file": None}
+    given = [f"--{name}" for name, default in defaults.items() if getattr(args, name) != default]
+    if given and not args.likelihood:
+        raise ValueError(f"{', '.join(given)}: only with --likelihood.")
+    return args.likelihood
 
 
 if __name__ == "__main__":

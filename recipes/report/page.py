@@ -22,7 +22,6 @@ from hf_disranker.evaluation.rankings import Evaluation, compare_evaluations
 from hf_disranker.evaluation.significance import Comparison, marks, refusal
 from hf_disranker.models.ranker import Ranker
 from hf_disranker.recipes.report import charts
-from hf_disranker.scoring.summary import duration
 
 TITLES = {
     "bm25": "BM25",
@@ -360,3 +359,15 @@ def _search(query: str, rows: pd.DataFrame, ranker: Ranker, top: int) -> str:
         f"  {place}. {old:{width}}   {new}" for place, (old, new) in enumerate(zip(before, after, strict=True), 1)
     ]
     return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Format a duration: 42 s, 17 min, 3 h 05 min, 4 d 02 h."""
+    minutes, hours = seconds / 60, seconds / 3600
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if hours < 1:
+        return f"{minutes:.0f} min"
+    if hours < 24:
+        return f"{int(hours)} h {int(minutes % 60):02d} min"
+    return f"{int(hours // 24)} d {int(hours % 24):02d} h"

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from huggingface_hub import HfApi
 
-from hf_disranker.scoring.store import ScoreStore, teacher_of
+from hf_disranker.scoring.store import ScoreStore, Summary, rate, teacher_of
 
 MANIFEST = {
     "teacher": "runs/teacher",
@@ -77,7 +77,7 @@ def test_another_run_is_refused_with_the_differences(store):
     with pytest.raises(ValueError) as error:
         store.open({**MANIFEST, "weights": "b2", "templates": {"query": "Q {query}"}, "dtype": "bfloat16"})
     assert str(error.value).splitlines() == [
-        f"{store.path} holds the scores of another run; use a new folder.",
+        f"{store.path} contains the scores of another run; use a new folder.",
         "  dtype: not known there, 'bfloat16' now",
         "  templates: {'query': '{query}'} there, {'query': 'Q {query}'} now",
         "  weights: 'a1' there, 'b2' now",
@@ -98,7 +98,7 @@ def test_the_fields_of_a_config_are_told_one_by_one(store):
 
 def test_a_folder_with_other_tables_is_refused(tmp_path, rows):
     rows.to_parquet(tmp_path / "candidates.parquet")
-    with pytest.raises(ValueError, match="holds parquet files and no manifest.json; use a new folder"):
+    with pytest.raises(ValueError, match="contains parquet files and no manifest.json; use a new folder"):
         ScoreStore(tmp_path).open(MANIFEST)
     assert not (tmp_path / "manifest.json").exists()
 
@@ -163,7 +163,7 @@ def record(shard, started, ended, worker="0 of 1"):
 
 def test_the_status_tells_progress_rate_and_failures(store, rows):
     store.open(MANIFEST)
-    assert str(store.status()).splitlines() == [
+    assert store.status().splitlines() == [
         f"{store.path}: 0 of 5 pairs, 0.0%",
         "teacher    runs/teacher, engine not known",
     ]
@@ -173,11 +173,9 @@ def test_the_status_tells_progress_rate_and_failures(store, rows):
     store.log(2, {"error": "no disk"})
     store.write(2, rows[4:], QUARANTINED)
     store.log(2, record(2, 110.0, 120.0, "1 of 2"))
-    assert store.status().failures == {1: "no memory"}
-    lines = str(store.status()).splitlines()[2:]
-    assert lines.pop(3).startswith("quantiles  1% -0.9")
-    assert lines == [
-        "rate       0.2 pairs/s, 4 tokens/s, 10 s to go",
+    assert store.failures() == {1: "no memory"}
+    assert store.status().splitlines()[2:] == [
+        "rate       0.4 pairs/s, 8 tokens/s, 00:05 to go",
         "last       shard 2 by worker 1 of 2",
         "scores     3, mean -0.167, std 0.624",
         "reused     1",
@@ -207,3 +205,54 @@ def test_the_teacher_of_scores_is_known_where_a_manifest_tells(tmp_path, rows):
     assert teacher_of(store.path) == {"id": "runs/teacher", "revision": None}
     rows.to_parquet(tmp_path / "scores.parquet")
     assert teacher_of(tmp_path / "scores.parquet") is None
+
+
+@pytest.mark.parametrize("content", [b"[1, 2]", b'{"builder": 1}', b"not json", b'"text"'])
+def test_a_foreign_manifest_is_refused(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    store = ScoreStore(tmp_path)
+    for use in (
+        store.manifest,
+        store.missing,
+        store.status,
+        lambda: store.open(MANIFEST),
+        lambda: teacher_of(tmp_path),
+    ):
+        with pytest.raises(ValueError, match="manifest.json is not the manifest of a score store"):
+            use()
+    assert (tmp_path / "manifest.json").read_bytes() == content
+
+
+def test_a_folder_without_manifest_has_no_status(tmp_path):
+    with pytest.raises(ValueError, match="is not a score store: it has no manifest.json"):
+        ScoreStore(tmp_path).status()
+
+
+def test_summary_matches_hand_example():
+    summary = Summary.of(np.array([1.0, 3.0], np.float32), {"empty document": 1}, 1)
+    assert summary == Summary(2, 2.0, 1.0, {"empty document": 1}, 1)
+
+
+def test_summaries_of_parts_add_up_to_the_whole():
+    generator = np.random.default_rng(0)
+    parts = [generator.normal(at, 1 + at, size).astype(np.float32) for at, size in enumerate((500, 2000, 0, 3000))]
+    whole = np.concatenate(parts)
+    summary = Summary.add([Summary.of(part, {"a": 1} if at else {}, at) for at, part in enumerate(parts)])
+    assert (summary.scored, summary.quarantined, summary.reused) == (5500, {"a": 3}, 1 + 3)
+    assert summary.mean == pytest.approx(whole.mean(dtype=np.float64), abs=1e-9)
+    assert summary.std == pytest.approx(whole.std(dtype=np.float64), abs=1e-9)
+
+
+def test_summary_of_nothing_is_empty():
+    assert Summary.add([]) == Summary.add([Summary.of(np.array([]), {}, 0)]) == Summary()
+
+
+def test_rate_adds_up_workers():
+    both = [record(0, at, at + 10, worker) for at in (0, 10, 20) for worker in ("0 of 2", "1 of 2")]
+    assert rate(both)[1:] == pytest.approx((12 / 30, 240 / 30))
+
+
+def test_rate_ignores_a_pause():
+    records = [record(0, 0, 10), record(1, 10, 20), record(2, 100_000, 100_010)]
+    last, pairs, _ = rate(records)
+    assert last["shard"] == 2 and pairs == pytest.approx(0.2)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +23,7 @@ from hf_disranker.models.checkpoint import (
     load_tokenizer,
     position_limit,
 )
+from hf_disranker.models.memory import score_in_halves
 from hf_disranker.models.packing import PACKED, pack
 from hf_disranker.models.student import BertDistilledRanker
 from hf_disranker.models.teacher import LLMForLastTokenRanking, fit_embeddings, prepare_tokenizer
@@ -126,8 +126,8 @@ class Ranker(PairRanker):
                 self._count(encoded, int(lengths.sum()))
                 batches = runs_within if self.share_prefix and self._can_share() else budget_batches
                 for rows in batches(lengths, self.token_budget):
-                    queries = [pairs[start + row][0] for row in rows]
-                    scores[start + rows] = self._forward([encoded.rows[row] for row in rows], queries)
+                    batch = [(encoded.rows[row], pairs[start + row][0]) for row in rows]
+                    scores[start + rows] = score_in_halves(self._forward, batch, self._reduce_budget)
                     bar.update(len(rows))
                     if callable(progress):
                         progress(len(rows))
@@ -156,19 +156,17 @@ class Ranker(PairRanker):
         decoder = self.model.model if isinstance(self.model, LLMForLastTokenRanking) else self.model
         return decoder.config._attn_implementation == PACKED
 
-    def _forward(self, rows: list[dict[str, list[int]]], queries: list[str]) -> np.ndarray:
-        """Score tokenised rows together, or in halves when the memory does not hold them; then also what follows."""
-        try:
-            return self._shared(rows, queries) if self.share_prefix and self._can_share() else self._padded(rows)
-        except RuntimeError as error:
-            if len(rows) == 1 or not should_reduce_batch_size(error):
-                raise
-        # Outside of the handler, whose traceback keeps the tensors of the failed pass.
-        torch.cuda.empty_cache()
-        self.token_budget = min(self.token_budget, sum(len(row["input_ids"]) for row in rows) // 2)
-        logger.warning("Out of memory: going on with token_budget %d.", self.token_budget)
-        half = len(rows) // 2
-        return np.concatenate([self._forward(rows[at], queries[at]) for at in (slice(half), slice(half, None))])
+    def _forward(self, rows: Sequence[tuple[dict[str, list[int]], str]]) -> np.ndarray:
+        """Score tokenised rows, each with its query, in one pass."""
+        encoded = [row for row, _ in rows]
+        if self.share_prefix and self._can_share():
+            return self._shared(encoded, [query for _, query in rows])
+        return self._padded(encoded)
+
+    def _reduce_budget(self, rows: Sequence[tuple[dict[str, list[int]], str]]) -> None:
+        """Halve the token budget after these rows did not fit into memory."""
+        self.token_budget = min(self.token_budget, sum(len(row["input_ids"]) for row, _ in rows) // 2)
+        logger.warning("Out of memory: continuing with token_budget %d.", self.token_budget)
 
     @torch.inference_mode()
     def _padded(self, rows: list[dict[str, list[int]]]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Scoring backends: a model in this process, or a server over HTTP."""
+"""Scoring backends: an in-process model or an HTTP server."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import logging
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
 import requests
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from requests.adapters import HTTPAdapter
 from sentence_transformers import CrossEncoder
 from urllib3.util import Retry
@@ -25,40 +22,49 @@ from urllib3.util import Retry
 from hf_disranker.data.templates import STUDENT_TEMPLATES
 from hf_disranker.models.checkpoint import MARKER
 from hf_disranker.models.heads import check_head, check_labels, check_weights, is_classifier, read_config
+from hf_disranker.models.memory import score_in_halves
 from hf_disranker.models.ranker import Ranker
 from hf_disranker.models.teacher import FAMILIES
-from hf_disranker.scoring.provenance import of_model, of_module, tokenizer_digest
+from hf_disranker.scoring.provenance import describe_model, describe_module, tokenizer_digest, versions
 
 logger = logging.getLogger(__name__)
 
 Pair = tuple[str, dict[str, str]]
+Callback = Callable[[int], None]
 
 
 class Engine(Protocol):
-    """What scoring asks of whoever computes the scores."""
+    """Interface of a scoring backend."""
 
     @property
     def tokens(self) -> int:
-        """Read so far, for the progress line; 0 where nobody counts them."""
+        """Number of tokens read so far; 0 if the backend does not count them."""
 
     def describe(self) -> dict[str, Any]:
-        """What decides the scores, for the manifest: weights, config, tokenizer, dtype, templates, limits ..."""
+        """Describe everything that affects the scores, for the manifest: weights, config, tokenizer, templates ..."""
 
-    def predict(self, pairs: Sequence[Pair], callback: Callable[[int], None] | None = None) -> np.ndarray:
-        """Raw logits of (query, {"title", "summary"}) pairs in their order, shape (len(pairs),), float32.
+    def predict(self, pairs: Sequence[Pair], callback: Callback | None = None) -> np.ndarray:
+        """Score (query, {"title", "summary"}) pairs.
 
-        NaN where a single pair cannot be scored; an exception where nothing can. On the way `callback` is called with
-        the number of pairs that were scored since the last call.
+        Args:
+            pairs: Pairs to score.
+            callback: Called after each batch with its number of pairs.
+
+        Returns:
+            Raw logits in the order of the pairs, shape (len(pairs),), float32; NaN for a pair that cannot be scored.
+
+        Raises:
+            Exception: If no pair can be scored.
         """
 
 
 @dataclass
 class RankerEngine:
-    """A ranker of ours, or a checkpoint that reads as one.
+    """Backend for a `Ranker`.
 
     Args:
-        ranker: the teacher.
-        teacher: its name, for the manifest.
+        ranker: The teacher.
+        teacher: Name of the teacher for the manifest.
     """
 
     ranker: Ranker
@@ -66,7 +72,7 @@ class RankerEngine:
 
     @property
     def tokens(self) -> int:
-        """Read so far, without padding."""
+        """Number of tokens read so far, without padding."""
         return self.ranker.tokens
 
     def describe(self) -> dict[str, Any]:
@@ -74,33 +80,33 @@ class RankerEngine:
         collator, model = self.ranker.collator, self.ranker.model
         return {
             "teacher": self.teacher,
-            **of_model(model, model.config),
+            **describe_model(model, model.config),
             "tokenizer": tokenizer_digest(collator.tokenizer),
             "engine": "transformers",
-            "versions": _versions("torch", "transformers"),
+            "versions": versions("torch", "transformers"),
             "templates": collator.templates.to_dict(),
             "max_length": collator.max_length,
             "max_query_length": collator.max_query_length,
         }
 
-    def predict(self, pairs: Sequence[Pair], callback: Callable[[int], None] | None = None) -> np.ndarray:
+    def predict(self, pairs: Sequence[Pair], callback: Callback | None = None) -> np.ndarray:
         """See `Engine`."""
         return self.ranker.predict(pairs, progress=callback or False)
 
 
 @dataclass
 class CrossEncoderEngine:
-    """Any reranker of sentence-transformers: one label, or a language model that answers yes or no.
+    """Backend for any reranker of sentence-transformers: one label, or a language model that answers yes or no.
 
-    It reads the query and the document as title and summary in one string.
+    Its input is the query, and title and summary of the document as one string.
 
     Args:
-        model: the `CrossEncoder`.
-        teacher: its name, for the manifest.
-        batch_size: pairs of a forward pass; halved when the memory does not hold them.
+        model: The `CrossEncoder`.
+        teacher: Name of the teacher for the manifest.
+        batch_size: Pairs per forward pass; halved when the GPU runs out of memory.
 
     Raises:
-        ValueError: the model gives more than one score.
+        ValueError: If the model has more than one label.
     """
 
     model: CrossEncoder
@@ -116,93 +122,92 @@ class CrossEncoderEngine:
         tokenizer = self.model.tokenizer
         return {
             "teacher": self.teacher,
-            **of_model(self.model, self.model.config),
+            **describe_model(self.model, self.model.config),
             "tokenizer": tokenizer_digest(tokenizer, tokenizer.chat_template),
             "engine": "sentence-transformers",
-            "versions": _versions("torch", "transformers", "sentence-transformers"),
+            "versions": versions("torch", "transformers", "sentence-transformers"),
             "templates": STUDENT_TEMPLATES.to_dict(),
-            "modules": [of_module(module) for module in self.model],
+            "modules": [describe_module(module) for module in self.model],
             "prompts": self.model.prompts,
             "default_prompt_name": self.model.default_prompt_name,
             "max_length": self.model.max_seq_length,
         }
 
-    def predict(self, pairs: Sequence[Pair], callback: Callable[[int], None] | None = None) -> np.ndarray:
+    def predict(self, pairs: Sequence[Pair], callback: Callback | None = None) -> np.ndarray:
         """See `Engine`."""
         texts = [(query, STUDENT_TEMPLATES.render_document(**document)) for query, document in pairs]
-        # The longest first, as the CrossEncoder itself would have it of all texts together.
+        # Longest first over all pairs, as `CrossEncoder.predict` does.
         order = np.argsort([-len(query) - len(document) for query, document in texts], kind="stable")
         scores, start = np.zeros(len(pairs), np.float32), 0
         while start < len(pairs):
             rows = order[start : start + self.batch_size]
-            if (batch := self._forward([texts[row] for row in rows])) is not None:
-                scores[rows] = batch
-                start += len(rows)
-                if callback:
-                    callback(len(rows))
+            scores[rows] = score_in_halves(self._forward, [texts[row] for row in rows], self._reduce_batch_size)
+            start += len(rows)
+            if callback:
+                callback(len(rows))
         return scores
 
-    def _forward(self, texts: list[tuple[str, str]]) -> np.ndarray | None:
-        """The scores of one batch; None where the memory does not hold it, with half the batch size from then on."""
+    def _forward(self, texts: Sequence[tuple[str, str]]) -> np.ndarray:
         options = {"activation_fn": torch.nn.Identity(), "show_progress_bar": False}
-        try:
-            return self.model.predict(texts, batch_size=self.batch_size, **options).astype(np.float32)
-        except RuntimeError as error:
-            if len(texts) == 1 or not should_reduce_batch_size(error):
-                raise
-        torch.cuda.empty_cache()
+        return self.model.predict(list(texts), batch_size=self.batch_size, **options).astype(np.float32)
+
+    def _reduce_batch_size(self, texts: Sequence[tuple[str, str]]) -> None:
         self.batch_size = max(1, min(self.batch_size, len(texts)) // 2)
-        logger.warning("Out of memory: going on with batch_size %d.", self.batch_size)
-        return None
+        logger.warning("Out of memory: continuing with batch_size %d.", self.batch_size)
 
 
 def load_engine(
     model: str, dtype: str = "auto", token_budget: int | None = None, generative: bool = False
 ) -> RankerEngine | CrossEncoderEngine:
-    """The engine that fits a checkpoint: a ranker of ours where it reads as one, else a CrossEncoder.
-
-    It runs on the GPU of this process, if there is one.
+    """Load a checkpoint as a `Ranker` if it is one, else as a `CrossEncoder`, on this process's GPU if there is one.
 
     Args:
-        model: folder or Hub id.
-        dtype: precision of the weights; "auto" takes the checkpoint's own.
-        token_budget: as in `Ranker`; a CrossEncoder has none.
-        generative: read a causal language model as a reranker that answers yes or no. One that sentence-transformers
-            saved as such says so itself.
+        model: Folder or Hub id.
+        dtype: Precision of the weights; "auto" keeps the checkpoint's own.
+        token_budget: Tokens per forward pass of a `Ranker`.
+        generative: If True, load a causal language model as a reranker that answers yes or no. One that was saved by
+            sentence-transformers does not need it.
 
     Raises:
-        OSError: neither a folder nor on the Hub.
-        ValueError: the checkpoint holds no ranking head, one with several labels, or an adapter alone.
+        OSError: If the model is neither a folder nor on the Hub.
+        ValueError: If the checkpoint has no ranking head, several labels, or only an adapter; or if a token budget is
+            given for a CrossEncoder.
     """
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     config = read_config(model)
     check_head(model, config, generative)
     if hasattr(config, MARKER) or (config.model_type in ("bert", *FAMILIES) and is_classifier(config)):
-        ranker = Ranker.from_pretrained(model, device=device, dtype=dtype)
+        ranker = Ranker.from_pretrained(model, device=process_device(), dtype=dtype)
         ranker.token_budget = token_budget or ranker.token_budget
         return RankerEngine(ranker, model)
-    encoder = CrossEncoder(model, device=device, model_kwargs={"dtype": dtype})
+    if token_budget:
+        raise ValueError(f"{model} is scored by sentence-transformers, which has no token budget: omit token_budget.")
+    encoder = CrossEncoder(model, device=process_device(), model_kwargs={"dtype": dtype})
     check_weights(model, encoder.transformers_model)
     return CrossEncoderEngine(encoder, model)
 
 
+def process_device() -> str:
+    """Return this process's GPU under `accelerate launch`, or "cpu"."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
 @dataclass(frozen=True)
 class Server:
-    """How one kind of server is asked for the scores of a query's documents.
+    """Request and response format of a kind of server.
 
     Args:
-        path: where it takes them.
-        query: what it calls the query.
-        documents: what it calls the documents.
-        raw: what else is sent: the wish for raw scores.
-        results: where its answer holds the list of results; None where the answer is that list.
-        score: what a result calls its score.
+        path: Path of the endpoint.
+        query: Request field of the query.
+        documents: Request field of the documents.
+        options: Further request fields, which ask for raw scores.
+        results: Response field of the list of results; None if the response is that list.
+        score: Field of the score in a result.
     """
 
     path: str
     query: str
     documents: str
-    raw: dict[str, Any]
+    options: dict[str, Any]
     results: str | None
     score: str
 
@@ -214,7 +219,7 @@ SERVERS = {
     "tei": Server("/rerank", "query", "texts", {"raw_scores": True, "truncate": True}, None, "score"),
     "infinity": Server("/rerank", "query", "documents", {"raw_scores": True}, "results", "relevance_score"),
 }
-# Too busy, or not there for the moment: asked again. A text that cannot be read is not.
+# Retried: the server is busy or down. A text that it cannot read is not.
 _BUSY = (408, 429, 500, 502, 503, 504)
 _UNREADABLE = (400, 413, 422)
 _LARGEST = float(np.finfo(np.float32).max)
@@ -222,17 +227,15 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @dataclass
 class HttpEngine:
-    """A server that scores: vLLM, Text Embeddings Inference or Infinity.
+    """Backend for a server: vLLM, Text Embeddings Inference or Infinity.
 
     Args:
-        server: a key of `SERVERS`.
-        url: where it listens, such as http://localhost:8000.
-        model: the teacher's name, sent along.
-        batch_size: documents of one request; all are of one query, so that servers can share its prefix.
-        concurrency: requests under way at a time.
-        per_second: requests begun in a second at most; None sets no limit.
-        retries: how often a request is repeated while the server is away or busy, after 1, 2, 4 ... 120 seconds or
-            when the server says.
+        server: A key of `SERVERS`.
+        url: Base URL, such as http://localhost:8000.
+        model: Name of the teacher, sent with each request.
+        batch_size: Documents per request, all of one query, so that servers can share its prefix.
+        concurrency: Number of concurrent requests.
+        retries: Number of retries while the server is down or busy, after 1, 2, 4 ... 120 seconds or as it asks.
     """
 
     server: str
@@ -240,36 +243,34 @@ class HttpEngine:
     model: str
     batch_size: int = 32
     concurrency: int = 8
-    per_second: float | None = None
     retries: int = 8
     tokens: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.server not in SERVERS:
             raise ValueError(f"There is no server kind {self.server!r}; there are: {', '.join(SERVERS)}.")
-        # POST as well: to score twice does no harm.
-        again = Retry(
+        # allowed_methods=None retries POST too: scoring twice does no harm.
+        retry = Retry(
             self.retries, status_forcelist=_BUSY, allowed_methods=None, backoff_factor=1, raise_on_status=False
         )
         self._session = requests.Session()
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=self.concurrency, max_retries=again))
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=self.concurrency, max_retries=retry))
         if key := os.environ.get("HF_DISRANKER_API_KEY"):
             self._session.headers["Authorization"] = f"Bearer {key}"
         self._lock = threading.Lock()
-        self._next = 0.0
 
     def describe(self) -> dict[str, Any]:
-        """See `Engine`; a server shows neither weights, config nor tokenizer: the teacher's name stands for them."""
+        """See `Engine`; a server reveals neither weights, config nor tokenizer, so the name identifies the teacher."""
         unknown = dict.fromkeys(("revision", "weights", "config", "tokenizer", "dtype"))
-        how = {"engine": self.server, "versions": {}, "templates": STUDENT_TEMPLATES.to_dict()}
-        return {"teacher": self.model} | unknown | how
+        known = {"engine": self.server, "versions": {}, "templates": STUDENT_TEMPLATES.to_dict()}
+        return {"teacher": self.model} | unknown | known
 
-    def predict(self, pairs: Sequence[Pair], callback: Callable[[int], None] | None = None) -> np.ndarray:
+    def predict(self, pairs: Sequence[Pair], callback: Callback | None = None) -> np.ndarray:
         """See `Engine`.
 
         Raises:
-            OSError: the server is away, refuses us, or answers with something else than scores.
+            OSError: If the server is down, refuses the request, or returns something other than scores.
         """
         scores = np.full(len(pairs), np.nan, np.float32)
         documents = [STUDENT_TEMPLATES.render_document(**document) for _, document in pairs]
@@ -278,10 +279,10 @@ class HttpEngine:
             rows = list(group)
             batches += [(query, rows[at : at + self.batch_size]) for at in range(0, len(rows), self.batch_size)]
         with ThreadPoolExecutor(self.concurrency) as threads:
-            asked = [threads.submit(self._score, query, [documents[row] for row in rows]) for query, rows in batches]
+            futures = [threads.submit(self._score, query, [documents[row] for row in rows]) for query, rows in batches]
             try:
-                for (_, rows), answer in zip(batches, asked, strict=True):
-                    scores[rows] = answer.result()
+                for (_, rows), future in zip(batches, futures, strict=True):
+                    scores[rows] = future.result()
                     if callback:
                         callback(len(rows))
             except BaseException:
@@ -290,60 +291,49 @@ class HttpEngine:
         return scores
 
     def _score(self, query: str, documents: list[str]) -> list[float]:
-        """The scores of a query's documents; NaN for one that the server cannot read or gives no score."""
+        """Score the documents of a query; NaN for one that the server cannot read or does not score."""
         server = SERVERS[self.server]
-        self._wait()
-        body = {"model": self.model, server.query: query, server.documents: documents, **server.raw}
-        answer = self._session.post(f"{self.url.rstrip('/')}{server.path}", json=body, timeout=(10, 600))
-        scores = None if answer.status_code in _UNREADABLE else self._read(answer, len(documents))
+        body = {"model": self.model, server.query: query, server.documents: documents, **server.options}
+        response = self._session.post(f"{self.url.rstrip('/')}{server.path}", json=body, timeout=(10, 600))
+        scores = None if response.status_code in _UNREADABLE else self._read(response, len(documents))
         if scores is None and len(documents) > 1:
             half = len(documents) // 2
             return self._score(query, documents[:half]) + self._score(query, documents[half:])
         if scores is None or any(map(math.isnan, scores)):
-            logger.warning("%s gives no score of a document: %.200s", self.url, answer.text)
+            logger.warning("%s returned no score for a document: %.200s", self.url, response.text)
         return scores or [math.nan]
 
-    def _read(self, answer: requests.Response, documents: int) -> list[float] | None:
-        """The scores in an answer, NaN for what is no number; None for an error or not each document once.
+    def _read(self, response: requests.Response, documents: int) -> list[float] | None:
+        """Read the scores of a response, NaN where not a number; None for an error or an incomplete list.
 
         Raises:
-            OSError: it is no answer to the question.
+            OSError: If it is not a response of such a server.
         """
-        if not answer.ok:
-            raise OSError(f"{answer.url} answers {answer.status_code}: {answer.text:.200}")
+        if not response.ok:
+            raise OSError(f"{response.url} returned {response.status_code}: {response.text:.200}")
         server = SERVERS[self.server]
         try:
-            content = answer.json()
+            content = response.json()
             about = content if isinstance(content, dict) else {}
             if about.get("error") or about.get("object") == "error":
                 return None
-            found = content[server.results] if server.results else content
-            scores = {one.get("index"): _number(one.get(server.score)) for one in found}
+            results = content[server.results] if server.results else content
+            scores = {one.get("index"): _number(one.get(server.score)) for one in results}
             with self._lock:
                 self.tokens += (about.get("usage") or {}).get("prompt_tokens") or 0
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise OSError(f"{answer.url} gives no scores of {documents} documents: {answer.text:.200}") from error
-        if len(found) != documents or scores.keys() != set(range(documents)):
+            raise OSError(
+                f"{response.url} returned no scores of {documents} documents: {response.text:.200}"
+            ) from error
+        if len(results) != documents or scores.keys() != set(range(documents)):
             return None
         return [scores[place] for place in range(documents)]
 
-    def _wait(self) -> None:
-        """Hold a request back until the rate allows it."""
-        if self.per_second:
-            with self._lock:
-                at = max(self._next, time.monotonic())
-                self._next = at + 1 / self.per_second
-            time.sleep(max(0.0, at - time.monotonic()))
-
 
 def _number(score: Any) -> float:
-    """A score as float; NaN unless it is one number, or a list of one, that float32 holds."""
+    """Convert a number, or a list of one number, to float; NaN for anything else or beyond float32."""
     if isinstance(score, list) and len(score) == 1:
         score = score[0]
     if isinstance(score, bool) or not isinstance(score, int | float):
         return math.nan
     return float(score) if abs(score) <= _LARGEST else math.nan
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    return {package: version(package) for package in packages}

@@ -1,9 +1,10 @@
-"""Provenance of a score: digests of a teacher's weights and tokenizer, and the config fields that decide a score."""
+"""Provenance of scores: digests of weights and tokenizer, and the config fields that affect a score."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -12,34 +13,34 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_disranker.models.checkpoint import MARKER
 
-# Paths, versions and names, what is recorded by itself (dtype), and switches that change memory or outputs alone.
-# The attention implementation changes a score by rounding at most, as versions do, and `to_dict` leaves it out.
-_NO_MATTER = {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
-_NO_MATTER |= {"id2label", "label2id", "problem_type", "sentence_transformers"}
-_NO_MATTER |= {"initializer_range", "output_attentions", "output_hidden_states", "return_dict"}
-# Of the marker: recorded by itself (templates, limits), or about the training.
-_MARKER_NO_MATTER = {"format", "templates", "max_length", "max_query_length", "score_transform", "teacher"}
+# Paths, versions and names, fields with a key of their own (dtype), and switches that affect only memory or outputs.
+# The attention implementation, which `to_dict` omits, changes a score by rounding at most, as versions do.
+_IRRELEVANT = {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+_IRRELEVANT |= {"id2label", "label2id", "problem_type", "sentence_transformers"}
+_IRRELEVANT |= {"initializer_range", "output_attentions", "output_hidden_states", "return_dict"}
+# Marker fields with a key of their own (templates, limits), or about training.
+_MARKER_IRRELEVANT = {"format", "templates", "max_length", "max_query_length", "score_transform", "teacher"}
 
 
-def of_model(model: torch.nn.Module, config: PreTrainedConfig) -> dict[str, Any]:
-    """What of a model decides its scores, for a manifest: weights, config and dtype, and the revision as a hint."""
+def describe_model(model: torch.nn.Module, config: PreTrainedConfig) -> dict[str, Any]:
+    """Describe a model for a manifest: weights, config and dtype, and the revision as a hint."""
     return {
         "revision": getattr(config, "_commit_hash", None),
         "weights": weights_digest(model),
-        "config": deciding_config(config),
+        "config": relevant_config(config),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
 
 
-def of_module(module: Any) -> list[Any]:
-    """What a module of sentence-transformers does; of the model's own, what its config and tokenizer do not say."""
+def describe_module(module: Any) -> list[Any]:
+    """Describe a module of sentence-transformers; config and tokenizer of its model are described separately."""
     if isinstance(module, Transformer):
         return [type(module).__name__, _plain(module.processing_kwargs)]
     return [type(module).__name__, _plain(getattr(module, "get_config_dict", dict)())]
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over all weights, by name."""
+    """Return the SHA-256 of all weights, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -48,11 +49,11 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, *more: Any) -> str:
-    """SHA-256 over all that turns a text into ids: vocabulary, normalizer, post-processor, special tokens, sides.
+    """Return the SHA-256 of everything that maps text to ids: vocabulary, normalizer, post-processor, special tokens.
 
     Args:
-        tokenizer: fast or slow; limits and padding, which calls set, do not count.
-        more: further json-friendly data that decides the ids, such as a chat template.
+        tokenizer: Fast or slow tokenizer; truncation and padding, which calls set, are left out.
+        more: Further json-friendly data that affects the ids, such as a chat template.
     """
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -64,20 +65,25 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, *more: Any) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def deciding_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of a config that can change a score and are not at their defaults, as json-friendly data.
+def relevant_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the config fields that can change a score and differ from their defaults, as json-friendly data.
 
-    Without defaults, a field that a later transformers adds is no difference.
+    Defaults are left out, so that a field added by a later version of transformers is not a difference.
     """
-    fields = {key: value for key, value in config.to_dict().items() if key not in _NO_MATTER and key[0] != "_"}
+    fields = {key: value for key, value in config.to_dict().items() if key not in _IRRELEVANT and key[0] != "_"}
     if MARKER in fields:
         marker = fields[MARKER]
-        fields[MARKER] = {key: marker[key] for key in marker if key not in _MARKER_NO_MATTER}
+        fields[MARKER] = {key: marker[key] for key in marker if key not in _MARKER_IRRELEVANT}
     defaults = {} if getattr(config, "has_no_defaults_at_init", False) else type(config)().to_dict()
     defaults.pop("model_type", None)  # Llama and Mistral give their weights the same names
     return _plain({key: value for key, value in fields.items() if key not in defaults or value != defaults[key]})
 
 
 def _plain(content: Any) -> Any:
-    """As json gives it back, so that what was read compares with what is in memory."""
+    """Convert to what json reads back, so that stored and current values compare."""
     return json.loads(json.dumps(content, default=str))
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the installed version of each package."""
+    return {package: version(package) for package in packages}

@@ -1,4 +1,4 @@
-"""Stage 3a: a teacher's scores for unlabelled pairs, shard by shard."""
+"""Stage 3a: score candidates shard by shard; verify, merge and average score stores."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from hf_disranker.data.candidates import TEXT_COLUMNS, Candidates
@@ -22,99 +23,94 @@ from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import pair_texts
 from hf_disranker.scoring.engines import Engine
 from hf_disranker.scoring.store import INPUT, ScoreStore, differences
-from hf_disranker.scoring.summary import duration, rates
 from hf_disranker.version import __version__
 
 logger = logging.getLogger(__name__)
 
-# A document of this many characters is a fault of the index, and takes minutes of tokenising.
+# A longer document is a fault of the index, and takes minutes to tokenise.
 MAX_CHARACTERS = 500_000
-# So many pairs without a single score are no poisoned rows but a broken teacher.
+# So many pairs without a single score are a broken teacher, not bad rows.
 _MANY = 10
-# Seconds between two lines of progress in a log file.
-_QUIET = 60
+_KEY = ["query_id", "doc_id"]
 
 
 @dataclass
 class ScoringRun:
-    """One teacher over one table of candidates, as far as one worker goes.
+    """Scoring of one table of candidates by one teacher.
 
     Args:
-        engine: who computes the scores.
-        candidates: the pairs.
-        store: where the scores go.
-        shard_rows: pairs per shard: what a crash can cost at most.
-        old: scores of the same teacher that are taken over where the texts are the same.
+        engine: Engine that computes the scores.
+        candidates: Pairs to score.
+        store: Store that the scores are written to.
+        shard_rows: Pairs per shard, which is the most work that a crash can lose.
+        reuse: Store whose scores are copied for pairs with the same texts, or None; 12 bytes of memory per pair.
     """
 
     engine: Engine
     candidates: Candidates
     store: ScoreStore
     shard_rows: int = 10_000
-    old: OldScores | None = None
+    reuse: ScoreStore | None = None
 
-    def run(self, worker: int = 0, workers: int = 1) -> int:
-        """Check the whole input, then score the shards that are this worker's and not there yet.
+    def run(self, rank: int = 0, world_size: int = 1) -> int:
+        """Check the whole input, then score this worker's shards that are missing.
 
-        Shard i is worker i mod n's. One whose input cannot be read is noted and left for the next run; any other
-        failure ends the run.
+        Shard i belongs to worker i mod world_size. A shard whose input cannot be read is logged and left for the next
+        run; any other failure ends the run.
 
         Returns:
-            How many pairs this call took on.
+            Number of pairs in the shards that were completed, including reused and quarantined pairs.
 
         Raises:
-            TableError: the input breaks its contract, or no pair of a shard of 10 and more got a score.
-            ValueError: the store holds another run, or the old scores are another teacher's.
+            TableError: If the input breaks its contract, or no pair of a shard of 10 or more got a score.
+            ValueError: If the store belongs to another run, or the scores to reuse to another teacher.
         """
-        self._open()
-        shards = range(worker, -(-len(self.candidates) // self.shard_rows), workers)
-        there = self.store.shards()
-        todo = [shard for shard in shards if shard not in there]
-        first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-        progress = Progress(sum(self._length(shard) for shard in todo), shown=first_here)
-        failures = []
-        for shard, rows in prefetch_map(self._read, todo):
-            try:
-                record = self._score(shard, rows, progress)
-            except Exception as error:
-                self._note(shard, {"error": str(error)})
-                if not isinstance(error, TableError):
-                    raise
-                failures.append(f"shard {shard}: {error}")
-                continue
-            self._note(shard, record | {"worker": f"{worker} of {workers}", "host": socket.gethostname()})
-            progress.store(shard, record["pairs"], record["tokens"])
-        progress.close()
+        known = self._open()
+        complete = self.store.shards()
+        shards = range(rank, -(-len(self.candidates) // self.shard_rows), world_size)
+        missing = [shard for shard in shards if shard not in complete]
+        pairs = sum(min(self.shard_rows, len(self.candidates) - shard * self.shard_rows) for shard in missing)
+        done, failures = 0, []
+        with _progress_bar(pairs) as bar:
+            for shard, rows in prefetch_map(self._read, missing):
+                before = bar.n
+                try:
+                    record = self._score(shard, rows, known, bar)
+                except Exception as error:
+                    bar.update(before - bar.n)
+                    self._log(shard, {"error": str(error)})
+                    if not isinstance(error, TableError):
+                        raise
+                    failures.append(f"shard {shard}: {error}")
+                    continue
+                bar.update(before + record["pairs"] - bar.n)
+                done += record["pairs"]
+                self._log(shard, record | {"worker": f"{rank} of {world_size}", "host": socket.gethostname()})
         if failures:
             raise TableError("\n".join([f"{len(failures)} shard(s) failed; run again for them.", *failures]))
-        return progress.done
+        return done
 
-    def _open(self) -> None:
+    def _open(self) -> pd.Series | None:
+        """Open the store; return the scores to reuse by the hash of a pair's texts."""
         manifest = {"format": 2, **self.engine.describe(), "pairs": len(self.candidates)}
         manifest |= {"input": self.candidates.check(), "shard_rows": self.shard_rows, "hf_disranker": __version__}
-        if self.old and (lines := differences(self.old.manifest, manifest, INPUT)):
-            raise ValueError("\n".join(["The old scores are those of another teacher.", *lines]))
+        if self.reuse and (lines := differences(self.reuse.manifest(), manifest, INPUT)):
+            raise ValueError("\n".join([f"{self.reuse.path} contains the scores of another teacher.", *lines]))
+        known = _scores_by_text(self.reuse) if self.reuse else None
         self.store.open(manifest)
+        return known
 
-    def _score(self, shard: int, rows: pa.Table | TableError, progress: Progress) -> dict[str, Any]:
-        """Score and store one shard; gives what the log shall know of it."""
+    def _score(
+        self, shard: int, rows: pa.Table | TableError, known: pd.Series | None, bar: tqdm[Any]
+    ) -> dict[str, Any]:
+        """Score and store one shard; return its log record."""
         if isinstance(rows, TableError):
             raise rows
         started, tokens = time.time(), self.engine.tokens
-        done = 0
-
-        def show(pairs: int) -> None:
-            nonlocal done
-            done += pairs
-            progress.show(shard, done, self.engine.tokens - tokens)
-
-        scored = score_shard(self.engine, rows, self.old, show)
-        self.store.write(shard, scored.rows, scored.quarantined, scored.reused)
+        scored, quarantined, reused = score_shard(self.engine, rows, known, bar.update)
+        self.store.write(shard, scored, quarantined, reused)
         record = {"shard": shard, "pairs": len(rows), "tokens": self.engine.tokens - tokens}
         return record | {"started": started, "ended": time.time()}
-
-    def _length(self, shard: int) -> int:
-        return min(self.shard_rows, len(self.candidates) - shard * self.shard_rows)
 
     def _read(self, shard: int) -> tuple[int, pa.Table | TableError]:
         try:
@@ -122,40 +118,49 @@ class ScoringRun:
         except TableError as error:
             return shard, error
 
-    def _note(self, shard: int, record: dict[str, Any]) -> None:
-        """Write the log, without which a run goes on: a disk may be full of the shard itself."""
+    def _log(self, shard: int, record: dict[str, Any]) -> None:
+        """Write the log; without it the run continues, since the disk may be full of the shard itself."""
         try:
             self.store.log(shard, record)
         except OSError as error:
             logger.warning("The log of shard %d could not be written: %s", shard, error)
 
 
-@dataclass
-class ScoredShard:
-    """What became of the rows of a shard: scored or quarantined, each once."""
-
-    rows: pa.Table
-    quarantined: pa.Table
-    reused: int
+def _progress_bar(pairs: int) -> tqdm[Any]:
+    """Progress of the first worker of a machine; in a log file it is printed once a minute."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    # With miniters=1 a shard that failed may move the bar back.
+    return tqdm(
+        total=pairs, unit=" pairs", mininterval=0.1 if sys.stderr.isatty() else 60, miniters=1, disable=not first
+    )
 
 
 def score_shard(
-    engine: Engine, rows: pa.Table, old: OldScores | None = None, callback: Callable[[int], None] | None = None
-) -> ScoredShard:
-    """Score the rows of one shard; what cannot be scored is set apart with the reason.
+    engine: Engine,
+    rows: pa.Table,
+    known: pd.Series | None = None,
+    callback: Callable[[int], None] | None = None,
+) -> tuple[pa.Table, pa.Table, int]:
+    """Score the rows of one shard.
 
     Args:
-        engine: who computes the scores.
-        rows: a candidates table with texts.
-        old: scores to take over.
-        callback: called with the number of pairs that were scored since the last call.
+        engine: Engine that computes the scores.
+        rows: Candidates table with texts.
+        known: Scores to reuse, by the hash of a pair's texts.
+        callback: Called with the number of pairs scored since the last call.
+
+    Returns:
+        The rows with the column `teacher_score`, the rows without a score with the column `reason`, and the number
+        of reused scores.
 
     Raises:
-        TableError: of many rows that could be read none got a score: that is no fault of the rows.
+        TableError: If none of 10 or more readable rows got a score, which is not a fault of the rows.
     """
     frame = rows.select(TEXT_COLUMNS).to_pandas()
     reasons = _unreadable(frame)
-    scores = old.look_up(frame) if old else np.full(len(rows), np.nan, np.float32)
+    scores = np.full(len(rows), np.nan, np.float32)
+    if known is not None:
+        scores = known.reindex(_text_hashes(frame)).to_numpy(np.float32, copy=True)
     reused = (reasons == "") & np.isfinite(scores)
     todo = np.flatnonzero((reasons == "") & ~reused)
     if len(todo):
@@ -164,13 +169,13 @@ def score_shard(
         if len(todo) >= _MANY and (reasons[todo] != "").all():
             raise TableError(f"The teacher gave no finite score for any of {len(todo)} pairs.")
     good = reasons == ""
-    apart = rows.filter(pa.array(~good)).append_column("reason", pa.array(reasons[~good], pa.string()))
+    quarantined = rows.filter(pa.array(~good)).append_column("reason", pa.array(reasons[~good], pa.string()))
     scored = rows.filter(pa.array(good)).append_column("teacher_score", pa.array(scores[good], pa.float32()))
-    return ScoredShard(scored, apart, int(reused.sum()))
+    return scored, quarantined, int(reused.sum())
 
 
 def _unreadable(frame: pd.DataFrame) -> np.ndarray:
-    """Why a row is not given to the teacher; "" where it is."""
+    """Return why each row cannot be scored; "" if it can."""
     document = frame["title"] + frame["summary"]
     reasons = np.full(len(frame), "", dtype=object)
     reasons[(document.str.strip() == "").to_numpy()] = "empty document"
@@ -178,35 +183,18 @@ def _unreadable(frame: pd.DataFrame) -> np.ndarray:
     return reasons
 
 
-class OldScores:
-    """The scores of a finished or unfinished store, found by the texts of a pair; 12 bytes of memory for each.
-
-    Args:
-        store: where they lie.
-
-    Raises:
-        ValueError: the store holds no shard.
-    """
-
-    def __init__(self, store: ScoreStore) -> None:
-        self.manifest = store.manifest()
-        if not store.shards():
-            raise ValueError(f"{store.path} holds no scores yet.")
-        parts = [store.rows(shard) for shard in sorted(store.shards())]
-        keys = [_keys(part.select(TEXT_COLUMNS).to_pandas()) for part in parts]
-        scores = [part["teacher_score"].to_numpy() for part in parts]
-        self._keys, self._scores = np.concatenate(keys), np.concatenate(scores)
-        order = np.argsort(self._keys)
-        self._keys, self._scores = self._keys[order], self._scores[order]
-
-    def look_up(self, frame: pd.DataFrame) -> np.ndarray:
-        """The scores of rows with these texts, shape (rows,), float32; NaN where there is none."""
-        keys = _keys(frame)
-        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        return np.where(self._keys[places] == keys, self._scores[places], np.nan).astype(np.float32)
+def _scores_by_text(store: ScoreStore) -> pd.Series:
+    """Read all scores of a store, indexed by the hash of a pair's texts; ValueError if there are none."""
+    parts = []
+    for shard in store.scored_shards():
+        rows = store.rows(shard)
+        hashes = _text_hashes(rows.select(TEXT_COLUMNS).to_pandas())
+        parts.append(pd.Series(rows["teacher_score"].to_numpy(), index=hashes))
+    scores = pd.concat(parts)
+    return scores[~scores.index.duplicated()]
 
 
-def _keys(frame: pd.DataFrame) -> np.ndarray:
+def _text_hashes(frame: pd.DataFrame) -> np.ndarray:
     return pd.util.hash_pandas_object(frame[list(TEXT_COLUMNS)], index=False).to_numpy()
 
 
@@ -214,77 +202,117 @@ def verify(engine: Engine, store: ScoreStore, pairs: int = 256, seed: int = 0) -
     """Score a sample of a store again.
 
     Args:
-        engine: the teacher.
-        store: with at least one shard.
-        pairs: how many at most, drawn from at most 8 shards.
-        seed: of the draw.
+        engine: Teacher of the store.
+        store: Store with at least one complete shard.
+        pairs: Number of pairs, drawn from at most 8 shards.
+        seed: Seed of the sample.
 
     Returns:
-        The largest difference to what is stored; inf where a pair has no finite score now.
+        The largest absolute difference from the stored scores; inf if a pair has no finite score now.
 
     Raises:
-        ValueError: the store is another teacher's; the differences are spelled out. Or it holds no shard.
+        ValueError: If the store belongs to another teacher (the message lists the differences) or has no scores.
     """
-    there, now = store.manifest(), {"format": 2, **engine.describe()}
-    unknown = set() if "tokenizer" in there else now.keys() - there.keys()  # an earlier version wrote it
-    if lines := differences(there, now, INPUT | unknown):
-        raise ValueError("\n".join([f"{store.path} holds the scores of another teacher.", *lines]))
-    draw = np.random.default_rng(seed)
-    shards = sorted(store.shards())
-    if not shards:
-        raise ValueError(f"{store.path} holds no scores yet.")
+    if lines := differences(store.manifest(), {"format": 2, **engine.describe()}, INPUT):
+        raise ValueError("\n".join([f"{store.path} contains the scores of another teacher.", *lines]))
+    generator = np.random.default_rng(seed)
+    shards = store.scored_shards()
+    sampled = generator.choice(shards, min(8, len(shards)), replace=False)
     largest = 0.0
-    for shard in draw.choice(shards, min(8, len(shards)), replace=False):
+    for shard in sampled:
         rows = store.rows(int(shard))
-        taken = rows.take(np.sort(draw.permutation(len(rows))[: -(-pairs // min(8, len(shards)))]))
-        again = engine.predict(pair_texts(taken.select(TEXT_COLUMNS).to_pandas()))
-        apart = np.abs(again - taken["teacher_score"].to_numpy())
-        largest = max(largest, float(np.where(np.isfinite(apart), apart, np.inf).max(initial=0)))
+        rows = rows.take(np.sort(generator.permutation(len(rows))[: -(-pairs // len(sampled))]))
+        scores = engine.predict(pair_texts(rows.select(TEXT_COLUMNS).to_pandas()))
+        difference = np.abs(scores - rows["teacher_score"].to_numpy())
+        largest = max(largest, float(np.where(np.isfinite(difference), difference, np.inf).max(initial=0)))
     return largest
 
 
-@dataclass
-class Progress:
-    """A bar on a terminal; in a log file a line a minute.
+def merge(stores: Sequence[ScoreStore], path: str | os.PathLike[str], shard_rows: int = 100_000) -> ScoreStore:
+    """Merge stores of one teacher over different inputs, such as months or markets.
 
     Args:
-        total: pairs that this worker has to score.
-        shown: whether this worker speaks at all.
+        stores: Finished stores without a pair in common; their quarantines are not merged.
+        path: Path of the new store; an interrupted merge resumes.
+        shard_rows: Pairs per shard of the new store.
+
+    Raises:
+        ValueError: If a store is not finished, or has another teacher; the message lists the differences.
+        TableError: If two stores contain the same pair.
     """
+    manifest = _common_manifest(stores, INPUT)
+    rows = Candidates([store.path for store in stores], table="scores")
+    merged = ScoreStore(path)
+    merged.open({**manifest, "pairs": len(rows), "input": rows.check(), "shard_rows": shard_rows})
+    complete = merged.shards()
+    for shard, start in enumerate(range(0, len(rows), shard_rows)):
+        if shard not in complete:
+            merged.write(shard, rows.read(start, start + shard_rows))
+    return merged
 
-    total: int
-    shown: bool = True
-    done: int = 0
-    tokens: int = 0
 
-    def __post_init__(self) -> None:
-        self._started = self._spoke = time.monotonic()
-        self._bar = tqdm(total=self.total, unit=" pairs", disable=not (self.shown and sys.stderr.isatty()))
+def average(stores: Sequence[ScoreStore], path: str | os.PathLike[str], standardise: bool = True) -> ScoreStore:
+    """Average the scores of several teachers; a pair that one of them did not score is quarantined.
 
-    def show(self, shard: int, pairs: int, tokens: int) -> None:
-        """Tell how far the run is.
+    Args:
+        stores: Finished stores with the same input and shard size.
+        path: Path of the new store; an interrupted run resumes.
+        standardise: If True, first scale each teacher's scores to mean 0 and standard deviation 1 over all its pairs,
+            so that no teacher outweighs the others by its scale.
 
-        Args:
-            shard: under way.
-            pairs: of it that are scored so far.
-            tokens: of it that were read so far.
-        """
-        done, read = self.done + pairs, self.tokens + tokens
-        now = time.monotonic()
-        seconds = max(1e-9, now - self._started)
-        self._bar.set_postfix_str(f"{read / seconds:,.0f} tokens/s, shard {shard}", refresh=False)
-        self._bar.update(done - self._bar.n)  # backwards where a shard failed
-        if self.shown and self._bar.disable and done and (now - self._spoke >= _QUIET or self.done == self.total):
-            self._spoke = now
-            share = f"{done / self.total:.1%} of {self.total:,} pairs"
-            left = duration((self.total - done) * seconds / done)
-            logger.info("%s, %s, %s to go, shard %d", share, rates(done / seconds, read / seconds), left, shard)
+    Raises:
+        ValueError: If a store is not finished, or has another input; the message lists the differences.
+    """
+    manifests = [store.manifest() for store in stores]
+    about_teacher = set().union(*manifests) - INPUT
+    common = _common_manifest(stores, about_teacher)
+    summaries = [store.summary() for store in stores]
+    scales = [[one.mean, one.std or 1.0] if standardise else [0.0, 1.0] for one in summaries]
+    averaged = ScoreStore(path)
+    averaged.open(
+        common
+        | {
+            "teacher": " + ".join(str(one["teacher"]) for one in manifests),
+            "revision": None,
+            "engine": "mean of several teachers",
+            "teachers": [{key: one[key] for key in sorted(one.keys() & about_teacher)} for one in manifests],
+            "scales": scales,
+        }
+    )
+    for shard in sorted(stores[0].shards() - averaged.shards()):
+        rows, dropped = _averaged_shard([store.rows(shard) for store in stores], scales)
+        if (before := stores[0].quarantined(shard)) is not None:
+            dropped = pa.concat_tables([before, dropped], promote_options="default")
+        averaged.write(shard, rows, dropped)
+    return averaged
 
-    def store(self, shard: int, pairs: int, tokens: int) -> None:
-        """Count a shard that is stored, with all its pairs and tokens."""
-        self.done, self.tokens = self.done + pairs, self.tokens + tokens
-        self.show(shard, 0, 0)
 
-    def close(self) -> None:
-        """The worker has no more shards."""
-        self._bar.close()
+def _common_manifest(stores: Sequence[ScoreStore], ignoring: Collection[str]) -> dict[str, Any]:
+    """Return what the manifests of finished stores share; ValueError if they differ in more than what is ignored."""
+    first = stores[0].manifest()
+    for store in stores:
+        if missing := store.missing():
+            raise ValueError(f"{store.path} still lacks the scores of {missing} pairs: finish it first.")
+        if lines := differences(first, store.manifest(), ignoring):
+            raise ValueError("\n".join([f"{stores[0].path} and {store.path} do not go together.", *lines]))
+    return {key: value for key, value in first.items() if key not in ignoring}
+
+
+def _averaged_shard(tables: Sequence[pa.Table], scales: Sequence[Sequence[float]]) -> tuple[pa.Table, pa.Table]:
+    """Return the rows of the first table with the mean score, and those that another table lacks."""
+    columns = []
+    for table, (mean, std) in zip(tables, scales, strict=True):
+        scores = table.select([*_KEY, "teacher_score"]).to_pandas().set_index(_KEY)["teacher_score"]
+        columns.append((scores.astype(np.float64) - mean) / std)
+    average = mean_scores(columns)
+    complete = pa.array(average.notna().to_numpy())
+    place = tables[0].column_names.index("teacher_score")
+    rows = tables[0].set_column(place, "teacher_score", pa.array(average.to_numpy(np.float32))).filter(complete)
+    dropped = tables[0].drop_columns("teacher_score").filter(pc.invert(complete))
+    reasons = pa.array(["not scored by every teacher"] * len(dropped), pa.string())
+    return rows, dropped.append_column("reason", reasons)
+
+
+def mean_scores(columns: Sequence[pd.Series]) -> pd.Series:
+    """Average scores by (query_id, doc_id) in the order of the first column; NaN where one column lacks the pair."""
+    return pd.concat([column.reindex(columns[0].index) for column in columns], axis=1).mean(axis=1, skipna=False)

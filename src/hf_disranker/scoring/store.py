@@ -1,8 +1,8 @@
-"""ScoreStore: a folder of parquet shards with teacher scores, and a manifest that says where they come from.
+"""Score store: parquet shards of teacher scores with a manifest of their provenance.
 
-manifest.json                    what is true of the whole run; written once, before the first shard
-part-000003.parquet              a shard, its footer saying how many scores it holds and how they lie
-quarantine.parquet/part-...      the pairs of that shard that got no score, each with its reason
+manifest.json                    facts about the whole run; written once, before the first shard
+part-000003.parquet              a shard; its footer counts and summarises its scores
+quarantine.parquet/part-...      pairs of that shard without a score, each with the reason
 log/part-000003.json             when, where and how fast it was scored: the only file with times
 """
 
@@ -13,9 +13,12 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,33 +26,71 @@ import pyarrow.parquet as pq
 from datasets import IterableDataset
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from tqdm.auto import tqdm
 
 from hf_disranker.data.groups import load_groups
 from hf_disranker.data.tables import read_table
-from hf_disranker.scoring.summary import Status, Summary, rate
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.parquet"
-_FOOTER = b"disranker"
-# What the scores were computed from; all else in a manifest says how.
+# Manifest keys that describe the input; all others describe how it was scored.
 INPUT = frozenset({"pairs", "input", "shard_rows"})
-# The weights' digest says which teacher it is, wherever it lies, and other versions round differently at most.
+_FOOTER = b"disranker"
+# The digest of the weights identifies a teacher in any folder, and other versions change scores by rounding at most.
 _MAY_DIFFER = {"hf_disranker", "versions"}
 _NAMES_OF_WEIGHTS = {"teacher", "revision"}
-# Shards of the log that tell the present rate.
+# Number of log records from which the current rate is computed.
 _RECENT = 50
+
+
+@dataclass
+class Summary:
+    """Statistics of the scores of one or more shards.
+
+    Args:
+        scored: Number of pairs with a score.
+        mean: Mean score, in float64; 0 without scores.
+        std: Standard deviation of the scores, in float64; 0 without scores.
+        quarantined: Number of pairs without a score, by reason.
+        reused: Number of scores copied from another store.
+    """
+
+    scored: int = 0
+    mean: float = 0.0
+    std: float = 0.0
+    quarantined: dict[str, int] = field(default_factory=dict)
+    reused: int = 0
+
+    @classmethod
+    def of(cls, scores: np.ndarray, quarantined: dict[str, int], reused: int) -> Summary:
+        """Summarise the scores of one shard, shape (pairs,)."""
+        if not len(scores):
+            return cls(quarantined=quarantined)
+        values = scores.astype(np.float64)
+        return cls(len(values), float(values.mean()), float(values.std()), quarantined, reused)
+
+    @classmethod
+    def add(cls, parts: Sequence[Summary]) -> Summary:
+        """Combine the summaries of several shards."""
+        quarantined = sum((Counter(part.quarantined) for part in parts), Counter())
+        total = cls(quarantined=dict(quarantined), reused=sum(part.reused for part in parts))
+        counts, means, stds = (np.array([getattr(part, name) for part in parts]) for name in ("scored", "mean", "std"))
+        if counts.sum():
+            total.scored, total.mean = int(counts.sum()), float(np.average(means, weights=counts))
+            total.std = float(np.sqrt(np.average(stds**2 + (means - total.mean) ** 2, weights=counts)))
+        return total
 
 
 class ScoreStore:
     """Scores of one teacher over one input, shard by shard.
 
-    A shard's file exists only when it is complete, so a run that was cut off goes on where it stopped. A folder that
-    holds the scores of another teacher, template or input is refused.
+    A shard's file exists only when it is complete, so an interrupted run resumes where it stopped. A folder with the
+    scores of another teacher, template or input is refused.
 
     Args:
-        path: folder or fsspec URL.
+        path: Folder or fsspec URL.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -57,63 +98,81 @@ class ScoreStore:
         self._fs, self._root = url_to_fs(self.path)
 
     def open(self, manifest: dict[str, Any]) -> None:
-        """Begin a run or go on with the one that is there.
+        """Start a run, or resume the one in the folder.
 
         Args:
-            manifest: what is true of the whole run, as json-friendly data.
+            manifest: Facts about the whole run, as json-friendly data.
 
         Raises:
-            ValueError: the folder holds a run with another manifest; the differences are spelled out. Or it holds
-                parquet files of no run: they would be read as scores.
+            ValueError: If the folder contains a run with another manifest (the message lists the differences), a
+                manifest.json of another program, or parquet files without a manifest, which would be read as scores.
         """
         self._fs.makedirs(self._root, exist_ok=True)
         if not self.is_store():
             if any(name.endswith(".parquet") for name in self._names()):
-                raise ValueError(f"{self.path} holds parquet files and no {MANIFEST}; use a new folder.")
+                raise ValueError(f"{self.path} contains parquet files and no {MANIFEST}; use a new folder.")
             self._put(MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode())
-        # Read back even what was just written: another run may have begun here at the same moment.
+        # Read back even what was just written: another run may have started here at the same moment.
         if lines := differences(self.manifest(), manifest):
-            raise ValueError("\n".join([f"{self.path} holds the scores of another run; use a new folder.", *lines]))
+            raise ValueError("\n".join([f"{self.path} contains the scores of another run; use a new folder.", *lines]))
 
     def is_store(self) -> bool:
-        """Whether a run was begun here."""
+        """Return whether the folder has a manifest."""
         return self._fs.exists(f"{self._root}/{MANIFEST}")
 
     def manifest(self) -> dict[str, Any]:
-        """What `open` wrote."""
+        """Return what `open` wrote.
+
+        Raises:
+            ValueError: If there is no manifest, or it was written by another program.
+        """
+        if not self.is_store():
+            raise ValueError(f"{self.path} is not a score store: it has no {MANIFEST}.")
         with self._fs.open(f"{self._root}/{MANIFEST}", "rb") as file:
-            return json.load(file)
+            try:
+                content = json.load(file)
+            except ValueError:
+                content = None
+        if not isinstance(content, dict) or not {"teacher", "pairs", "shard_rows"} <= content.keys():
+            raise ValueError(f"{self.path}/{MANIFEST} is not the manifest of a score store; use another folder.")
+        return content
 
     def shards(self) -> set[int]:
-        """The numbers of the complete shards."""
+        """Return the numbers of the complete shards."""
         names = (name for name in self._names() if name.startswith("part-") and name.endswith(".parquet"))
         return {int(name[5:-8]) for name in names}
+
+    def scored_shards(self) -> list[int]:
+        """Return the sorted numbers of the complete shards; raise ValueError if there is none."""
+        if not (shards := sorted(self.shards())):
+            raise ValueError(f"{self.path} contains no scores yet.")
+        return shards
 
     def write(
         self, shard: int, rows: pd.DataFrame | pa.Table, quarantined: pa.Table | None = None, reused: int = 0
     ) -> None:
-        """Store a shard; it appears whole or not at all.
+        """Store a shard, atomically.
 
         Args:
-            shard: its number.
-            rows: rows of a scores table.
-            quarantined: the pairs of the shard that got no score, and in the column `reason` why.
-            reused: how many of the scores were taken from another store.
+            shard: Number of the shard.
+            rows: Rows of a scores table.
+            quarantined: Pairs of the shard without a score, with the reason in the column `reason`.
+            reused: Number of the scores that were copied from another store.
         """
         rows = pa.Table.from_pandas(rows, preserve_index=False) if isinstance(rows, pd.DataFrame) else rows
         reasons: dict[str, int] = {}
-        apart = f"{QUARANTINE}/{_name(shard)}"
-        # First, so that a shard that is there has all that belongs to it.
+        path = f"{QUARANTINE}/{_name(shard)}"
+        # Before the shard itself, so that a shard that exists is complete.
         if quarantined is not None and len(quarantined):
             reasons = {one["values"]: one["counts"] for one in pc.value_counts(quarantined["reason"]).to_pylist()}
-            self._put(apart, _parquet(quarantined))
-        elif self._fs.exists(f"{self._root}/{apart}"):  # of an attempt that was cut off
-            self._fs.rm(f"{self._root}/{apart}")
-        footer = Summary.of(rows["teacher_score"].to_numpy(), reasons, reused)
-        self._put(_name(shard), _parquet(rows.replace_schema_metadata({_FOOTER: footer.to_json()})))
+            self._put(path, _parquet(quarantined))
+        elif self._fs.exists(f"{self._root}/{path}"):  # left by an interrupted attempt
+            self._fs.rm(f"{self._root}/{path}")
+        footer = json.dumps(asdict(Summary.of(rows["teacher_score"].to_numpy(), reasons, reused)))
+        self._put(_name(shard), _parquet(rows.replace_schema_metadata({_FOOTER: footer})))
 
     def log(self, shard: int, record: dict[str, Any]) -> None:
-        """Note how a shard was scored; a record with the key `error` notes that it was not."""
+        """Record how a shard was scored; a record with the key `error` marks it as failed."""
         failed = f"log/{_name(shard, 'failed.json')}"
         if "error" not in record and self._fs.exists(f"{self._root}/{failed}"):
             self._fs.rm(f"{self._root}/{failed}")
@@ -121,83 +180,103 @@ class ScoreStore:
         self._put(name, json.dumps(record, ensure_ascii=False).encode())
 
     def missing(self) -> int:
-        """How many pairs of the run are in no complete shard yet."""
-        pairs, size, there = self.manifest()["pairs"], self.manifest()["shard_rows"], self.shards()
-        return sum(min(size, pairs - at) for shard, at in enumerate(range(0, pairs, size)) if shard not in there)
+        """Return the number of pairs that are in no complete shard."""
+        manifest, complete = self.manifest(), self.shards()
+        pairs, size = manifest["pairs"], manifest["shard_rows"]
+        return sum(min(size, pairs - at) for shard, at in enumerate(range(0, pairs, size)) if shard not in complete)
 
     def summary(self) -> Summary:
-        """What the footers of all complete shards say together."""
+        """Summarise all complete shards from their footers."""
         footers = []
         for shard in sorted(self.shards()):
             with self._fs.open(f"{self._root}/{_name(shard)}", "rb") as file:
-                footers.append(Summary.from_json(pq.read_metadata(file).metadata[_FOOTER]))
+                footers.append(Summary(**json.loads(pq.read_metadata(file).metadata[_FOOTER])))
         return Summary.add(footers)
 
-    def status(self) -> Status:
-        """How far the run is, how fast it goes, what failed."""
-        logs = sorted(self._names("log"))
-        failures = {int(name[5:-12]): self._log(name)["error"] for name in logs if name.endswith(".failed.json")}
-        done = [name for name in logs if not name.endswith(".failed.json")]
-        recent = [self._log(name) for name in done[-_RECENT:]]
-        return Status(self.path, self.manifest(), self.missing(), self.summary(), rate(recent), failures)
+    def failures(self) -> dict[int, str]:
+        """Return the error message of each failed shard."""
+        names = [name for name in self._names("log") if name.endswith(".failed.json")]
+        return {int(name[5:-12]): self._log(name)["error"] for name in sorted(names)}
+
+    def status(self) -> str:
+        """Describe progress, rate, scores and failures for an operator, one line each."""
+        manifest, missing, summary = self.manifest(), self.missing(), self.summary()
+        pairs = manifest["pairs"]
+        lines = [f"{self.path}: {pairs - missing:,} of {pairs:,} pairs, {1 - missing / pairs:.1%}"]
+        lines.append(f"teacher    {manifest['teacher']}, {manifest.get('engine', 'engine not known')}")
+        logs = sorted(name for name in self._names("log") if not name.endswith(".failed.json"))
+        if records := [self._log(name) for name in logs[-_RECENT:]]:
+            last, per_s, tokens_per_s = rate(records)
+            left = f"{tqdm.format_interval(missing / per_s)} to go" if missing else "finished"
+            lines.append(
+                f"rate       {per_s:,.{0 if per_s >= 10 else 1}f} pairs/s, {tokens_per_s:,.0f} tokens/s, {left}"
+            )
+            lines.append(f"last       shard {last['shard']} by worker {last['worker']}")
+        if summary.scored:
+            lines.append(f"scores     {summary.scored:,}, mean {summary.mean:.3f}, std {summary.std:.3f}")
+        if summary.reused:
+            lines.append(f"reused     {summary.reused:,}")
+        lines += [f"quarantine {count:,}: {reason}" for reason, count in sorted(summary.quarantined.items())]
+        lines += [f"failed     shard {shard}: {error}" for shard, error in self.failures().items()]
+        return "\n".join(lines)
 
     def read(self) -> pd.DataFrame:
-        """All complete shards as one scores table; warns when the run is not finished."""
+        """Read all complete shards as one scores table; warn if the run is not finished."""
         if missing := self.missing():
             logger.warning("%s lacks the scores of %d pairs: the run is not finished.", self.path, missing)
         return read_table(self.path, "scores")
 
     def rows(self, shard: int) -> pa.Table:
-        """One complete shard."""
-        with self._fs.open(f"{self._root}/{_name(shard)}", "rb") as file:
-            return pq.read_table(file)
+        """Read one complete shard."""
+        return self._table(_name(shard))
 
     def quarantined(self, shard: int) -> pa.Table | None:
-        """The pairs of a shard that got no score, with the reason; None where all have one."""
-        path = f"{self._root}/{QUARANTINE}/{_name(shard)}"
-        if not self._fs.exists(path):
-            return None
-        with self._fs.open(path, "rb") as file:
-            return pq.read_table(file)
+        """Read the pairs of a shard that have no score, with the reason; None if all have one."""
+        path = f"{QUARANTINE}/{_name(shard)}"
+        return self._table(path) if self._fs.exists(f"{self._root}/{path}") else None
 
     def groups(self) -> IterableDataset:
-        """The groups of `load_groups`, read as you go; the rows of a query have to stand together."""
+        """Stream the groups of `load_groups`; the rows of a query must be consecutive."""
         return load_groups(self.path, streaming=True)
 
+    def _table(self, name: str) -> pa.Table:
+        with self._fs.open(f"{self._root}/{name}", "rb") as file:
+            return pq.read_table(file)
+
     def _names(self, folder: str = "") -> list[str]:
-        where = f"{self._root}/{folder}".rstrip("/")
-        self._fs.invalidate_cache()  # others write here too
+        self._fs.invalidate_cache()  # other processes write here too
         try:
-            return [name.rsplit("/", 1)[-1] for name in self._fs.ls(where, detail=False)]
+            names = self._fs.ls(f"{self._root}/{folder}".rstrip("/"), detail=False)
         except FileNotFoundError:
             return []
+        return [name.rsplit("/", 1)[-1] for name in names]
 
     def _log(self, name: str) -> dict[str, Any]:
         with self._fs.open(f"{self._root}/log/{name}", "rb") as file:
             return json.load(file)
 
     def _put(self, name: str, content: bytes) -> None:
-        """Write a file whole or not at all: by a rename where that is atomic, else by one upload."""
+        """Write a file atomically: by a rename on a local disk, else by one upload."""
         path = f"{self._root}/{name}"
         self._fs.makedirs(os.path.dirname(path), exist_ok=True)
         if not isinstance(self._fs, LocalFileSystem):
             self._fs.pipe_file(path, content)
             return
-        beside = f"{path}.{uuid.uuid4().hex}.tmp"  # two workers never write into one file
+        temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # two workers never write to the same file
         try:
-            with open(beside, "xb") as file:
+            with open(temporary, "xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            os.replace(temporary, path)
         except BaseException:
-            if os.path.exists(beside):
-                os.unlink(beside)
+            if os.path.exists(temporary):
+                os.unlink(temporary)
             raise
 
 
-def _name(shard: int, kind: str = "parquet") -> str:
-    return f"part-{shard:06d}.{kind}"
+def _name(shard: int, extension: str = "parquet") -> str:
+    return f"part-{shard:06d}.{extension}"
 
 
 def _parquet(rows: pa.Table) -> bytes:
@@ -207,26 +286,26 @@ def _parquet(rows: pa.Table) -> bytes:
 
 
 def differences(
-    there: dict[str, Any], now: dict[str, Any], ignoring: Collection[str] = (), absent: str = "not known"
+    stored: dict[str, Any], now: dict[str, Any], ignoring: Collection[str] = (), absent: str = "not known"
 ) -> list[str]:
-    """In what two manifests differ that matters, a line for each key and for each field of the config."""
-    # Where a digest tells the weights apart, it does not matter from where they came.
-    ignored = _MAY_DIFFER | set(ignoring) | (_NAMES_OF_WEIGHTS if there.get("weights") else set())
+    """List the relevant differences of two manifests, one line for each key and each field of the config."""
+    # With a digest of the weights, their location does not matter.
+    ignored = _MAY_DIFFER | set(ignoring) | (_NAMES_OF_WEIGHTS if stored.get("weights") else set())
     lines = []
-    for key in sorted((there.keys() | now.keys()) - ignored):
-        if key == "config" and there.get(key) and now.get(key):
-            lines += [f"  config.{line.strip()}" for line in differences(there[key], now[key], absent="default")]
-        elif there.get(key) != now.get(key):
-            before, after = (repr(one[key]) if key in one else absent for one in (there, now))
+    for key in sorted((stored.keys() | now.keys()) - ignored):
+        if key == "config" and stored.get(key) and now.get(key):
+            lines += [f"  config.{line.strip()}" for line in differences(stored[key], now[key], absent="default")]
+        elif stored.get(key) != now.get(key):
+            before, after = (repr(one[key]) if key in one else absent for one in (stored, now))
             lines.append(f"  {key}: {before} there, {after} now")
     return lines
 
 
 def teacher_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Id and revision of the teacher whose scores lie at a path; None where no manifest tells.
+    """Return id and revision of the teacher of a store; None if the path has no manifest.
 
     Raises:
-        ValueError: the run that writes the scores is not finished.
+        ValueError: If the scoring run is not finished.
     """
     store = ScoreStore(path)
     if not store.is_store():
@@ -234,4 +313,18 @@ def teacher_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     if missing := store.missing():
         raise ValueError(f"{path} still lacks the scores of {missing} pairs: finish `disranker score` first.")
     manifest = store.manifest()
-    return {"id": manifest["teacher"], "revision": manifest["revision"]}
+    return {"id": manifest["teacher"], "revision": manifest.get("revision")}
+
+
+def rate(records: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], float, float]:
+    """Return the latest log record, and pairs and tokens per second of all workers together.
+
+    Args:
+        records: Each with started and ended (seconds since 1970), pairs, tokens and worker ("0 of 2").
+    """
+    last = max(records, key=lambda record: record["ended"])
+    # Seconds of work, so that a pause between two runs does not count.
+    seconds = max(1e-3, sum(record["ended"] - record["started"] for record in records))
+    workers = int(last["worker"].split(" of ")[1])
+    pairs, tokens = (sum(record[key] for record in records) * workers / seconds for key in ("pairs", "tokens"))
+    return last, pairs, tokens

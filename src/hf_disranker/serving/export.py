@@ -1,4 +1,4 @@
-"""Export of a ranker to other software, each form checked against the ranker before it is written."""
+"""Export a ranker to other formats, each checked against the ranker before it is written."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ logger = logging.getLogger(__name__)
 Predict = Callable[[Sequence[tuple[str, dict[str, str]]]], np.ndarray]
 
 _OPSET, _IR_VERSION = 18, 8  # read by onnxruntime 1.14 and later
-logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names every operator of packages that are not installed
-_TOLERANCE = 1e-3  # largest difference of a raw score
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about operators of packages that are not installed
+_TOLERANCE = 1e-3  # largest allowed difference of a raw score
 _HEADING = "\n\n## Exports\n\n"
 _TABLE = """\
-Compared with the ranker in PyTorch on the same pairs and the same machine, in turns.
+Compared with the ranker in PyTorch on the same pairs and machine, in alternation.
 
 | format | pairs | largest difference | Kendall tau | same first | NDCG@10 | pairs/s | |
 |---|---|---|---|---|---|---|---|
@@ -50,37 +50,39 @@ Compared with the ranker in PyTorch on the same pairs and the same machine, in t
 
 @dataclass(frozen=True)
 class Parity:
-    """How scores in a new form compare with the ranker's own: means over queries, speeds of each round."""
+    """Comparison of an exported format with the ranker; means are over queries."""
 
     pairs: int
-    max_difference: float
-    tau: float
-    top1: float
-    ndcg_change: float | None
-    pairs_per_s: list[float]
+    max_difference: float  # of raw scores
+    tau: float  # mean Kendall tau
+    top1: float  # share of queries with the same first document
+    ndcg_change: float | None  # mean change of NDCG@10; None without labels
+    pairs_per_s: list[float]  # of each round
     ranker_pairs_per_s: list[float]
 
     @property
     def verdict(self) -> str:
-        """What may be said of the new form: no more than was measured."""
+        """Summary in words, which claims no more than was measured."""
         new, old = self.pairs_per_s, self.ranker_pairs_per_s
-        same = "same scores" if self.max_difference <= _TOLERANCE and self.top1 == 1 else "other scores"
-        speed = "faster" if min(new) > max(old) else "slower" if max(new) < min(old) else "speed not told apart"
+        same = "same scores" if self.max_difference <= _TOLERANCE and self.top1 == 1 else "different scores"
+        speed = (
+            "faster" if min(new) > max(old) else "slower" if max(new) < min(old) else "no clear difference in speed"
+        )
         return f"{same}, {speed} ({np.median(new) / np.median(old):.2f} times the pairs/s)"
 
 
 def export(ranker: Ranker, source: str, file_format: str, out: str, rows: pd.DataFrame) -> Parity:
-    """Write a ranker in another form, once its scores are those of the ranker.
+    """Export a ranker if its scores in the new format equal its own.
 
     Args:
-        ranker: the ranker, in fp32 on the CPU.
-        source: where it was loaded from; its card is extended.
-        file_format: a key of `WRITERS`.
-        out: the folder to write; other formats in it stay.
-        rows: the pairs to compare on: query_id, query, title, summary and, for NDCG, label.
+        ranker: Ranker in fp32 on the CPU.
+        source: Folder or Hub id that it was loaded from; its model card is extended.
+        file_format: "cross-encoder", "onnx", "openvino" or "vllm".
+        out: Folder to write to; other formats in it are kept.
+        rows: Pairs to compare on: query_id, query, title, summary and, for NDCG, label.
 
     Raises:
-        ValueError: the format does not suit the model, needs a package that is missing, or moves its scores.
+        ValueError: If the format does not suit the model, needs a package that is missing, or changes the scores.
     """
     role = ranker.model.config.disranker["role"]
     if (file_format == "vllm") != (role == "teacher"):
@@ -89,19 +91,19 @@ def export(ranker: Ranker, source: str, file_format: str, out: str, rows: pd.Dat
         folder = Path(name, "export")
         write_checkpoint(ranker, folder, weights=file_format in ("cross-encoder", "vllm"))
         try:
-            predict = WRITERS[file_format](ranker, folder)
+            predict = write_format(file_format, ranker, folder)
         except ImportError as error:
             raise ValueError(f"{error}: pip install hf-disranker[onnx] or hf-disranker[openvino]") from error
         parity = compare(ranker.predict, predict, rows)
         if parity.max_difference > _TOLERANCE:
-            raise ValueError(f"Nothing was written: {file_format} moves the scores too far: {asdict(parity)}")
-        write_figures(ranker, source, folder, out, {file_format: parity})
+            raise ValueError(f"Nothing was written: {file_format} changes the scores too much: {asdict(parity)}")
+        write_figures(ranker, source, folder, out, file_format, parity)
         shutil.copytree(folder, out, dirs_exist_ok=True)
     return parity
 
 
 def compare(old: Predict, new: Predict, rows: pd.DataFrame) -> Parity:
-    """Score the rows both ways, in turns."""
+    """Score the rows with both, in alternation."""
     pairs, queries = pair_texts(rows), rows["query_id"].to_numpy()
     speeds: dict[str, list[float]] = {"old": [], "new": []}
     scores: dict[str, np.ndarray] = {}
@@ -128,12 +130,12 @@ def compare(old: Predict, new: Predict, rows: pd.DataFrame) -> Parity:
 
 
 def write_checkpoint(ranker: Ranker, folder: Path, weights: bool) -> None:
-    """Config and tokenizer as every loader wants them, with or without the weights."""
+    """Write config and tokenizer for stock loaders, with or without the weights."""
     model, collator = ranker.model, ranker.collator
-    for limit in ("max_length", "max_query_length"):  # the light runtime has no defaults of its own
+    for limit in ("max_length", "max_query_length"):  # the light runtime has no defaults
         model.config.disranker[limit] = getattr(collator, limit)
     collator.tokenizer.model_max_length = collator.max_length
-    collator.tokenizer.backend_tokenizer.no_truncation()  # else what the last call set is saved
+    collator.tokenizer.backend_tokenizer.no_truncation()  # else the settings of the last call are saved
     collator.tokenizer.backend_tokenizer.no_padding()
     (model if weights else model.config).save_pretrained(folder)
     collator.tokenizer.save_pretrained(folder)
@@ -142,8 +144,14 @@ def write_checkpoint(ranker: Ranker, folder: Path, weights: bool) -> None:
         (folder / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in words), encoding="utf-8")
 
 
+def write_format(file_format: str, ranker: Ranker, folder: Path) -> Predict:
+    """Write a format next to a checkpoint of `write_checkpoint`; return its scoring function."""
+    writers = {"cross-encoder": write_cross_encoder, "onnx": write_onnx, "openvino": write_openvino}
+    return writers.get(file_format, write_vllm)(ranker, folder)
+
+
 def write_cross_encoder(ranker: Ranker, folder: Path) -> Predict:
-    """Nothing more to write; scored as sentence-transformers does."""
+    """Score with sentence-transformers; the checkpoint needs no further file."""
     model, templates = CrossEncoder(str(folder), device="cpu"), ranker.collator.templates
 
     def predict(pairs: Sequence[tuple[str, dict[str, str]]]) -> np.ndarray:
@@ -153,8 +161,15 @@ def write_cross_encoder(ranker: Ranker, folder: Path) -> Predict:
     return predict
 
 
+def write_onnx(ranker: Ranker, folder: Path) -> Predict:
+    """Write the graph in ONNX, in fp32."""
+    (folder / FILES[0]).parent.mkdir(exist_ok=True)
+    (folder / FILES[0]).write_bytes(onnx_model(ranker).SerializeToString())
+    return LightRanker(folder, FILES[0]).predict
+
+
 def write_openvino(ranker: Ranker, folder: Path) -> Predict:
-    """The graph in OpenVINO's own form, in fp32."""
+    """Write the graph in the OpenVINO format, in fp32."""
     import openvino
 
     with tempfile.TemporaryDirectory() as name:
@@ -164,11 +179,11 @@ def write_openvino(ranker: Ranker, folder: Path) -> Predict:
 
 
 def write_vllm(ranker: Ranker, folder: Path) -> Predict:
-    """The template that makes the teacher's text of the roles query and document; scored by the stock class."""
+    """Write the chat template that renders the roles query and document; score with the stock class."""
     model, collator = ranker.model, ranker.collator
     check_padding(model.config)
     if not hasattr(model, "score"):
-        raise ValueError("A teacher by label expectation has no score row: vLLM cannot serve it as a ranker.")
+        raise ValueError("A label-expectation teacher has no score row: vLLM cannot serve it as a ranker.")
     template = score_template(collator.templates)
     (folder / "score_template.jinja").write_text(template, encoding="utf-8")
     stock = getattr(transformers, model.config.architecture).from_pretrained(folder).eval()
@@ -184,16 +199,8 @@ def write_vllm(ranker: Ranker, folder: Path) -> Predict:
     return lambda pairs: np.array([score(*pair) for pair in pairs], dtype=np.float32)
 
 
-WRITERS: dict[str, Callable[[Ranker, Path], Predict]] = {
-    "cross-encoder": write_cross_encoder,
-    "onnx": lambda ranker, folder: _save(onnx_model(ranker), folder, FILES[0]),
-    "openvino": write_openvino,
-    "vllm": write_vllm,
-}
-
-
 def score_template(templates: Templates) -> str:
-    """The Jinja template with which vLLM makes of a query and a document the text that the teacher was trained on."""
+    """Return the Jinja template with which vLLM renders query and document as in training."""
     content = "{{ (messages | selectattr('role', 'eq', 'ROLE') | first).content }}"
     query = templates.query.replace("{query}", content.replace("ROLE", "query"))
     assert templates.text is not None, "a teacher reads one text"
@@ -201,7 +208,7 @@ def score_template(templates: Templates) -> str:
 
 
 class _Logits(torch.nn.Module):
-    """A BERT with inputs by position and the logits as its only output."""
+    """BERT with positional inputs and the logits as its only output."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -212,17 +219,15 @@ class _Logits(torch.nn.Module):
 
 
 def onnx_model(ranker: Ranker) -> Any:
-    """The student in ONNX: input_ids, attention_mask, token_type_ids (batch, sequence) to logits (batch, 1)."""
+    """Convert a student to ONNX: input_ids, attention_mask, token_type_ids (batch, sequence) to logits (batch, 1)."""
     model = BertDistilledRanker(copy.deepcopy(ranker.model.config))
     model.load_state_dict(ranker.model.state_dict())
-    model.set_attn_implementation("eager")  # the other kinds leave shape arithmetic in the graph
+    model.set_attn_implementation("eager")  # other implementations leave shape arithmetic in the graph
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=model.config.max_position_embeddings)}
-    warnings.filterwarnings(
-        "ignore", "(?s).*(# The axis name|LeafSpec)"
-    )  # of torch's own; the inputs share their axes
+    warnings.filterwarnings("ignore", "(?s).*(# The axis name|LeafSpec)")  # from torch; the inputs share their axes
     program = torch.onnx.export(
         _Logits(model).eval(),
-        tuple(torch.ones(3, 2, 8, dtype=torch.long)),  # one tensor three times would be taken for one input
+        tuple(torch.ones(3, 2, 8, dtype=torch.long)),  # the same tensor three times would become one input
         input_names=["input_ids", "attention_mask", "token_type_ids"],
         output_names=["logits"],
         dynamic_shapes=((axes,) * 3,),
@@ -230,27 +235,21 @@ def onnx_model(ranker: Ranker) -> Any:
         verbose=False,
     )
     assert program is not None
-    (made := program.model_proto).ir_version = _IR_VERSION  # a new one each time
-    return made
+    proto = program.model_proto  # each access builds a new one
+    proto.ir_version = _IR_VERSION
+    return proto
 
 
-def _save(model: Any, folder: Path, file: str) -> Predict:
-    (folder / file).parent.mkdir(exist_ok=True)
-    (folder / file).write_bytes(model.SerializeToString())
-    return LightRanker(folder, file).predict
-
-
-def write_figures(ranker: Ranker, source: str, folder: Path, out: str, parities: dict[str, Parity]) -> None:
-    """Write export.json and the card's table, with the formats that `out` holds already."""
+def write_figures(ranker: Ranker, source: str, folder: Path, out: str, file_format: str, parity: Parity) -> None:
+    """Write export.json and the table of the model card, together with the formats that `out` already contains."""
     before = Path(out, "export.json")
     figures = json.loads(before.read_text()) if before.exists() else {}
-    figures |= {name: asdict(parity) | {"verdict": parity.verdict} for name, parity in parities.items()}
+    figures[file_format] = asdict(parity) | {"verdict": parity.verdict}
     save_json(figures, str(folder / "export.json"))
     cards = [path for path in (Path(out, "README.md"), Path(source, "README.md")) if path.exists()]
     card = ModelCard.load(cards[0]) if cards else model_card(ranker.model.config, Path(source).name)
-    card.text = (
-        card.text.split(_HEADING)[0].rstrip() + _HEADING + _TABLE + "".join(_row(*item) for item in figures.items())
-    )
+    table = _TABLE + "".join(_row(*item) for item in figures.items())
+    card.text = card.text.split(_HEADING)[0].rstrip() + _HEADING + table
     card.save(folder / "README.md")
 
 

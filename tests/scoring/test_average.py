@@ -1,4 +1,4 @@
-"""Several stores to one."""
+"""Merging stores of one teacher and averaging several teachers."""
 
 import numpy as np
 import pandas as pd
@@ -7,7 +7,7 @@ import pytest
 
 from hf_disranker.data.groups import load_groups
 from hf_disranker.data.schema import TableError
-from hf_disranker.scoring.combine import average, merge
+from hf_disranker.scoring.run import average, merge
 from hf_disranker.scoring.store import ScoreStore, teacher_of
 
 
@@ -44,7 +44,7 @@ def test_merged_stores_hold_all_pairs_in_order(stored, judgments, tmp_path):
     pd.testing.assert_frame_equal(merge(parts, tmp_path / "all", shard_rows=25).read(), read)
 
 
-def test_what_does_not_go_together_is_not_merged(stored, judgments, tmp_path):
+def test_merge_refuses_different_teachers(stored, judgments, tmp_path):
     parts = [stored("may", judgments[:30], np.zeros(30), weights="w"), stored("june", judgments[30:], np.zeros(27))]
     with pytest.raises(ValueError, match="do not go together.\n  weights: 'w' there, 'june' now"):
         merge(parts, tmp_path / "all")
@@ -60,7 +60,7 @@ def test_what_does_not_go_together_is_not_merged(stored, judgments, tmp_path):
     assert not (tmp_path / "all").exists()
 
 
-def test_the_average_of_teachers_of_different_scales(stored, judgments, tmp_path):
+def test_average_of_teachers_with_different_scales(stored, judgments, tmp_path):
     draw = np.random.default_rng(0)
     scores = [draw.normal(5, 10, 57).astype(np.float32), draw.normal(0, 0.1, 57).astype(np.float32)]
     stores = [stored("big", judgments, scores[0], teacher="big"), stored("small", judgments, scores[1], teacher="s")]
@@ -75,11 +75,11 @@ def test_the_average_of_teachers_of_different_scales(stored, judgments, tmp_path
 
     plain = average(stores, tmp_path / "plain", standardise=False)
     np.testing.assert_allclose(plain.read()["teacher_score"], np.mean(scores, axis=0), atol=1e-5)
-    with pytest.raises(ValueError, match="holds the scores of another run.*\n  scales: "):
+    with pytest.raises(ValueError, match="contains the scores of another run.*\n  scales: "):
         average(stores, tmp_path / "plain")
 
 
-def test_a_pair_that_one_teacher_could_not_score_is_set_apart(stored, judgments, tmp_path):
+def test_average_quarantines_a_pair_that_one_teacher_lacks(stored, judgments, tmp_path):
     stores = [stored("a", judgments, np.arange(57)), stored("b", judgments, 2 * np.arange(57))]
     apart = pa.Table.from_pandas(judgments[3:4], preserve_index=False)
     apart = apart.append_column("reason", pa.array(["empty document"], pa.string()))
@@ -93,7 +93,7 @@ def test_a_pair_that_one_teacher_could_not_score_is_set_apart(stored, judgments,
     assert mean.quarantined(0)["doc_id"].to_pylist() == [judgments["doc_id"][at] for at in (3, 5, 7)]
 
 
-def test_stores_of_other_inputs_have_no_average(stored, judgments, tmp_path):
+def test_average_refuses_different_inputs(stored, judgments, tmp_path):
     stores = [stored("a", judgments, np.zeros(57)), stored("b", judgments[:50], np.zeros(50))]
     with pytest.raises(ValueError, match="do not go together.\n  input: '0-56' there, '0-49' now\n  pairs: 57"):
         average(stores, tmp_path / "mean")
