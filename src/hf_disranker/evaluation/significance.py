@@ -81,7 +81,11 @@ def bootstrap(
     top = np.asarray(numerator, np.float64)
     bottom = np.broadcast_to(np.asarray(denominator, np.float64), top.shape)
     defined = ~np.isnan(top + bottom)
-    top, bottom = top[defined], bottom[defined]
+    return _percentiles(_resampled_ratios(top[defined], bottom[defined], rounds, seed), confidence)
+
+
+def _resampled_ratios(top: np.ndarray, bottom: np.ndarray, rounds: int, seed: int) -> np.ndarray:
+    """Return sum(top) / sum(bottom) of bootstrap resamples, shape (rounds,)."""
     generator = np.random.default_rng(seed)
     if top.size > _BLOCKS:
         # Resample sums over random blocks of queries: the total has the same spread at a lower cost.
@@ -90,7 +94,7 @@ def bootstrap(
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy warns of resamples of 0 / 0
         if top.size < 2:  # scipy needs two observations
-            return _percentiles(top / bottom, confidence)
+            return top / bottom
         resampled = scipy_bootstrap(
             (top, bottom),
             _ratio_of_sums,
@@ -102,7 +106,7 @@ def bootstrap(
             random_state=generator,  # called `rng` since scipy 1.15
         )
     # Not scipy's own interval, which is nan if any resample is.
-    return _percentiles(resampled.bootstrap_distribution, confidence)
+    return np.asarray(resampled.bootstrap_distribution)
 
 
 def _ratio_of_sums(top: np.ndarray, bottom: np.ndarray, axis: int = -1) -> Any:
