@@ -6,7 +6,7 @@ import json
 import pytest
 
 from hf_disranker.data.outputs import check_output
-from hf_disranker.serving import export
+from hf_disranker.recipes import export
 from hf_disranker.training.distillation import DistillationConfig
 from hf_disranker.training.ranking_trainer import RankingConfig
 from hf_disranker.training.runs import check_output_dir
