@@ -122,7 +122,7 @@ def test_a_killed_run_loses_at_most_the_steps_since_its_last_checkpoint(student_
         process.join(60)
         assert process.exitcode == -how
         point = resume_point(str(tmp_path / "run"))
-        reached = int(point.rsplit("-", 1)[1])
+        reached = int(point.rsplit("-", 1)[1]) if point else 0
         assert step - 5 <= reached < 60  # the state of `step` may have been cut off in the writing
         return reached
 
