@@ -1,6 +1,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 PIP_ARGS ?=
+# A process costs 10 s for its imports: two for all tests, none more for the files that ARGS names.
+PARALLEL := $(if $(filter tests%,$(ARGS)),,-n 2 --dist loadfile)
 CONSTRAINTS ?= constraints-cpu.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -32,10 +34,10 @@ demo: $(INSTALLED)  ## A search page on what the quickstart made
 		--teacher runs/quickstart/teacher --queries recipes/configs/quickstart/queries.txt $(ARGS)
 
 test: $(INSTALLED)  ## The default tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-all: $(INSTALLED)  ## All tests, the slow ones too
-	$(BIN)/python -m pytest -m '' $(ARGS)
+	$(BIN)/python -m pytest -m '' $(PARALLEL) $(ARGS)
 
 test-lowest:  ## All tests on the lowest versions that we claim, in .venv-lowest
 	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt

@@ -1,16 +1,14 @@
-"""Training jobs that run alike on one process and on two: `run_jobs` starts two, with this file as their program.
+"""Training jobs that run alike on one process and on two: `run_jobs` starts two, which call `main`.
 
 Each job trains a student without dropout, or with, and gives a tensor: a gradient or the final weights.
 """
 
 import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import processes
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
@@ -138,38 +136,27 @@ def run_jobs(model_dir, out):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(model_dir), str(out)],
-            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    children = [
+        processes.start(main, model_dir, out, world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    for child in children:
+        child.join(300)
+        child.kill()
+    assert [child.exitcode for child in children] == [0, 0]
     return torch.load(out / "found.pt")
 
 
-def main(model_dir, out):
+def main(model_dir, out, environment):
+    """Run all jobs as one of the processes; the first of them stores what they found."""
+    os.environ |= environment
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
     found = {kind: gradient(kind, model_dir, out, per_device_train_batch_size=8) for kind in KINDS}
     for name, groups in {"memory": ragged_groups(16, 7), "stream": ragged_groups(16, 7).to_iterable_dataset()}.items():
         found[name] = whole_and_resumed(model_dir, out / name, groups, per_device_train_batch_size=3)
     found["token batches"] = whole_and_resumed(model_dir, out / "tokens", ragged_groups(16, 7), token_budget=256)
     found["budget"] = gradient("scores", model_dir, out, token_budget=2000, gradient_accumulation_steps=99)
     found["losses"] = evaluation_losses(model_dir, out)
-    if rank == 0:
+    if os.environ["RANK"] == "0":
         torch.save(found, out / "found.pt")
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

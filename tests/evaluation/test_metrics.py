@@ -327,6 +327,7 @@ def test_broken_columns_raise_plain_errors(labels, scores, groups, message):
         evaluate(labels, scores, groups)
 
 
+@pytest.mark.slow
 def test_two_million_rows_evaluate_in_seconds():
     random = np.random.default_rng(0)
     rows = 2_000_000

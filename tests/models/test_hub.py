@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import multiprocessing
 import pickle
 import re
 import shutil
@@ -11,6 +10,7 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from hub_server import Handler
@@ -428,11 +428,11 @@ def _push_and_hang(folder, repo):
 def test_a_process_killed_in_its_push_leaves_the_last_revision(student_dir, tiny_student, hub, monkeypatch):
     repo = pushed(*tiny_student, "tester/killed")
     before, good = scores(repo), hub.repos["model", repo].branches["main"]
-    process = multiprocessing.get_context("spawn").Process(target=_push_and_hang, args=(student_dir, repo))
-    monkeypatch.setattr(Handler, "do_PUT", lambda self: process.kill())  # in the middle of the weights
-    process.start()
-    process.join(60)
-    assert process.exitcode == -9
+    children = []
+    monkeypatch.setattr(Handler, "do_PUT", lambda self: children[0].kill())  # in the middle of the weights
+    children.append(processes.start(_push_and_hang, student_dir, repo))
+    children[0].join(60)
+    assert children[0].exitcode == -9
     assert hub.repos["model", repo].branches["main"] == good
     np.testing.assert_allclose(scores(repo), before, atol=1e-5)
 

@@ -1,6 +1,6 @@
-"""The ways in which people load a ranker, each in a fresh process, with this package and without it.
+"""The ways in which people load a ranker, in a process with this package and in one without it.
 
-A process loads a folder, a Hub id and a revision in turn; what it fetches comes over HTTP into a cache of its own.
+Each loads a folder, a Hub id and a revision in turn; what it fetches comes over HTTP into a cache of its own.
 """
 
 import copy
@@ -23,12 +23,27 @@ PAIRS = [("read a json file", "json load read a document"), ("plot", "histogram 
 TEACHER_TEXTS = [f"query: {query} document: {document}" for query, document in PAIRS]
 LOADERS = ["AutoModel", "AutoModelForSequenceClassification", "CrossEncoder", "pipeline"]
 
-# Prints the class of the model and its scores for each source; scores are null where there are none.
-LOAD = """
-import importlib.util, json, sys
-loader, kind, options, sources, pairs, texts = json.loads(sys.argv[1])
-if options.pop("import_first", False):
+# Runs each case, a name, code and an argument for it, and stores its answer or, where it fails, the traceback.
+CASES = """
+import importlib.util, json, sys, traceback
+source, target, imported = sys.argv[1:]
+if imported:
     import hf_disranker
+answers = {"installed": importlib.util.find_spec("hf_disranker") is not None}
+for name, code, argument in json.load(open(source)):
+    names = {"argument": argument}
+    try:
+        exec(code, names)
+        answers[name] = names["answer"]
+    except Exception:
+        answers[name] = traceback.format_exc()
+answers["imported"] = "hf_disranker" in sys.modules
+json.dump(answers, open(target, "w"))
+"""
+
+# The class of the model and its scores for each source; scores are null where there are none.
+LOAD = """
+loader, kind, options, sources, pairs, texts = argument
 import transformers
 from transformers import AutoTokenizer
 
@@ -49,33 +64,26 @@ def load(name, revision):
     output = model(**batch)
     return model, output.logits.squeeze(-1).tolist() if "logits" in output else None
 
-answers = []
+answer = []
 for name, revision in sources:
     model, scores = load(name, revision)
     ours = scores is not None and hasattr(model(input_ids=model.dummy_inputs["input_ids"]), "scores")
-    answers.append([type(model).__name__, scores, ours])
-installed = importlib.util.find_spec("hf_disranker") is not None
-print(json.dumps({"installed": installed, "imported": "hf_disranker" in sys.modules, "answers": answers}))
+    answer.append([type(model).__name__, scores, ours])
 """
 
-# Prints the class of each teacher, and its logit for IDS.
+# The class of each teacher, and its logit for IDS.
 IDS = [[2, 7, 8, 9, 1]]
 LOAD_STOCK = """
-import importlib.util, json, sys
 import torch
 from transformers import AutoModelForSequenceClassification
-names, ids = json.loads(sys.argv[1])
+names, ids = argument
 models = [AutoModelForSequenceClassification.from_pretrained(name).eval() for name in names]
-answers = [[type(model).__name__, model(torch.tensor(ids)).logits.item()] for model in models]
-print(json.dumps([importlib.util.find_spec("hf_disranker") is not None, answers]))
+answer = [[type(model).__name__, model(torch.tensor(ids)).logits.item()] for model in models]
 """
 
 # What must be as it is without this package: a line for each case.
 ORDINARY = """
-import importlib.util, json, sys
-folder, imported = json.loads(sys.argv[1])
-if imported:
-    import hf_disranker
+folder = argument
 import torch, transformers
 from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification,
@@ -123,7 +131,7 @@ features = pipeline("feature-extraction", model=f"{folder}/bert-AutoModel", devi
 cases["features"] = [type(features.model).__name__, round(sum(map(sum, features("read json")[0])), 5)]
 classify = pipeline("text-classification", model=f"{folder}/bert-AutoModelForSequenceClassification", device="cpu")
 cases["classify"] = [type(classify.model).__name__, classify("read json")[0]["label"]]
-print(json.dumps([importlib.util.find_spec("hf_disranker") is not None, cases]))
+answer = cases
 """
 
 
@@ -137,24 +145,6 @@ def without_us(tmp_path_factory):
             if "hf_disranker" not in package.name and package.suffix != ".pth" and not link.exists():
                 link.symlink_to(package)
     return folder
-
-
-@pytest.fixture
-def run(without_us, tmp_path):
-    """Run code in a fresh process, without this package or with it, and read what it prints last."""
-
-    def run_python(code, argument, absent):
-        environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
-        command = [sys.executable]
-        if absent:
-            command.append("-S")  # no site: neither site-packages nor the hooks of editable installs
-            environment["PYTHONPATH"] = str(without_us)
-        command += ["-c", code, json.dumps(argument)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run_python
 
 
 @pytest.fixture(scope="session")
@@ -183,26 +173,6 @@ def published(hub, tiny_student, tiny_teacher, student_dir, teacher_dir):
     return found
 
 
-@pytest.mark.parametrize("kind", ["student", "teacher"])
-@pytest.mark.parametrize("package", ["imported", "not installed"])
-@pytest.mark.parametrize("loader", LOADERS)
-def test_every_way_of_loading_gives_the_same_raw_scores(published, run, loader, package, kind):
-    sources, expected = published[kind]
-    absent = package == "not installed"
-    argument = [loader, kind, {"import_first": not absent}, sources, PAIRS, TEACHER_TEXTS]
-    result = run(LOAD, argument, absent)
-    assert result["installed"] is result["imported"] is not absent
-    assert len(result["answers"]) == 3
-    for (name, scores, has_scores), wanted in zip(result["answers"], expected, strict=True):
-        if absent and loader == "AutoModel":  # documented: the encoder or decoder alone
-            assert (name, scores) == ({"student": "BertModel", "teacher": "LlamaModel"}[kind], None)
-            continue
-        stock = {"student": "BertForSequenceClassification", "teacher": "LlamaForSequenceClassification"}
-        ours = {"student": "BertDistilledRanker", "teacher": "LlamaForLastTokenRanking"}
-        assert name == (stock if absent else ours)[kind] and has_scores is not absent
-        np.testing.assert_allclose(scores, wanted, atol=2e-5)
-
-
 @pytest.fixture(scope="session")
 def with_code(published, tiny_student, tiny_teacher):
     """Repositories pushed with remote code, by kind."""
@@ -212,29 +182,9 @@ def with_code(published, tiny_student, tiny_teacher):
     return {kind: f"tester/{kind}-code" for kind in published}
 
 
-@pytest.mark.parametrize("kind", ["student", "teacher"])
-def test_remote_code_gives_the_ranker_without_this_package(published, with_code, run, hub, kind):
-    name, expected = with_code[kind], published[kind][1][0]
-    code = [file for file in hub.files(name) if file.endswith(".py")]
-    config = json.loads(hub.files(name)["config.json"])
-    ours = {"student": "BertDistilledRanker", "teacher": "LlamaForLastTokenRanking"}[kind]
-    assert code == ["modeling_disranker.py"] and config["auto_map"] == {"AutoModel": f"modeling_disranker.{ours}"}
-    assert "hf_disranker" not in hub.files(name)[code[0]].decode()
-    options = {"trust_remote_code": True}
-    result = run(LOAD, ["AutoModel", kind, options, [(name, "main")], PAIRS, TEACHER_TEXTS], True)
-    (found, scores, has_scores) = result["answers"][0]
-    assert not result["installed"] and (found, has_scores) == (ours, True)
-    np.testing.assert_allclose(scores, expected, atol=2e-5)
-
-
-def test_who_does_not_trust_remote_code_gets_the_stock_class(published, with_code, run):
-    sources = [(with_code["student"], "main")]
-    result = run(LOAD, ["AutoModelForSequenceClassification", "student", {}, sources, PAIRS, TEACHER_TEXTS], True)
-    assert result["answers"][0][0] == "BertForSequenceClassification"
-    np.testing.assert_allclose(result["answers"][0][1], published["student"][1][0], atol=2e-5)
-
-
-def test_teachers_of_every_family_load_with_this_package_and_without(hub, run):
+@pytest.fixture(scope="session")
+def families(hub):
+    """A small teacher of each family on the Hub: (name, class and logit for IDS) of each."""
     size = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16, "head_dim": 8}
     size |= {
         "num_attention_heads": 2,
@@ -243,23 +193,105 @@ def test_teachers_of_every_family_load_with_this_package_and_without(hub, run):
         "bos_token_id": 2,
         "eos_token_id": 1,
     }
-    expected = []
+    made = []
     for name, family in FAMILIES.items():
         torch.manual_seed(0)
         teacher = family(family.config_class.stock(**size)).eval()
         teacher.push_to_hub(f"tester/{name}")
-        ours = AutoModel.from_pretrained(f"tester/{name}").eval()
-        expected.append(
-            [teacher.config.architecture, pytest.approx(teacher(torch.tensor(IDS)).scores.item(), abs=1e-6)]
-        )
-        assert type(ours) is family and ours(torch.tensor(IDS)).scores.item() == expected[-1][1]
+        made.append((f"tester/{name}", [teacher.config.architecture, teacher(torch.tensor(IDS)).scores.item()]))
+    return made
+
+
+def answers_of(package, cases, folder, without_us):
+    """Run the cases in one fresh process that has this package imported first, or not installed."""
+    environment = os.environ | {"HF_HOME": str(folder / "home")}
+    command = [sys.executable]
+    if package == "not installed":
+        command.append("-S")  # no site: neither site-packages nor the hooks of editable installs
+        environment["PYTHONPATH"] = str(without_us)
+    source, target = folder / "cases.json", folder / "answers.json"
+    source.write_text(json.dumps(cases))
+    command += ["-c", CASES, str(source), str(target), "yes" if package == "imported" else ""]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(target.read_text())
+
+
+@pytest.fixture(scope="session")
+def answers(published, with_code, families, without_us, tmp_path_factory):
+    """What each package state answered to the cases, which share a process because it takes long to start."""
+    found = {}
+    for package in ("imported", "not installed"):
+        folder = tmp_path_factory.mktemp("loading")
+        cases = [("ordinary", ORDINARY, str(folder))]
+        cases += [
+            (f"{loader} {kind}", LOAD, [loader, kind, {}, published[kind][0], PAIRS, TEACHER_TEXTS])
+            for loader in LOADERS
+            for kind in published
+        ]
+        if package == "not installed":
+            cases.append(("families", LOAD_STOCK, [[name for name, _ in families], IDS]))
+            untrusted = ["AutoModelForSequenceClassification", "student", {}]
+            cases.append(("untrusted", LOAD, [*untrusted, [(with_code["student"], "main")], PAIRS, TEACHER_TEXTS]))
+            for kind, name in with_code.items():  # last: it registers classes
+                trusted = ["AutoModel", kind, {"trust_remote_code": True}]
+                cases.append((f"code {kind}", LOAD, [*trusted, [(name, "main")], PAIRS, TEACHER_TEXTS]))
+        found[package] = answers_of(package, cases, folder, without_us)
+    return found
+
+
+@pytest.mark.parametrize("package", ["imported", "not installed"])
+def test_a_process_has_this_package_or_not(answers, package):
+    assert answers[package]["installed"] is answers[package]["imported"] is (package == "imported")
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+@pytest.mark.parametrize("package", ["imported", "not installed"])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_every_way_of_loading_gives_the_same_raw_scores(published, answers, loader, package, kind):
+    expected = published[kind][1]
+    absent = package == "not installed"
+    answer = answers[package][f"{loader} {kind}"]
+    assert len(answer) == 3, answer
+    for (name, scores, has_scores), wanted in zip(answer, expected, strict=True):
+        if absent and loader == "AutoModel":  # documented: the encoder or decoder alone
+            assert (name, scores) == ({"student": "BertModel", "teacher": "LlamaModel"}[kind], None)
+            continue
+        stock = {"student": "BertForSequenceClassification", "teacher": "LlamaForSequenceClassification"}
+        ours = {"student": "BertDistilledRanker", "teacher": "LlamaForLastTokenRanking"}
+        assert name == (stock if absent else ours)[kind] and has_scores is not absent
+        np.testing.assert_allclose(scores, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_remote_code_gives_the_ranker_without_this_package(published, with_code, answers, hub, kind):
+    name, expected = with_code[kind], published[kind][1][0]
+    code = [file for file in hub.files(name) if file.endswith(".py")]
+    config = json.loads(hub.files(name)["config.json"])
+    ours = {"student": "BertDistilledRanker", "teacher": "LlamaForLastTokenRanking"}[kind]
+    assert code == ["modeling_disranker.py"] and config["auto_map"] == {"AutoModel": f"modeling_disranker.{ours}"}
+    assert "hf_disranker" not in hub.files(name)[code[0]].decode()
+    ((found, scores, has_scores),) = answers["not installed"][f"code {kind}"]
+    assert (found, has_scores) == (ours, True)
+    np.testing.assert_allclose(scores, expected, atol=2e-5)
+
+
+def test_who_does_not_trust_remote_code_gets_the_stock_class(published, answers):
+    ((found, scores, _),) = answers["not installed"]["untrusted"]
+    assert found == "BertForSequenceClassification"
+    np.testing.assert_allclose(scores, published["student"][1][0], atol=2e-5)
+
+
+def test_teachers_of_every_family_load_with_this_package_and_without(families, answers):
     assert {"mistral", "gemma2", "gemma3_text"} <= set(FAMILIES)
-    assert run(LOAD_STOCK, [[f"tester/{name}" for name in FAMILIES], IDS], True) == [False, expected]
+    for (name, (_, score)), family in zip(families, FAMILIES.values(), strict=True):
+        ours = AutoModel.from_pretrained(name).eval()
+        assert type(ours) is family and ours(torch.tensor(IDS)).scores.item() == score
+    expected = [[architecture, pytest.approx(score, abs=1e-6)] for _, (architecture, score) in families]
+    assert answers["not installed"]["families"] == expected
 
 
-def test_ordinary_checkpoints_load_exactly_as_without_us(run, tmp_path):
-    plain = run(ORDINARY, [str(tmp_path / "plain"), False], True)
-    ours = run(ORDINARY, [str(tmp_path / "ours"), True], False)
-    assert (plain[0], ours[0]) == (False, True)
-    assert len(plain[1]) > 50
-    assert ours[1] == plain[1]
+def test_ordinary_checkpoints_load_exactly_as_without_us(answers):
+    plain, ours = answers["not installed"]["ordinary"], answers["imported"]["ordinary"]
+    assert isinstance(plain, dict) and len(plain) > 50, plain
+    assert ours == plain

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pandas as pd
+import processes
 import pytest
 import torch
 from tokenizers import normalizers
@@ -387,25 +388,26 @@ def shard_bytes(out):
 def kill_within(seconds, more_shards, command, out):
     """Start a command and kill it, as a power cut would, some time after it has written some more shards."""
     before = len(shard_bytes(out))
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = processes.start(main, command)
     deadline = time.monotonic() + 400
-    while len(shard_bytes(out)) < before + more_shards and process.poll() is None and time.monotonic() < deadline:
+    while len(shard_bytes(out)) < before + more_shards and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(random.uniform(0, seconds))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
     return shard_bytes(out)
 
 
-def test_kill_twice_and_resume_scores_every_pair_once(teacher_dir, tables):
+def test_kill_twice_and_resume_scores_every_pair_once(teacher_dir, tables, restored_argv, capsys):
     out = tables / "scores"
-    first = kill_within(0.05, 2, command(tables, teacher_dir, "--out", out), out)
-    second = kill_within(0.05, 3, command(tables, teacher_dir, "--out", out), out)
+    score = command(tables, teacher_dir, "--out", out)[3:]
+    first = kill_within(0.05, 2, score, out)
+    second = kill_within(0.05, 3, score, out)
     assert 2 <= len(first) < len(second) < 20
     assert {name: second[name] for name in first} == first
-    again = subprocess.run(command(tables, teacher_dir, "--out", out), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert f"Scored {2000 - 100 * len(second)} of 2000 pairs" in again.stdout
+    main(score)
+    assert f"Scored {2000 - 100 * len(second)} of 2000 pairs" in capsys.readouterr().out
 
     assert shard_bytes(out) == undisturbed(tables, teacher_dir, tables / "undisturbed")
     scores = ScoreStore(out).read()
@@ -413,6 +415,23 @@ def test_kill_twice_and_resume_scores_every_pair_once(teacher_dir, tables):
     assert scores["teacher_score"].std() > 0.1
 
 
+def test_processes_of_a_launcher_share_a_run(
+    engine, teacher_dir, judgments, store, tmp_path, monkeypatch, restored_argv, capsys
+):
+    judgments.to_parquet(tmp_path / "pairs.parquet")
+    ask = ["score", "--model", teacher_dir, "--pairs", str(tmp_path / "pairs.parquet"), "--out", store.path]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        main([*ask, "--shard_rows", "10"])
+    assert re.findall(r"Scored (\d+) of 57 pairs", capsys.readouterr().out) == ["30", "27"]
+    workers = {json.loads(file.read_text())["worker"] for file in (tmp_path / "scores" / "log").iterdir()}
+    assert workers == {"0 of 2", "1 of 2"}
+    run(engine, judgments, ScoreStore(tmp_path / "one"))
+    assert shard_bytes(tmp_path / "scores") == shard_bytes(tmp_path / "one")
+
+
+@pytest.mark.slow
 def test_two_processes_of_accelerate_launch_share_a_run(teacher_dir, tables):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--main_process_port", "0", "--module", "hf_disranker.recipes.score"]

@@ -1,13 +1,12 @@
 """The same data gives the same gradient and the same weights, however it is batched, split, packed or resumed."""
 
+import os
 import signal
-import subprocess
-import sys
 import time
 from itertools import islice
-from pathlib import Path
 
 import pandas as pd
+import processes
 import pytest
 import torch
 from two_processes import (
@@ -108,32 +107,22 @@ def test_a_stream_is_shuffled_and_every_pass_has_its_own_order(student_dir, tmp_
     assert ids[:16] != ids[16:32]
 
 
-CONTINUED = """
-import signal, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from two_processes import ragged_groups, weights
-from hf_disranker.training.runs import resume_point
-groups = ragged_groups(16, 7)
-weights({model!r}, Path({out!r}), groups, resume_point({out!r}), max_steps=60, save_steps=5)
-"""
+def continued(model_dir, out):
+    weights(model_dir, out, ragged_groups(16, 7), resume_point(str(out)), max_steps=60, save_steps=5)
 
 
 def test_a_killed_run_loses_at_most_the_steps_since_its_last_checkpoint(student_dir, tmp_path):
-    def started():
-        program = CONTINUED.format(tests=str(Path(__file__).parents[1]), model=student_dir, out=str(tmp_path / "run"))
-        return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
     def kill_after(step, how):
-        process = started()
+        process = processes.start(continued, student_dir, tmp_path / "run")
         deadline = time.monotonic() + 120
         while not (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.is_alive() and time.monotonic() < deadline
             time.sleep(0.002)
-        process.send_signal(how)
-        assert process.wait(timeout=60) == -how
+        os.kill(process.pid, how)
+        process.join(60)
+        assert process.exitcode == -how
         point = resume_point(str(tmp_path / "run"))
-        reached = int(point.rsplit("-", 1)[1])
+        reached = int(point.rsplit("-", 1)[1]) if point else 0
         assert step - 5 <= reached < 60  # the state of `step` may have been cut off in the writing
         return reached
 
