@@ -1,10 +1,10 @@
-"""One HTML page from what `disranker evaluate --out` wrote, for one ranker or several side by side.
+"""Write an HTML report of one or more evaluations from `disranker evaluate --out`.
 
     disranker report runs/eval/student.json runs/eval/teacher.json runs/eval/bm25.json --out report.html
     disranker report runs/eval --out report.html --texts false
     disranker report runs/eval --abtest abtest.json
 
-The page needs no network and no scripts. Evaluations are files, or folders of them, of the same judgments.
+The page uses no scripts and no external resources. All evaluations must be of the same judgments.
 """
 
 import json
@@ -21,21 +21,21 @@ from hf_disranker.training.runs import recipe_parser
 
 @dataclass
 class ReportArguments:
-    """What goes into the page."""
+    """Arguments of the report."""
 
-    runs: list[str] = field(metadata={"help": "Json files of `disranker evaluate --out`, or folders of them."})
-    out: str = field(default="report.html", metadata={"help": "The file to write."})
-    abtest: str | None = field(default=None, metadata={"help": "Json of `disranker abtest --out` to show too."})
-    texts: bool = field(default=True, metadata={"help": "Show queries and documents; --no_texts keeps ids alone."})
+    runs: list[str] = field(metadata={"help": "JSON files from `disranker evaluate --out`, or folders of them."})
+    out: str = field(default="report.html", metadata={"help": "Path of the HTML file."})
+    abtest: str | None = field(default=None, metadata={"help": "JSON file from `disranker abtest --out` to include."})
+    texts: bool = field(default=True, metadata={"help": "Include queries and documents; --no_texts shows ids only."})
 
 
 def make_parser() -> TrlParser:
-    """The command line of this stage."""
+    """Return the argument parser of this stage."""
     return recipe_parser("report", __doc__, ReportArguments)
 
 
 def main(args: ReportArguments) -> None:
-    """Read the evaluations and write the page."""
+    """Load the evaluations and write the report."""
     check_output(args.out, is_report, args.runs)
     abtest = json.loads(Path(args.abtest).read_text(encoding="utf-8")) if args.abtest else None
     if abtest is not None and (not isinstance(abtest, dict) or abtest.get("made_by") != "disranker abtest"):
