@@ -118,7 +118,7 @@ def test_the_hub_preset_takes_checkpoints_through_the_same_stages(configs, small
     from_scratch.small_llama(tokens, layers=1, size=64).save_pretrained(tmp_path / "llama")
     tokens.save_pretrained(tmp_path / "llama")
     tokens = from_scratch.train_wordpiece(texts, vocab_size=200, max_length=256)
-    encoder = BertModel(BertConfig(vocab_size=200, hidden_size=64, num_hidden_layers=1, num_attention_heads=1))
+    encoder = BertModel(BertConfig(vocab_size=len(tokens), hidden_size=64, num_hidden_layers=1, num_attention_heads=1))
     encoder.save_pretrained(tmp_path / "bert")
     tokens.save_pretrained(tmp_path / "bert")
     where = ["--out", tmp_path / "run", "--preset", "hub", "--configs", configs / "hub"]
