@@ -218,6 +218,7 @@ def test_one_ranker_alone_has_a_report(judgments, tmp_path):
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_no_sideways_scrolling(evaluations, tmp_path, width):
+    evaluations[0].about["judgments"] = f"runs/{'x' * 80}.parquet"
     write_report(evaluations, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     probe = "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth</script></body>"
