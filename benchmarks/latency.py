@@ -4,8 +4,8 @@
     python benchmarks/latency.py --student runs/quickstart/student --judgments judgments.parquet
 
 Measured from strings to a sorted list, including tokenisation, one search at a time, as in a server with one worker.
-Without `--student`, students have MiniLM's width and random weights. A depth fits the budget if 95% of the searches do.
-All formats use `--threads` cores; bf16 is included if the machine multiplies faster in it.
+Without `--student`, students have MiniLM's width and random weights. A depth fits the budget if 95% of the searches
+do. All formats use `--threads` cores; bf16 is included if the machine multiplies faster in it.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
     python benchmarks/quality.py show --out runs/quality
 
 Every student in benchmarks/configs/quality.yaml starts from the quickstart's BERT and is trained on the quickstart's
-data: teacher scores of 8,000 unlabelled queries, labels and clicks. `run` resumes where it stopped: a finished cell is
-a folder with eval.json. Several processes can share the work with different seeds. `show` prints markdown: means over the
-available seeds, 95% intervals by query of these means, and paired tests against the reference, Holm-corrected for all
-tests in a table.
+data: teacher scores of 8,000 unlabelled queries, labels and clicks. `run` resumes where it stopped: a finished cell
+is a folder with eval.json. Several processes can share the work with different seeds. `show` prints markdown: means
+over the available seeds, 95% intervals by query of these means, and paired tests against the reference, Holm-
+corrected for all tests in a table.
 """
 
 import argparse

@@ -5,9 +5,9 @@
 
 Each format is exported and then scores the same pairs in a separate process; the formats take turns and use
 `--threads` cores. Speed is pairs per CPU second, including tokenisation, after a warm-up: median, lowest and highest
-round. Start is the CPU time from the first import to the first score. Memory is the peak resident memory. Differences are relative to
-PyTorch in fp32: largest score difference, Kendall's tau (mean over queries) and share of queries with the same top
-document.
+round. Start is the CPU time from the first import to the first score. Memory is the peak resident memory. Differences
+are relative to PyTorch in fp32: largest score difference, Kendall's tau (mean over queries) and share of queries with
+the same top document.
 """
 
 import argparse
