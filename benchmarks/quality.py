@@ -1,13 +1,13 @@
-"""The method's claims, tested: which loss, how much data, against peers, how deep a student.
+"""Quality of students by loss, amount of data, library and depth.
 
     python benchmarks/quality.py run --quickstart runs/quickstart --out runs/quality --seeds 0 1 2
     python benchmarks/quality.py show --out runs/quality
 
-Every student of benchmarks/configs/quality.yaml starts from the quickstart's BERT and learns from what the quickstart
-left behind: its teacher's scores of 8,000 unlabelled queries, its labels and clicks. `run` goes on where it stopped: a
-finished cell is a folder with eval.json. Several processes may share the work, each with seeds of its own. `show`
-prints markdown: means over the seeds that are there, 95% intervals by query of the means over seeds, and paired tests
-against the reference, corrected for all tests of a table (Holm).
+Every student in benchmarks/configs/quality.yaml starts from the quickstart's BERT and is trained on the quickstart's
+data: teacher scores of 8,000 unlabelled queries, labels and clicks. `run` resumes where it stopped: a finished cell
+is a folder with eval.json. Several processes can share the work with different seeds. `show` prints markdown: means
+over the available seeds, 95% intervals by query of these means, and paired tests against the reference, Holm-
+corrected for all tests in a table.
 """
 
 import argparse
@@ -51,7 +51,7 @@ TITLES = {
 
 
 def prepare(quickstart: Path, out: Path, layers: int) -> Path:
-    """The start that all students of a depth share, with a head whose offset is the teacher's mean score."""
+    """Create the initial checkpoint of a depth, with the teacher's mean score as the bias of the head."""
     folder = out / "start" / str(layers)
     if (folder / "tokenizer.json").exists():
         return folder
@@ -75,7 +75,7 @@ def prepare(quickstart: Path, out: Path, layers: int) -> Path:
 
 
 def training_rows(cell: dict[str, Any], quickstart: Path, out: Path) -> Dataset:
-    """What a cell learns from, a row for each query."""
+    """Return the training data of a cell, one row per query."""
     data = cell.get("data")
     if data == "teacher_on_clicks_and_labels":
         path = out / "teacher_on_clicks_and_labels.parquet"
@@ -92,7 +92,7 @@ def training_rows(cell: dict[str, Any], quickstart: Path, out: Path) -> Dataset:
 
 
 def train(cell: dict[str, Any], config: dict[str, Any], rows: Dataset, start: Path, folder: Path, seed: int) -> None:
-    """Train one student and leave it in a folder."""
+    """Train one student and save it."""
     common = {"output_dir": str(folder / "work"), "max_steps": config["steps"], "seed": seed, "report_to": "none"}
     common |= {"learning_rate": config["learning_rate"], "save_strategy": "no", "logging_steps": 50}
     common |= {"bf16": config["bf16"], "use_cpu": not torch.cuda.is_available(), "warmup_steps": 0.05}
@@ -129,7 +129,7 @@ def train(cell: dict[str, Any], config: dict[str, Any], rows: Dataset, start: Pa
 
 
 def peer_rows(loss: str, rows: Dataset, queries: int) -> tuple[Dataset, int]:
-    """Rows in the form that a loss of sentence-transformers reads, and how many hold as many documents a step."""
+    """Convert rows for a sentence-transformers loss; also return the batch size with equally many documents."""
     documents = round(np.mean([len(row["doc_ids"]) for row in rows]))
     if loss == "MarginMSELoss":
         return to_n_tuples(rows, documents), queries
@@ -141,7 +141,7 @@ def peer_rows(loss: str, rows: Dataset, queries: int) -> tuple[Dataset, int]:
 
 
 def flat_rows(rows: Dataset, texts: Sequence[list[str]]) -> Dataset:
-    """One row for each pair: query, document, label."""
+    """Return one row per pair: query, document, label."""
     pairs = [
         {"query": row["query"], "document": text, "label": score}
         for row, documents in zip(rows, texts, strict=True)
@@ -151,7 +151,7 @@ def flat_rows(rows: Dataset, texts: Sequence[list[str]]) -> Dataset:
 
 
 def plain_regression(common: dict[str, Any], config: dict[str, Any], rows: Dataset, start: Path) -> tuple[Any, Any]:
-    """What somebody writes who has transformers alone: the squared error of single pairs."""
+    """Train a plain transformers regression with the squared error of single pairs."""
     tokenizer = AutoTokenizer.from_pretrained(start)
     model = BertForSequenceClassification.from_pretrained(start, attn_implementation="eager")
     data, size = peer_rows("MSELoss", rows, config["queries_per_step"])
@@ -164,7 +164,7 @@ def plain_regression(common: dict[str, Any], config: dict[str, Any], rows: Datas
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train and evaluate every cell that is not finished, seed by seed."""
+    """Train and evaluate all unfinished cells, seed by seed."""
     config = yaml.safe_load(args.config.read_text())
     config["bf16"] = torch.cuda.is_available() or bf16_is_faster()
     dev = read_table(args.quickstart / "data" / "judgments.parquet", "judgments", split="dev")
@@ -196,14 +196,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measured(ranker: Ranker, rows: pd.DataFrame) -> tuple[np.ndarray, float]:
-    """Scores, and pairs by CPU second: with one thread what pairs/s are on a machine that has nothing else to do."""
+    """Return scores and pairs per CPU second, which with one thread equals pairs/s on an idle machine."""
     begin = time.process_time()
     scores = ranker.predict(pair_texts(rows))
     return scores, len(rows) / (time.process_time() - begin)
 
 
 def baselines(args: argparse.Namespace, dev: pd.DataFrame, facts: dict[str, Any]) -> None:
-    """BM25 and the teacher on the same queries."""
+    """Evaluate BM25 and the teacher on the same queries."""
     if (args.out / "bm25.json").exists():
         return
     args.out.mkdir(parents=True, exist_ok=True)
@@ -233,22 +233,22 @@ def show(args: argparse.Namespace) -> None:
 
 
 def cell_results(folder: Path) -> list[tuple[dict[str, Any], np.ndarray]]:
-    """Measures and NDCG@10 by query, for each seed that is finished."""
+    """Return measures and NDCG@10 by query for each finished seed."""
     return [read_result(path) for path in sorted(folder.glob("*/eval.json"))]
 
 
 def read_result(path: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """What `Evaluation.save` wrote, without the ranking."""
+    """Read the measures and NDCG@10 by query that `Evaluation.save` wrote."""
     return json.loads(path.read_text()), pd.read_parquet(f"{path}.parquet")["ndcg@10"].to_numpy()
 
 
 def mean_by_query(results: list[tuple[dict[str, Any], np.ndarray]]) -> np.ndarray:
-    """NDCG@10 by query, the mean of all seeds."""
+    """Average NDCG@10 by query over all seeds."""
     return np.mean([values for _, values in results], axis=0)
 
 
 def table(names: list[str], found: dict[str, Any], values: dict[str, np.ndarray], reference: str) -> str:
-    """A line for each student, and for teacher and BM25."""
+    """Format a row per student, and for the teacher and BM25."""
     compared = [name for name in names if name != reference]
     tests = {}
     if reference in names:
@@ -279,7 +279,7 @@ def table(names: list[str], found: dict[str, Any], values: dict[str, np.ndarray]
 
 
 def seeds_above(results: list[tuple[dict[str, Any], np.ndarray]], reference: Any) -> str:
-    """With how many of the seeds that both have NDCG@10 is above the reference's."""
+    """Count the common seeds in which NDCG@10 is above that of the reference."""
     ours, theirs = ({one["about"]["seed"]: one["ndcg@10"] for one, _ in some} for some in (results, reference))
     both = ours.keys() & theirs.keys()
     return f"{sum(ours[seed] > theirs[seed] for seed in both)} of {len(both)}"

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hf_disranker.recipes.report.page import TITLES
+from hf_disranker.recipes.quickstart.results import TITLES
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
-"""A student in all its forms, side by side: speed, agreement, size, memory.
+"""Formats of a student side by side: speed, agreement, size and memory.
 
     python benchmarks/serving.py --model runs/quickstart/student --pairs runs/quickstart/data/judgments.parquet
     pip install flashrank               # for its row: the same ONNX file, read by FlashRank
 
-Each form is exported, then scores the same pairs in a process of its own; the forms take turns. Every form keeps to
-`--threads` cores. Speed is pairs in a second of processor time, tokenisation included, after a warm-up: the median,
-lowest and highest of the rounds. Start is the processor time from the first import to the first score. Memory is the
-largest resident memory of the process. Differences are those to PyTorch in fp32: the largest of a score, Kendall's
-tau (mean over queries) and the share of queries with the same first document.
+Each format is exported and then scores the same pairs in a separate process; the formats take turns and use
+`--threads` cores. Speed is pairs per CPU second, including tokenisation, after a warm-up: median, lowest and highest
+round. Start is the CPU time from the first import to the first score. Memory is the peak resident memory. Differences
+are relative to PyTorch in fp32: largest score difference, Kendall's tau (mean over queries) and share of queries with
+the same top document.
 """
 
 import argparse
@@ -35,7 +35,7 @@ if importlib.util.find_spec("flashrank"):
 
 
 def measure(system: str, folder: str, pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    """Load a form and score the pairs."""
+    """Load a format and score the pairs."""
     start = time.process_time()
     predict: Callable[[list[Any]], Any]
     if system == "PyTorch":
@@ -64,7 +64,7 @@ def measure(system: str, folder: str, pairs: list[tuple[str, str]]) -> dict[str,
 
 
 def flashrank(folder: Path) -> Callable[[list[tuple[str, str]]], list[float]]:
-    """FlashRank on our ONNX file, which lies where it looks for one of its own; it scores a query at a time."""
+    """Load the exported ONNX file in FlashRank, which scores one query at a time."""
     import numpy as np
     from flashrank import Ranker, RerankRequest
     from flashrank.Config import model_file_map
@@ -92,7 +92,7 @@ def flashrank(folder: Path) -> Callable[[list[tuple[str, str]]], list[float]]:
 
 
 def in_turns(args: argparse.Namespace, folder: str, pairs: list[tuple[str, str]]) -> dict[str, list[dict[str, Any]]]:
-    """All rounds of all systems."""
+    """Run all rounds of all systems."""
     Path(folder, "pairs.json").write_text(json.dumps(pairs))
     runs: dict[str, list[dict[str, Any]]] = {system: [] for system in SYSTEMS}
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}

@@ -1,15 +1,15 @@
-"""Scoring speed against peers: the same pairs and weights, in turns, with what the speed does to the scores beside it.
+"""Scoring speed against peers on the same pairs and weights, and the effect on the scores.
 
-    python benchmarks/speed.py                                  # MiniLM-L6, tokenisation, start-up
+    python benchmarks/speed.py                                  # MiniLM-L6, tokenisation
     python benchmarks/speed.py --rows bert-base teacher         # BERT-base, a decoder of 69M parameters; long
     python benchmarks/speed.py --rows student --trained runs/quickstart/student --judgments judgments.parquet
     python benchmarks/speed.py --device cuda --rows student bert-base teacher teacher-7b    # pip install flash-attn
 
-Texts are the Python documentation of this machine. Weights are random: speed does not depend on them, agreement does,
-so `--trained` shows what bf16 does to the measures of a real ranker. A figure is the median over the rounds of pairs
-per CPU second in one thread, on a GPU per second of the clock; the brackets hold the slowest and the fastest round.
-`limit` is the share of the rate at which the machine multiplies large matrices, for the products that the stock model
-needs without padding. There are rows in bf16 where the machine multiplies faster in it.
+Texts are the Python documentation of this machine. Weights are random, which affects agreement but not speed; use
+`--trained` to see the effect of bf16 on the measures of a trained ranker. Figures are pairs per CPU second in one
+thread (per wall-clock second on a GPU): the median over the rounds, with the slowest and fastest in brackets. `limit`
+is the share of the machine's rate for large matrix products, counting the products of the stock model without padding.
+bf16 is measured if the machine multiplies faster in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -59,10 +58,10 @@ MAX_LENGTH, BUDGET = 256, 4096
 
 
 def read_pairs(count: int, folder: Path, whole: bool = False) -> list[tuple[str, str]]:
-    """Queries with 16 documents each, as a first stage would hand them over.
+    """Read queries with 16 documents each, as a first stage would return them.
 
-    Documents are cut to a log-normal number of words, the lengths of titles and summaries in a search; or left whole,
-    and then most are longer than a model reads.
+    Documents are truncated to a log-normal number of words, typical for titles and summaries in a search; with `whole`
+    they are not, and most exceed the model's maximum length.
     """
     python_docs.build(folder)
     corpus = read_table(f"{folder}/corpus.parquet", "corpus")
@@ -77,7 +76,7 @@ def read_pairs(count: int, folder: Path, whole: bool = False) -> list[tuple[str,
 
 
 def limits(device: str = "cpu") -> dict[str, float]:
-    """GFLOP/s of a product of large matrices, the best of five, by precision."""
+    """Return the GFLOP/s of a large matrix product by precision, best of five."""
     found, size = {}, 1024 if device == "cpu" else 8192
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.randn(size, size, device=device, dtype=dtype)
@@ -87,7 +86,7 @@ def limits(device: str = "cpu") -> dict[str, float]:
 
 
 def time_of(job: Callable[[], Any], device: str = "cpu") -> float:
-    """What one call takes: of the processor, or on a GPU of the clock."""
+    """Return the seconds of one call: CPU time, or wall-clock time on a GPU."""
     start = _now(device)
     job()
     return _now(device) - start
@@ -101,7 +100,7 @@ def _now(device: str) -> float:
 
 
 def measure(variants: Variants, rounds: int, device: str = "cpu") -> dict[str, tuple[list[float], Scores]]:
-    """Seconds of each round, the variants taking turns, and the scores."""
+    """Return the seconds of each round and the scores; the variants take turns."""
     found: dict[str, tuple[list[float], Scores]] = {name: ([], np.array([])) for name in variants}
     if device != "cpu":
         for variant in variants.values():  # kernels are chosen in the first call
@@ -116,14 +115,14 @@ def measure(variants: Variants, rounds: int, device: str = "cpu") -> dict[str, t
 
 
 def precisions(peaks: dict[str, float]) -> list[str]:
-    """In which a machine should compute."""
+    """Return the precisions in which the machine is at least as fast as in fp32."""
     return [name for name, peak in peaks.items() if peak >= peaks["float32"]]
 
 
 def student_rows(
     folder: Path, shape: dict[str, int], pairs: list[tuple[str, str]], dtypes: list[str], device: str
 ) -> tuple[Variants, float, float]:
-    """Ways to score pairs with one BERT; the floating-point operations and the tokens of an average pair."""
+    """Return the variants for one BERT, and the mean FLOPs and tokens of a pair."""
     texts = [text for pair in pairs for text in pair]
     tokenizer = train_wordpiece(texts, vocab_size=30_522, max_length=MAX_LENGTH)
     torch.manual_seed(0)
@@ -157,14 +156,14 @@ def student_rows(
 
 
 def make_stock(folder: Path) -> None:
-    """Take our mark from a checkpoint, or AutoModel would load our class for the peers."""
+    """Remove the marker from a checkpoint, so that AutoModel loads the stock class for the peers."""
     config = json.loads((folder / "config.json").read_text())
     del config["disranker"]
     (folder / "config.json").write_text(json.dumps(config))
 
 
 def _control(folder: Path, dtype: torch.dtype, pairs: list[tuple[str, str]], device: str) -> Callable[[], Scores]:
-    """The stock class on batches sorted by tokens: what anyone can write in ten lines."""
+    """Return a baseline that runs the stock class on batches sorted by number of tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval().to(device)
     assert type(model).__name__ == "BertForSequenceClassification"
@@ -187,7 +186,7 @@ def _control(folder: Path, dtype: torch.dtype, pairs: list[tuple[str, str]], dev
 def teacher_rows(
     pairs: list[tuple[str, str]], shape: dict[str, int], instruction: str, device: str
 ) -> tuple[Variants, float]:
-    """Ways to score pairs with one decoder, and the floating-point operations of an average pair."""
+    """Return the variants for one decoder, and the mean FLOPs of a pair."""
     tokenizer = train_bpe([text for pair in pairs for text in pair], vocab_size=30_000, max_length=MAX_LENGTH)
     torch.manual_seed(0)
     name = "float32" if device == "cpu" else "bfloat16"
@@ -227,7 +226,7 @@ def teacher_rows(
 def show(
     title: str, found: dict[str, tuple[list[float], Scores]], flops: float, peaks: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """Print a table and give its rows; the first row is what the others are compared with."""
+    """Print a table relative to its first row and return the rows."""
     expected = next(iter(found.values()))[1]
     groups = np.arange(len(expected)) // 16
     base = statistics.median(next(iter(found.values()))[0])
@@ -247,17 +246,8 @@ def show(
     return rows
 
 
-def budgets(ranker: Ranker, pairs: list[tuple[str, str]]) -> float:
-    """How far a score moves with the batches it is computed in."""
-    scores = []
-    for budget in (256, 1024, 4096, 8192):
-        ranker.token_budget = budget
-        scores.append(ranker.predict(pairs))
-    return float(np.ptp(np.stack(scores), axis=0).max())
-
-
 def tokenisation(pairs: list[tuple[str, str]], ranker: Ranker, rounds: int) -> dict[str, float]:
-    """Pairs per CPU second: batches of 32 as CrossEncoder makes them, and ours."""
+    """Return tokenised pairs per CPU second: batches of 32 as in CrossEncoder, and ours."""
     tokenizer = ranker.collator.tokenizer
 
     def peer() -> Scores:
@@ -275,25 +265,8 @@ def tokenisation(pairs: list[tuple[str, str]], ranker: Ranker, rounds: int) -> d
     return {name: len(pairs) / statistics.median(taken) for name, (taken, _) in found.items()}
 
 
-def start_up() -> dict[str, float]:
-    """Seconds of new processes, the median of five."""
-    commands = {
-        "import hf_disranker": [sys.executable, "-c", "import hf_disranker"],
-        "disranker --help": [sys.executable, "-m", "hf_disranker.cli", "--help"],
-        "from transformers import AutoModel": [sys.executable, "-c", "from transformers import AutoModel"],
-        "python": [sys.executable, "-c", ""],
-    }
-
-    def once(command: list[str]) -> float:
-        start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        return time.perf_counter() - start
-
-    return {name: statistics.median(once(command) for _ in range(5)) for name, command in commands.items()}
-
-
 def trained(folder: str, judgments: str) -> dict[str, dict[str, float]]:
-    """What bf16 does to the measures of a trained ranker, on the development queries."""
+    """Return the measures of a trained ranker in fp32 and bf16 on the development queries."""
     rows = read_table(judgments, "judgments", split="dev")
     found = {}
     for name in ("float32", "bfloat16"):
@@ -303,10 +276,10 @@ def trained(folder: str, judgments: str) -> dict[str, dict[str, float]]:
 
 
 def main(argv: Iterable[str] | None = None) -> None:
-    """Measure what was asked for, print tables and write json."""
+    """Run the selected benchmarks, print tables and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = ["student", "bert-base", *TEACHERS, "tokens", "start"]
-    parser.add_argument("--rows", nargs="+", default=["student", "tokens", "start"], choices=known)
+    known = ["student", "bert-base", *TEACHERS, "tokens"]
+    parser.add_argument("--rows", nargs="+", default=["student", "tokens"], choices=known)
     parser.add_argument("--pairs", type=int, default=1024, help="pairs of a student; a quarter for the large models")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -337,9 +310,6 @@ def main(argv: Iterable[str] | None = None) -> None:
             model = BertDistilledRanker(BertConfig(vocab_size=len(tokenizer), **SHAPES["minilm"]))
             results["tokenisation"] = tokenisation(pairs, Ranker(model, tokenizer), args.rounds)
             print("\n\nTokenised pairs/CPU-s:", {name: round(rate) for name, rate in results["tokenisation"].items()})
-        if "start" in args.rows:
-            results["start"] = start_up()
-            print("\nSeconds of a new process:", {name: round(value, 3) for name, value in results["start"].items()})
         if args.trained:
             results["trained"] = trained(args.trained, args.judgments)
             print("\nTrained ranker:", results["trained"])
@@ -349,17 +319,11 @@ def main(argv: Iterable[str] | None = None) -> None:
 
 def _student(
     name: str, folder: Path, pairs: list[tuple[str, str]], args: argparse.Namespace, peaks: dict[str, float]
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     dtypes, device = precisions(peaks), args.device
     variants, flops, tokens = student_rows(folder / name, SHAPES[name], pairs, dtypes, device)
     found = measure(variants, args.rounds, device)
-    rows = show(f"Student, {name}, {len(pairs)} pairs of {tokens:.0f} tokens", found, flops, peaks)
-    moves = {}
-    for dtype in dtypes:
-        ranker = Ranker.from_pretrained(folder / name / "ours", device=device, dtype=dtype)
-        moves[dtype] = budgets(ranker, pairs[:256])
-    print("Largest move of a score between token budgets of 256 to 8,192:", {k: f"{v:.1e}" for k, v in moves.items()})
-    return {"rows": rows, "moves": moves}
+    return show(f"Student, {name}, {len(pairs)} pairs of {tokens:.0f} tokens", found, flops, peaks)
 
 
 if __name__ == "__main__":

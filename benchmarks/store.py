@@ -1,9 +1,9 @@
-"""Benchmark the score store without a model: rows per second and peak memory by number of rows.
+"""Throughput and memory of the score store without a model, by table size.
 
     python benchmarks/store.py --rows 1000000 10000000
 
-A stub scores every pair, so this measures everything else: the check of the input, the join with the corpus, the
-shards. Each number of rows runs in its own process, whose peak memory is printed.
+A stub engine scores the pairs, so only input checks, the corpus join and the shards are measured. Each size runs in a
+separate process, whose peak memory is reported.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SHARD_ROWS = 100_000
 
 
 def write_tables(folder: Path, rows: int) -> None:
-    """Write candidates in files of a million rows, 50 documents per query, and a corpus of 400-character documents."""
+    """Write candidates in files of a million rows, 50 documents per query, and documents of 400 characters."""
     words = np.random.default_rng(0).integers(10**9, 10**10, (DOCUMENTS, 40)).astype(str)
     ids = np.char.add("d", np.arange(DOCUMENTS).astype(str))
     corpus = {"doc_id": ids, "title": words[:, 0], "summary": [" ".join(row[1:]) for row in words]}
@@ -41,7 +41,7 @@ def write_tables(folder: Path, rows: int) -> None:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Check, score and read back; return rows/s of each step and the peak memory in MB."""
+    """Check, score and read back; return rows/s of each and the peak memory in MB."""
     from hf_disranker.data.candidates import Candidates
     from hf_disranker.scoring.run import ScoringRun
     from hf_disranker.scoring.store import ScoreStore
@@ -72,13 +72,13 @@ def measure(folder: Path) -> dict[str, float]:
 
 
 def peak_mb() -> float:
-    """Return the peak memory of this process in MB; Linux only (getrusage includes the parent's)."""
+    """Return the peak memory of this process in MB; Linux only (getrusage includes the parent's peak)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def main() -> None:
-    """Print a row of results for each number of rows."""
+    """Print a row for each table size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--folder", help=argparse.SUPPRESS)

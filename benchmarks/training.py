@@ -44,7 +44,7 @@ MAX_LENGTH = 256
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each optimizer step, the loading of its batch left out."""
+    """Record the seconds of each optimizer step, excluding data loading."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -54,14 +54,14 @@ class StepTimes(TrainerCallback):
         self.start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop it when the device has finished."""
+        """Stop the clock after the device has finished."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.start)
 
 
 def make_rows(queries: int, documents: int) -> Dataset:
-    """Queries of 3 to 8 words with documents of log-normal length, about 50 words, and teacher scores."""
+    """Create queries of 3 to 8 words with documents of log-normal length, about 50 words, and teacher scores."""
     rng = np.random.default_rng(0)
     words = np.array([f"w{number}" for number in range(3000)])
 
@@ -84,7 +84,7 @@ def make_rows(queries: int, documents: int) -> Dataset:
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> None:
-    """Write the rows, as groups, n-tuples and triplets, and a random model."""
+    """Write the rows as groups, n-tuples and triplets, and a random model."""
     rows = make_rows(args.queries * args.steps, args.documents)
     rows.save_to_disk(folder / "groups")
     to_n_tuples(rows, args.documents).save_to_disk(folder / "tuples")
@@ -100,7 +100,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
 
 
 def run_one(system: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Train one system for some steps and tell what it took."""
+    """Train one system for some steps and return its speed and memory."""
     times = StepTimes()
     options = {"output_dir": str(folder / "out"), "max_steps": args.steps, "bf16": args.precision == "bf16"}
     options |= {"per_device_train_batch_size": args.queries, "report_to": "none", "save_strategy": "no"}
@@ -150,7 +150,7 @@ def run_one(system: str, folder: Path, args: argparse.Namespace) -> dict[str, fl
 
 
 def max_resident() -> int:
-    """The process's largest resident memory so far, KiB."""
+    """Return the peak resident memory of this process in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

@@ -3,10 +3,10 @@
 import argparse
 import ast
 import importlib.util
+import math
 import re
 import shutil
 import sys
-import xml.etree.ElementTree
 
 import numpy as np
 import pytest
@@ -16,9 +16,6 @@ from transformers import BertConfig, BertModel
 
 from hf_disranker import Ranker
 from hf_disranker.data.tables import pair_texts, write_table
-from hf_disranker.evaluation import metrics
-from hf_disranker.models.teacher import LLMForLastTokenRanking
-from hf_disranker.recipes.quickstart.from_scratch import small_llama
 
 load = importlib.import_module  # pytest has benchmarks/ on its path
 
@@ -93,53 +90,19 @@ def test_the_cells_of_every_system_train_and_are_compared(
     assert "Nothing is called significant: 4 queries are fewer than 200." in printed
 
 
+def test_pooled_gives_every_set_the_same_weight():
+    rng = np.random.default_rng(0)
+    small, large = rng.normal(0.3, 0.1, 50), rng.normal(0.1, 0.1, 5000)
+    mean, (low, high) = load("human_graded").pooled([small, np.r_[large, np.nan]])
+    half = 1.96 * math.sqrt(small.var() / 50 + large.var() / 5000) / 2
+    assert mean == pytest.approx((small.mean() + large.mean()) / 2)
+    np.testing.assert_allclose([low, high], [mean - half, mean + half], atol=0.15 * half)
+
+
 def test_queries_that_differ_by_a_plural_share_a_fold():
     human_graded = load("human_graded")
     folds = human_graded.fold_of(["wireless headphones", "Wireless headphone", "tv-set", "tvset"], 1000)
     assert folds[0] == folds[1] and folds[2] == folds[3] and folds[0] != folds[2]
-
-
-def test_mean_pooling_reads_every_token_and_no_padding(teacher_dir):
-    heads = load("heads")
-    model = heads.MeanPooledLlama.from_pretrained(teacher_dir).eval()
-    ids = torch.tensor([[5, 6, 7]])
-    mask = torch.ones_like(ids)
-    with torch.no_grad():
-        alone = model(ids, mask).scores
-        padded = model(torch.tensor([[0, 0, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1]])).scores
-        states = model.model(ids, attention_mask=mask).last_hidden_state[0]
-        by_hand = model.score(states.mean(dim=0))
-        last = LLMForLastTokenRanking.from_pretrained(teacher_dir).eval()(ids, mask).scores
-    torch.testing.assert_close(alone, by_hand)
-    torch.testing.assert_close(alone, padded)
-    assert not torch.allclose(alone, last)
-
-
-@pytest.mark.parametrize("head", load("heads").HEADS)
-def test_each_head_makes_a_ranker(head, tmp_path, tiny_teacher, monkeypatch):
-    heads = load("heads")
-    monkeypatch.setattr(heads, "WORDS", ["close", "read", "write"])
-    tiny_teacher[1].save_pretrained(tmp_path)
-    small_llama(tiny_teacher[1], layers=2, size=32).save_pretrained(tmp_path)
-    model, tokenizer = heads.make(head, tmp_path, seed=0, attention="eager")
-    assert np.isfinite(Ranker(model, tokenizer).predict([("read json", "json file")])).all()
-
-
-def test_the_picture_of_depths_is_valid_svg():
-    depth = load("depth")
-    students = [depth.Point(f"{n} layers", 3000 / n, 0.6 + n / 50, 0.58 + n / 50, 0.63 + n / 50) for n in (1, 2, 3, 6)]
-    svg = depth.picture(students, depth.Point("teacher", 300, 0.73, 0.71, 0.75), depth.Point("BM25", 0, 0.64, 0, 0))
-    assert len(xml.etree.ElementTree.fromstring(svg).findall(".//{*}circle")) == 5 and "6 layers" in svg
-
-
-def test_pairs_across_queries_add_up_to_auc():
-    across = load("across")
-    rng = np.random.default_rng(0)
-    labels, scores, query = rng.integers(0, 3, 200), rng.normal(size=200).round(1), rng.integers(0, 9, 200)
-    pairs = np.outer(*(np.bincount(query, weights=kind) for kind in (labels > 0, labels == 0)))
-    draws = across.resampled(across.pairs_in_order(labels, scores, query), pairs)
-    assert draws[0] == pytest.approx(metrics.evaluate(labels, scores, query)["auc"])
-    assert draws[1:].min() < draws[0] < draws[1:].max()
 
 
 @pytest.mark.parametrize("system", load("training").SYSTEMS)
@@ -159,20 +122,3 @@ def test_measures_are_those_of_the_peers(capsys, monkeypatch):
     seconds = measures.metric_rows(2000, rounds=1)
     means = ast.literal_eval(re.search(r"{.*}", capsys.readouterr().out)[0])
     assert len(seconds) == 3 and len(set(means.values())) == 1
-
-
-@pytest.mark.slow
-def test_growth_covers_every_job(tiny_student):
-    model, tokenizer = tiny_student
-    costs = load("measures").growth(Ranker(model, tokenizer), [("read json", "json file")] * 600)
-    assert [max(cost) / min(cost) for cost in costs.values()] == pytest.approx([31, 30, 33], abs=1)
-
-
-def test_pooled_gives_every_set_the_same_weight():
-    pooled = load("human_graded").pooled
-    rng = np.random.default_rng(0)
-    small, large = rng.normal(0.3, 0.1, 50), rng.normal(0.1, 0.1, 5000)
-    mean, (low, high) = pooled([small, np.r_[large, np.nan]])
-    half = 1.96 * np.sqrt(small.var() / 50 + large.var() / 5000) / 2
-    assert mean == pytest.approx((small.mean() + large.mean()) / 2)
-    np.testing.assert_allclose([low, high], [mean - half, mean + half], atol=0.15 * half)

@@ -1,9 +1,9 @@
-"""A search page: what BM25 finds, and how the student and the teacher sort it, side by side.
+"""Search page: BM25 results and their re-rankings by the student and the teacher, side by side.
 
     disranker demo --corpus corpus.parquet --student runs/student --teacher runs/teacher --queries judgments.parquet
     disranker demo --corpus corpus.parquet --student runs/student --space org/name
 
-The page is served on this machine alone. With --space it is pushed to the Hub as a Space, with corpus and models.
+The page is served on localhost. With --space it is pushed to the Hub as a Space, including corpus and models.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ TEXTS: dict[str, dict[str, str]] = json.loads(
 
 @dataclass
 class DemoArguments:
-    """What the page searches, and with what."""
+    """Arguments of the search page."""
 
     corpus: str = field(metadata={"help": "Table of documents: file, URL or Hub data set id."})
-    student: str = field(metadata={"help": "The student: folder or Hub id."})
-    teacher: str | None = field(default=None, metadata={"help": "The teacher, for a column of its own."})
+    student: str = field(metadata={"help": "Student: folder or Hub id."})
+    teacher: str | None = field(default=None, metadata={"help": "Teacher: folder or Hub id; adds a column."})
     queries: str | None = field(
-        default=None, metadata={"help": "Examples to click: a text file, one on each line, or a table with queries."}
+        default=None, metadata={"help": "Example queries: a text file with one per line, or a table."}
     )
-    split: str = field(default="", metadata={"help": "Split of the queries; '' for all rows."})
-    depth: int = field(default=20, metadata={"help": "Documents that BM25 finds."})
-    price_per_hour: float = field(default=0.1, metadata={"help": "What an hour of this machine costs, in US dollars."})
+    split: str = field(default="", metadata={"help": "Split of the query table; '' for all rows."})
+    depth: int = field(default=20, metadata={"help": "Number of documents from BM25."})
+    price_per_hour: float = field(default=0.1, metadata={"help": "Cost of this machine per hour, in US dollars."})
     title: str = field(default="Search, ranked by a distilled BERT", metadata={"help": "Heading of the page."})
-    port: int | None = field(default=None, metadata={"help": "Port; by default the first free one from 7860 on."})
+    port: int | None = field(default=None, metadata={"help": "Port; default: the first free one from 7860."})
     space: str | None = field(default=None, metadata={"help": "Push the page as this Space instead of serving it."})
 
 
 @dataclass(frozen=True)
 class Column:
-    """One ranking: places in the corpus, best first, their scores, the moves against BM25 and the seconds it took."""
+    """Ranking: row numbers in the corpus, best first, with scores, moves relative to BM25 and the time in seconds."""
 
     name: str
     places: np.ndarray
@@ -68,12 +68,12 @@ class Column:
 
 
 class Searcher:
-    """BM25 over a corpus, and rankers that sort what it finds.
+    """BM25 search over a corpus with rankers that re-rank its results.
 
     Args:
-        corpus: a corpus table.
-        rankers: by name, in the order of their columns.
-        depth: documents that BM25 finds.
+        corpus: Corpus table.
+        rankers: Rankers by name, in the order of the columns.
+        depth: Number of documents from BM25.
     """
 
     def __init__(self, corpus: pd.DataFrame, rankers: dict[str, Ranker], depth: int = 20) -> None:
@@ -81,7 +81,7 @@ class Searcher:
         self._index = bm25_index(corpus)
 
     def search(self, query: str) -> list[Column]:
-        """BM25's column and one for each ranker; none when BM25 finds nothing."""
+        """Return the column of BM25 and one per ranker; an empty list if BM25 finds no document."""
         start = time.perf_counter()
         count = min(self.depth, len(self.corpus))
         found, scores = self._index.retrieve([bm25_tokens(query)], k=count, show_progress=False)
@@ -98,7 +98,7 @@ class Searcher:
 
 
 def render(columns: list[Column], corpus: pd.DataFrame, language: str, price: float) -> str:
-    """The columns as HTML in which every text of the corpus is escaped."""
+    """Render the columns as HTML; all corpus texts are escaped."""
     texts = TEXTS[language]
     if not columns:
         return f'<p class="nothing" role="status">{texts["nothing"]}</p>'
@@ -138,7 +138,7 @@ def _move(column: Column, at: int, texts: dict[str, str]) -> str:
 
 
 def example_queries(source: str | None, split: str = "", count: int = 6) -> list[str]:
-    """The shortest queries of a table, or the first lines of a text file."""
+    """Return the shortest queries of a table, or the first lines of a text file."""
     if source is None:
         return []
     if source.endswith(".txt"):
@@ -149,7 +149,7 @@ def example_queries(source: str | None, split: str = "", count: int = 6) -> list
 
 
 def page(args: DemoArguments) -> Any:
-    """The gradio app, with its models loaded; `launch(**LAUNCH)` serves it."""
+    """Load the models and build the gradio app."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio as gr
@@ -158,7 +158,7 @@ def page(args: DemoArguments) -> Any:
     corpus = read_table(args.corpus, "corpus")
     names = {"student": args.student} | ({"teacher": args.teacher} if args.teacher else {})
     searcher = Searcher(corpus, {name: Ranker.from_pretrained(path) for name, path in names.items()}, args.depth)
-    searcher.search(corpus["title"].iloc[0])  # a model's first pass takes long
+    searcher.search(corpus["title"].iloc[0])  # warm-up
     examples = example_queries(args.queries, args.split)
 
     def search(query: str, language: str) -> str:
@@ -189,15 +189,15 @@ def page(args: DemoArguments) -> Any:
 
 
 def serve(args: DemoArguments, **options: Any) -> Any:
-    """Serve the page; options go to gradio's `launch`."""
+    """Serve the page; options are passed to gradio's `launch`."""
     import gradio as gr
 
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from the network
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
     css = Path(__file__).with_name("demo.css").read_text(encoding="utf-8")
     return page(args).launch(theme=theme, css=css, share=False, footer_links=[], **options)
 
 
-_APP = '''"""A search page, made by `disranker demo --space`."""
+_APP = '''"""Search page created by `disranker demo --space`."""
 
 from hf_disranker.recipes.demo.page import DemoArguments, serve
 
@@ -215,12 +215,12 @@ app_file: app.py
 pinned: false
 ---
 
-What BM25 finds, and how a distilled BERT and its teacher sort it. Made with hf-disranker {ours}.
+BM25 results re-ranked by a distilled BERT and its teacher. Made with hf-disranker {ours}.
 """
 
 
 def write_space(args: DemoArguments, folder: Path) -> None:
-    """Write a Space's files: the page, the corpus, the models that lie on this machine, the example queries."""
+    """Write the files of a Space: app, corpus, local models and example queries."""
     import gradio
 
     arguments = asdict(args) | {"corpus": "corpus.parquet", "queries": None, "split": "", "port": None, "space": None}
@@ -241,7 +241,7 @@ def write_space(args: DemoArguments, folder: Path) -> None:
 
 
 def make_parser() -> TrlParser:
-    """The command line of the page."""
+    """Return the argument parser of the page."""
     return recipe_parser("demo", __doc__, DemoArguments)
 
 

@@ -1,4 +1,4 @@
-"""Small models and tokenizers from nothing but text: for the quickstart, tests, and wherever no checkpoint may be."""
+"""Small models and tokenizers built from text alone, without pre-trained checkpoints."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _EMBEDDING_SPREAD = 0.1
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
-    """A lower-case BERT tokenizer whose vocabulary comes from `texts`.
+    """Train a lower-case BERT tokenizer on `texts`.
 
     Args:
-        texts: what the vocabulary is learned from; never development data.
-        vocab_size: number of tokens at most.
-        max_length: tokens of a query-document pair that the model will read.
+        texts: Training texts; must not contain development data.
+        vocab_size: Maximum number of tokens.
+        max_length: Maximum length of a query-document pair in tokens.
     """
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -46,19 +46,19 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, max_length: int) -> P
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
-    """A lower-case byte-level BPE tokenizer for a decoder: `<s>` before each text, `</s>` behind it, `<pad>` apart.
+    """Train a lower-case byte-level BPE tokenizer for a decoder that adds `<s>` and `</s>` and pads with `<pad>`.
 
-    Punctuation stands alone, so decoding may put blanks around it.
+    Punctuation is split off, so decoding may insert spaces around it.
 
     Args:
-        texts: what the vocabulary is learned from; never development data.
-        vocab_size: number of tokens at most, at least 259 (every byte and the special tokens).
-        max_length: tokens of a text that the model will read.
+        texts: Training texts; must not contain development data.
+        vocab_size: Maximum number of tokens, at least 259 (all bytes and the special tokens).
+        max_length: Maximum length of a text in tokens.
     """
     special = ["<s>", "</s>", "<pad>"]
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    # A word is one and the same token in "numpy.histogram" and behind a blank: else it never finds its copy.
+    # A word must map to the same token in "numpy.histogram" and after a space, or exact matches are lost.
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.ByteLevel(add_prefix_space=True)]
     )
@@ -86,9 +86,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrai
 
 
 def small_bert(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, **options: Any) -> BertDistilledRanker:
-    """A BERT ranker with random weights for a tokenizer: heads of 64, feed-forward of twice the size.
+    """Create a BERT ranker with random weights: attention heads of size 64, feed-forward layers of twice the size.
 
-    Further options go to `BertConfig`.
+    Additional options are passed to `BertConfig`.
     """
     return BertDistilledRanker(
         BertConfig(
@@ -105,9 +105,9 @@ def small_bert(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, **
 
 
 def small_llama(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, **options: Any) -> LlamaForCausalLM:
-    """A Llama language model with random weights and tied embeddings for a tokenizer: heads of 64.
+    """Create a Llama language model with random weights, tied embeddings and attention heads of size 64.
 
-    Further options go to `LlamaConfig`.
+    Additional options are passed to `LlamaConfig`.
     """
     return LlamaForCausalLM(
         LlamaConfig(
@@ -127,15 +127,15 @@ def small_llama(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, *
 
 
 def embed_by_svd(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
-    """Start the token embeddings from a truncated SVD of the texts' TF-IDF matrix (latent semantic analysis).
+    """Initialise the token embeddings from a truncated SVD of the texts' TF-IDF matrix (latent semantic analysis).
 
-    Tokens that keep the same company then lie together before any training, in a few seconds for 10,000 texts. Works
-    in place; position embeddings, which say nothing yet, are made small beside them.
+    Tokens with similar contexts are then close before any training; 10,000 texts take a few seconds. Works in place;
+    the random position embeddings are scaled down to match.
 
     Args:
-        model: a model of `small_bert` or `small_llama`.
-        tokenizer: its tokenizer.
-        texts: what the statistics come from; never development data.
+        model: Model from `small_bert` or `small_llama`.
+        tokenizer: Tokenizer of the model.
+        texts: Texts for the co-occurrence statistics; must not contain development data.
 
     Source: Deerwester et al. 1990, "Indexing by latent semantic analysis".
     """
@@ -155,22 +155,22 @@ def embed_by_svd(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
 
 
 def match_words(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Start the attention heads so that each token attends to its own copies: a query's words find the document's.
+    """Initialise the attention heads so that each token attends to its copies: query words match document words.
 
-    That a word of the document stands in the query too is what ranking needs first and what training finds last: from
-    random heads it takes far more steps than minutes allow. Where a head's query and key projections are one random
-    matrix, a token attends to whatever resembles it, before any training. Works in place; call `embed_by_svd` first.
+    Exact word matching is essential for ranking and slow to learn from random heads. If the query and key projections
+    of a head share one random matrix, a token attends to similar tokens before any training. Works in place; call
+    `embed_by_svd` first.
 
     Args:
-        model: a model of `small_bert` or `small_llama` (at least two layers).
-        tokenizer: its tokenizer.
+        model: Model from `small_bert` or `small_llama` (at least two layers).
+        tokenizer: Tokenizer of the model.
 
-    Source: after Trockman & Kolter 2023, "Mimetic initialization of self-attention layers", arXiv 2305.09828. Which
-    layers, the strengths, and the mark of a decoder's documents are ours.
+    Source: after Trockman & Kolter 2023, "Mimetic initialization of self-attention layers", arXiv 2305.09828.
+    The choice of layers, the scales and the document marker of the decoder are ours.
     """
     with torch.no_grad():
         if isinstance(model, BertDistilledRanker):
-            # BERT's segment embeddings tell which of the copies stand in the document.
+            # BERT's segment embeddings distinguish copies in the query from copies in the document.
             for layer in model.bert.encoder.layer:
                 _match_bert(layer.attention)
         else:
@@ -179,7 +179,7 @@ def match_words(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
 
 
 def _match_bert(attention: Any) -> None:
-    """Equal queries and keys; values and output one rotation and back, so that what is copied meets its original."""
+    """Share query and key projections; output inverts the value rotation, so a copied vector meets its original."""
     size, width = attention.self.query.weight.shape[1], attention.self.attention_head_size
     for head in range(size // width):
         rows = slice(head * width, (head + 1) * width)
@@ -191,16 +191,15 @@ def _match_bert(attention: Any) -> None:
         attention.output.dense.weight[:, rows] = -0.5 * turn.T
 
 
-# Axes of the small decoder's residual stream that hold no word: 1 for every token; the word that opens a document; a
-# mark on every token from that word on.
+# Reserved axes of the small decoder's residual stream: a constant 1; the word that starts a document; a marker on
+# every token from that word on.
 _ONE, _OPENS, _MARK, _RESERVED = 0, 1, 2, 3
 
 
 def _mark_documents(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let the first head of the first layer mark every token of the document: a decoder has no segment embeddings.
+    """Let the first head of the first layer mark every document token, since a decoder has no segment embeddings.
 
-    Each token attends to the word of the template that stands before the document, where it can see it, and to nothing
-    in particular where it cannot.
+    Each token attends to the template word that precedes the document if it is visible, and uniformly otherwise.
     """
     embeddings, first = model.get_input_embeddings().weight, model.model.layers[0]
     size, width = embeddings.shape[1], first.self_attn.head_dim
@@ -209,21 +208,21 @@ def _mark_documents(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase)
     embeddings[:, :_RESERVED] = 0.0
     unseen = embeddings.norm(dim=1) < 1e-3
     embeddings[unseen, _RESERVED:] = torch.randn(int(unseen.sum()), size - _RESERVED)
-    # One length for all, so that after the norm the reserved axes weigh the same in every token.
+    # Equal norms, so that the reserved axes keep the same weight in every token after normalisation.
     embeddings.mul_(spread / embeddings.norm(dim=1, keepdim=True))
     embeddings[opening] = 0.0
     embeddings[opening, _OPENS] = spread
     embeddings[:, _ONE] = one
-    scale = ((spread**2 + one**2) / size) ** 0.5  # root mean square, by which the layer's norm divides
+    scale = ((spread**2 + one**2) / size) ** 0.5  # root mean square, the divisor of the layer norm
 
-    # What the first layer adds must not drown the words.
+    # Keep the output of the first layer small relative to the word embeddings.
     first.self_attn.o_proj.weight.mul_(0.1)
     first.mlp.down_proj.weight.mul_(0.1)
     queries, keys = first.self_attn.q_proj.weight, first.self_attn.k_proj.weight
     values, output = first.self_attn.v_proj.weight, first.self_attn.o_proj.weight
     for weight in (queries[:width], keys[:width], values[:width], output[:, :width]):
         weight.zero_()
-    slow = slice(width // 2 - 4, width // 2)  # rotary pairs that hardly turn within a text: position must not matter
+    slow = slice(width // 2 - 4, width // 2)  # slow rotary pairs, so that position hardly matters
     queries[slow, _ONE] = 0.5 * width**0.5 * 12.0 * scale / one
     keys[slow, _OPENS] = 0.5 * scale / spread
     values[0, _OPENS] = scale / spread
@@ -231,7 +230,7 @@ def _mark_documents(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase)
 
 
 def _match_llama(attention: Any) -> None:
-    """Equal queries and keys, over words alone and the rotary pairs that turn slowly: a copy may stand anywhere."""
+    """Share query and key projections over word axes and slow rotary pairs, so that copies match at any distance."""
     size, width = attention.q_proj.weight.shape[1], attention.head_dim
     fast, half = width // 8, width // 2
     for head in range(size // width):

@@ -1,34 +1,29 @@
-"""An embedded search data set: the Python documentation that is installed on this machine.
+"""Embedded search data set built from the Python documentation installed on this machine.
 
-Public functions, classes and methods of the standard library and of installed packages are read with `ast`; nothing of
-them is imported. A query is the first sentence of a docstring; the document is the dotted name (title) and the rest of
-the docstring (summary). The grades follow from the structure of the documentation, no person gave them:
+A query is the first sentence of a docstring of a public function, class or method in the standard library or an
+installed package; the document is its dotted name (title) and the rest of the docstring (summary). Grades are derived
+from the structure of the documentation, not from human judgments:
 
-    2   the object itself, or an alias or override that begins with the same sentence
-    1   an object that it refers to or that refers to it (roles, See Also sections, backticked dotted names)
-    0   another candidate
+    2   the object itself, or an alias or override whose docstring starts with the same sentence
+    1   an object that it refers to or that refers to it (roles, See Also sections, dotted names in backticks)
+    0   any other candidate
 
-A hash of the sentence puts an object on the training or the development side, aliases together, the same in every
-environment. The sides share no sentence and no document; references and BM25 candidates stay on a query's own side.
+A hash of the sentence assigns each object, together with its aliases, to the training or development split,
+independently of the environment. The splits share no sentences and no documents; references and BM25 candidates stay
+within the split of the query.
 """
 
 from __future__ import annotations
 
-import ast
-import gc
 import hashlib
-import importlib.util
 import json
 import logging
 import platform
 import random
 import re
-import sysconfig
 import tempfile
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from os.path import commonprefix
 from pathlib import Path
 
@@ -36,6 +31,7 @@ import pandas as pd
 
 from hf_disranker.data.bm25 import mine_candidates
 from hf_disranker.data.outputs import json_in
+from hf_disranker.recipes.quickstart.docstrings import package_files, read_docstrings
 
 logger = logging.getLogger(__name__)
 
@@ -44,21 +40,17 @@ PACKAGES = (
     "pandas", "peft", "pyarrow", "scipy", "sentence_transformers", "sklearn", "torch", "transformers", "trl",
 )  # fmt: skip
 
-_BUILDER = 1  # raise it when the same environment gives another data set
+_BUILDER = 1  # increase when the same environment would produce a different data set
 _MANIFEST = "manifest.json"
 _STRANGERS = 5  # random documents in each judged pool
 _QUERY_WORDS = range(3, 41)
 _MIN_SUMMARY_WORDS = 10
 _SUMMARY_CHARACTERS = 1000
-_MAX_OBJECTS = 8  # a sentence that more objects share is boilerplate, such as "Return self."
-_MAX_REFERRERS = 8  # one of the many that mention DataFrame is no answer to a question about DataFrame
+_MAX_OBJECTS = 8  # a sentence shared by more objects is boilerplate, such as "Return self."
+_MAX_REFERRERS = 8  # one of many objects that mention DataFrame does not answer a query about DataFrame
 
-_SKIPPED = re.compile(  # modules that document nothing for users, or thousands of times the same
-    r"(.+\.)?(tests?|test_\w+|testing_utils|conftest|benchmarks|examples|externals|setup|_vendor|_internal)"
-    r"|(numpy\.)?distutils|encodings|idlelib|lib2to3|pydoc_data|turtledemo|torch\._(?!tensor$)\w+|transformers\.models"
-)
 _SIGNATURES = re.compile(r"(?:[\w.]+\((?:[^()]|\([^()]*\))*\)[^\n]*\n\s*\n)*")
-_SENTENCE_END = re.compile(  # before a capital or sign, or a blank line, or a field, section, example or list
+_SENTENCE_END = re.compile(  # before a non-lowercase character, an empty line, a field, section, example or list
     r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)(?<!vs\.)\s+(?=[^a-z])"
     r"|\n\s*\n|\s+(?=[:@]\w+[^:\n]*: |Args:|Arguments:|Parameters:|Returns:|Examples?:|>>> |[-*] )"
 )
@@ -86,26 +78,29 @@ def build(
     top_k: int = 20,
     packages: Iterable[str] = PACKAGES,
 ) -> dict[str, int]:
-    """Write the data set into a folder, unless it already holds what this environment and these settings give.
+    """Write the data set to a folder, unless it is already there for this environment and these settings.
 
     The tables, each a parquet file: `clicks` (every training object), `heldout_clicks` (every development object, to
     evaluate on only), `judgments` (splits train and dev), `candidates` (BM25's for further training queries, without
     labels) and `corpus` (all documents, with their split).
 
     Args:
-        out: the folder; a ValueError where its parquet files are of another origin; other files are left alone.
-        train_queries: judged training queries, the first by hash.
-        dev_queries: judged development queries, the first by hash.
-        unlabelled_queries: training queries with candidates, the next by hash.
-        top_k: BM25 candidates per query; a judged pool holds these, all graded documents and 5 random ones.
-        packages: see `read_documents`.
+        out: Output folder; files of other names are kept.
+        train_queries: Number of judged training queries, the first in hash order.
+        dev_queries: Number of judged development queries, the first in hash order.
+        unlabelled_queries: Number of training queries with candidates only, the next in hash order.
+        top_k: BM25 candidates per query; a judged pool consists of these, all graded documents and 5 random ones.
+        packages: See `read_documents`.
 
     Returns:
-        The number of rows of each table. Where the documentation has too few queries a warning says so.
+        Number of rows of each table; a warning is logged if the documentation has too few queries.
+
+    Raises:
+        ValueError: If the folder contains parquet files that this function did not write.
     """
     out, packages = Path(out), sorted(set(packages))
     settings = {"train_queries": train_queries, "dev_queries": dev_queries, "unlabelled_queries": unlabelled_queries}
-    sizes = {name: sum(path.stat().st_size for _, path in _package_files(name)) for name in packages}
+    sizes = {name: sum(path.stat().st_size for _, path in package_files(name)) for name in packages}
     manifest = {"builder": _BUILDER, "python": platform.python_version(), "sizes": sizes, **settings, "top_k": top_k}
     found = json_in(out / _MANIFEST) or {}
     if "builder" not in found and (foreign := [*out.glob("*.parquet"), *out.glob(_MANIFEST)]):
@@ -119,7 +114,7 @@ def build(
 
 
 def _write(tables: dict[str, pd.DataFrame], manifest: dict[str, object], out: Path) -> None:
-    """Write beside, then move; the manifest is emptied first and comes last: a killed build never looks finished."""
+    """Write to a temporary folder, then move; the manifest comes last, so an interrupted build is never complete."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as folder:
         for name, table in tables.items():
@@ -150,12 +145,12 @@ def _tables(
 def _first_queries(side: pd.DataFrame, number: int) -> pd.DataFrame:
     queries = side[["query_id", "query"]].drop_duplicates().sort_values("query_id")
     if len(queries) < number:
-        logger.warning("The documentation on this machine gives %d queries, not %d.", len(queries), number)
+        logger.warning("The documentation on this machine has %d queries, fewer than %d.", len(queries), number)
     return queries.head(number)
 
 
 def _judgments(queries: pd.DataFrame, side: pd.DataFrame, mined: pd.DataFrame) -> pd.DataFrame:
-    """The judged pools of queries: their objects (2), objects related to these (1), BM25's and random ones (0)."""
+    """Return the judged pools: the query's objects (2), related objects (1), BM25 and random candidates (0)."""
     own = side.merge(queries).assign(label=2)
     related = own.assign(doc_id=own["related"], label=1).explode("doc_id").dropna(subset="doc_id")
     doc_ids, number = list(side["doc_id"]), min(_STRANGERS, len(side))
@@ -168,22 +163,22 @@ def _judgments(queries: pd.DataFrame, side: pd.DataFrame, mined: pd.DataFrame) -
 
 
 def read_documents(packages: Iterable[str] = PACKAGES) -> pd.DataFrame:
-    """The documents that this machine's Python documentation gives.
+    """Read the Python documentation installed on this machine as documents.
 
     Args:
-        packages: importable names; those that are not installed are skipped.
+        packages: Importable names; packages that are not installed are skipped.
 
     Returns:
-        One row per object, in order of doc_id: doc_id, title, query, summary, query_id, split ("train" or "dev") and
-        related: the doc_ids, on the same side, that it refers to or that refer to it.
+        One row per object, sorted by doc_id: doc_id, title, query, summary, query_id, split ("train" or "dev") and
+        related (doc_ids in the same split that it refers to or that refer to it).
     """
-    docstrings = _docstrings(packages)
+    docstrings = read_docstrings(packages)
     rows = [(name, name, *_query_and_summary(docstrings[name])) for name in sorted(docstrings)]
     documents = pd.DataFrame([row for row in rows if row[2]], columns=["doc_id", "title", "query", "summary"])
     documents["query_id"] = documents["query"].map(_query_id)
-    documents["query"] = documents.groupby("query_id")["query"].transform("first")  # aliases may differ in capitals
+    documents["query"] = documents.groupby("query_id")["query"].transform("first")  # aliases may differ in case
     boilerplate = documents.groupby("query_id")["doc_id"].transform("size") > _MAX_OBJECTS
-    repeated = documents.groupby("summary")["query_id"].transform("nunique") > 1  # it could be on both sides
+    repeated = documents.groupby("summary")["query_id"].transform("nunique") > 1  # it could end up in both splits
     documents = documents[~boilerplate & ~repeated].reset_index(drop=True)
     documents["split"] = documents["query_id"].map(_side)
     sides = dict(zip(documents["doc_id"], documents["split"], strict=True))
@@ -200,8 +195,8 @@ def _side(query_id: str) -> str:
 
 
 def _query_and_summary(docstring: str) -> tuple[str, str]:
-    """Split a docstring in two; both are empty if either is no use for search."""
-    text = _SIGNATURES.sub("", _SEE_ALSO.sub("", docstring), count=1)  # See Also quotes sentences of other documents
+    """Split a docstring into query and summary; both are empty if either is unsuitable for search."""
+    text = _SIGNATURES.sub("", _SEE_ALSO.sub("", docstring), count=1)  # See Also sections quote other documents
     for pattern, plain in _MARKUP:
         text = pattern.sub(plain, text)
     sentence, _, rest = _SENTENCE_END.sub("\0", text.strip('" \n'), count=1).partition("\0")
@@ -213,7 +208,7 @@ def _query_and_summary(docstring: str) -> tuple[str, str]:
 
 
 def _references(docstring: str) -> list[str]:
-    """The names that a docstring refers to, as it writes them."""
+    """Return the names that a docstring refers to, as written."""
     names = [name for groups in _REFERENCE.findall(docstring) for name in groups if name]
     for section in _SEE_ALSO.findall(docstring):
         names += ", ".join(re.findall(r"^[\w.]+(?:, [\w.]+)*(?= *:|,?$)", section, re.M)).split(", ")
@@ -221,8 +216,8 @@ def _references(docstring: str) -> list[str]:
 
 
 def _related(references: dict[str, list[str]], sides: dict[str, str]) -> dict[str, list[str]]:
-    """For each document those of its side that it refers to or that refer to it."""
-    meanings = defaultdict(list)  # of each dotted ending of a document's name
+    """Map each document to those in its split that it refers to or that refer to it."""
+    meanings = defaultdict(list)  # dotted suffix -> document names
     for name in references:
         parts = name.split(".")
         for start in range(len(parts)):
@@ -240,114 +235,7 @@ def _related(references: dict[str, list[str]], sides: dict[str, str]) -> dict[st
 
 
 def _resolve(reference: str, origin: str, meanings: list[str]) -> str | None:
-    """What a reference means: of the documents so called the one nearest to its origin; None if that is not clear."""
+    """Resolve a reference to the candidate nearest to its origin; return None if it is ambiguous."""
     shared = [len(commonprefix([origin.split("."), meaning.split(".")])) for meaning in meanings]
     clear = shared.count(max(shared)) == 1 and (max(shared) > 0 or "." in reference)
     return meanings[shared.index(max(shared))] if clear else None
-
-
-@dataclass
-class _Module:
-    """What is kept of a source file."""
-
-    docstrings: dict[str, dict[str, str]] = field(default_factory=dict)  # by name, then by member: "" or ".method"
-    imports: list[tuple[str, str, str]] = field(default_factory=list)  # from module, name (or "*"), as name
-    exported: set[str] = field(default_factory=set)  # __all__, if it is a plain list
-
-
-def _docstrings(packages: Iterable[str]) -> dict[str, str]:
-    """The docstrings of all public objects, by the dotted name by which users know the object."""
-    files = dict(_module_files(Path(sysconfig.get_paths()["stdlib"]), ""))
-    for package in sorted(set(packages)):
-        files.update(_package_files(package))
-    gc.freeze()  # else the collector walks over all that the process holds while the trees come and go
-    parsed = {name: _parse(name, path) for name, path in files.items()}
-    gc.unfreeze()
-    modules = {name: module for name, module in parsed.items() if module}
-    if unreadable := sorted(parsed.keys() - modules):
-        logger.warning("Skipped %d unreadable source file(s): %s", len(unreadable), ", ".join(unreadable[:5]))
-    return {
-        public + member: docstring
-        for (module, name), public in _public_names(modules).items()
-        for member, docstring in modules[module].docstrings[name].items()
-    }
-
-
-def _package_files(package: str) -> list[tuple[str, Path]]:
-    spec = importlib.util.find_spec(package)  # of a top-level name, so nothing is imported
-    folders = sorted((spec and spec.submodule_search_locations) or [])
-    return [file for folder in folders for file in _module_files(Path(folder), package)]
-
-
-def _module_files(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
-    """Dotted name and path of every module below a folder, private ones too, since public ones import from them."""
-    for path in sorted(folder.iterdir()):
-        name = f"{prefix}.{path.stem}".lstrip(".")
-        if path.name == "__init__.py":
-            yield prefix, path
-        elif _SKIPPED.fullmatch(name) or not path.stem.isidentifier():
-            continue
-        elif path.suffix == ".py":
-            yield name, path
-        elif (path / "__init__.py").is_file():
-            yield from _module_files(path, name)
-
-
-def _parse(name: str, path: Path) -> _Module | None:
-    """Read a source file; None if it cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_bytes())
-        return _read_module(tree, package=name if path.stem == "__init__" else name.rpartition(".")[0])
-    except (ImportError, OSError, SyntaxError, ValueError, RecursionError):
-        return None
-
-
-def _read_module(tree: ast.Module, package: str) -> _Module:
-    module = _Module()
-    for node in _statements(tree.body):
-        if isinstance(node, ast.ImportFrom):
-            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            module.imports += [(source, alias.name, alias.asname or alias.name) for alias in node.names]
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            documented = {member: docstring for member, docstring in _members(node) if docstring}
-            module.docstrings.setdefault(node.name, {}).update(documented)  # overloads and setters have no docstring
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            names = node.value.elts if isinstance(node.value, ast.List | ast.Tuple) else []
-            module.exported.update(str(name.value) for name in names if isinstance(name, ast.Constant))
-    return module
-
-
-def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Top-level statements, also those under `if`, `else` and `try`."""
-    for node in body:
-        yield node
-        if isinstance(node, ast.If | ast.Try):
-            yield from _statements([*node.body, *node.orelse])
-
-
-def _members(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> Iterator[tuple[str, str]]:
-    """The docstrings of an object ("") and, if it is a class, of its public methods (".method")."""
-    yield "", ast.get_docstring(node) or ""
-    for member in node.body if isinstance(node, ast.ClassDef) else []:
-        if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef) and not member.name.startswith("_"):
-            yield f".{member.name}", ast.get_docstring(member) or ""
-
-
-def _public_names(modules: dict[str, _Module]) -> dict[tuple[str, str], str]:
-    """For each object (module, name) its shortest public name in that module or a package around it."""
-    known = {module: {name: (module, name) for name in content.docstrings} for module, content in modules.items()}
-    outer_first = sorted(modules, key=lambda module: (module.count("."), module))
-    for module in outer_first[::-1] * 2:  # twice, as pandas takes DataFrame from pandas.core.api, which imports it too
-        for source, name, alias in modules[module].imports:
-            if source in modules:
-                names = (modules[source].exported or known[source]) if name == "*" else [name]
-                for found in sorted(known[source].keys() & names):
-                    known[module].setdefault(alias.replace("*", found), known[source][found])
-    public: dict[tuple[str, str], str] = {}
-    for module in outer_first:
-        for name, home in sorted(known[module].items()):
-            if "._" not in f".{module}.{name}" and f"{home[0]}.".startswith(f"{module}."):
-                public.setdefault(home, f"{module}.{name}")
-    return public

@@ -1,4 +1,4 @@
-"""Pictures as inline SVG: intervals, lines, scatter. Colours come from the style sheet of the page, `STYLE`."""
+"""Charts as inline SVG: intervals, lines, scatter plots. Colours are defined in the style sheet `STYLE`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Narrow, so that letters keep their size on a telephone.
+# Narrow, so that text keeps its size on a phone.
 WIDTH, HEIGHT = 360, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 18, 58
 _ROW = 40
@@ -34,7 +34,7 @@ svg .f0 { fill: var(--c0); } svg .f5 { fill: var(--c5); }
 
 
 class Bar(NamedTuple):
-    """A value with its interval; `ours` is drawn in the first colour, `note` stands at the right end."""
+    """Value with an interval; `ours` selects the first colour, `note` is printed at the right edge."""
 
     title: str
     value: float
@@ -46,7 +46,7 @@ class Bar(NamedTuple):
 
 @dataclass(frozen=True)
 class _Axes:
-    """From values to places in the picture."""
+    """Map from values to pixel coordinates."""
 
     x_range: tuple[float, float]
     y_range: tuple[float, float]
@@ -60,7 +60,7 @@ class _Axes:
         return np.round(HEIGHT - _BOTTOM - (np.asarray(values) - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM), 1)
 
     def drawn(self, x_title: str, y_title: str) -> list[str]:
-        """Grid, numbers and titles."""
+        """Return the grid, tick labels and axis titles."""
         parts = []
         for tick in ticks(*self.y_range):
             y = self.y(tick)
@@ -76,7 +76,7 @@ class _Axes:
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers between two, at most `most` + 1 of them: steps of 1, 2 or 5 times a power of ten."""
+    """Return at most `most` + 1 round tick values between two numbers, in steps of 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     power = 10 ** math.floor(math.log10((high - low) / most))
@@ -86,7 +86,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def intervals(bars: Sequence[Bar], title: str) -> str:
-    """A dot and a line for each bar, one below the other; empty when none has a value."""
+    """Draw each value as a dot with its interval as a line; return an empty string if no value is finite."""
     bars = [bar for bar in bars if math.isfinite(bar.value + bar.low + bar.high)]
     ends = [end for bar in bars for end in (bar.low, bar.high)]
     if not ends:
@@ -117,7 +117,7 @@ def intervals(bars: Sequence[Bar], title: str) -> str:
 
 
 def lines(series: Mapping[str, tuple[np.ndarray, np.ndarray]], x_title: str, y_title: str, spoken: str) -> str:
-    """A line for each series of (x, y), at most six, with a legend above."""
+    """Draw a line for each series of (x, y), at most six, with a legend."""
     shown = dict(list(series.items())[:6])
     xs, ys = (np.concatenate([pair[axis] for pair in shown.values()]) for axis in (0, 1))
     axes = _Axes((xs.min(), max(xs.max(), xs.min() + 1e-9)), (min(0.0, ys.min()), ys.max() * 1.05 or 1.0))
@@ -129,7 +129,7 @@ def lines(series: Mapping[str, tuple[np.ndarray, np.ndarray]], x_title: str, y_t
 
 
 def scatter(x: np.ndarray, y: np.ndarray, fit: tuple[float, float], titles: tuple[str, str], spoken: str) -> str:
-    """Points, the diagonal, and the line y = offset + scale * x of `fit` = (offset, scale)."""
+    """Draw points, the diagonal, and the line y = offset + scale * x for `fit` = (offset, scale)."""
     low, high = (float(end) for end in (min(x.min(), y.min()), max(x.max(), y.max())))
     high = max(high, low + 1e-9)
     axes = _Axes((low, high), (low, high))
@@ -145,12 +145,12 @@ def scatter(x: np.ndarray, y: np.ndarray, fit: tuple[float, float], titles: tupl
 
 
 def standalone(svg: str) -> str:
-    """A picture as a file of its own."""
+    """Turn an inline SVG into a standalone SVG file."""
     return svg.replace(">", f' xmlns="http://www.w3.org/2000/svg" width="560">\n<style>{STYLE}</style>', 1) + "\n"
 
 
 def _legend(names: Sequence[str], kinds: Sequence[int] = range(6)) -> list[str]:
-    """The last line, from the left."""
+    """Return the legend, drawn in the bottom line from the left."""
     parts, x = [], 0.0
     for name, kind in zip(names, kinds, strict=False):
         parts.append(f'<line class="line s{kind}" x1="{x}" x2="{x + 16}" y1="{HEIGHT - 12}" y2="{HEIGHT - 12}"/>')

@@ -1,4 +1,4 @@
-"""What a run has to show: one self-contained HTML file, and plain text for the quickstart."""
+"""HTML report of one or more evaluations: a single self-contained file."""
 
 from __future__ import annotations
 
@@ -14,28 +14,16 @@ import pandas as pd
 from markupsafe import Markup
 from scipy.stats import gaussian_kde
 
-from hf_disranker.data.bm25 import mine_candidates
-from hf_disranker.data.tables import pair_texts
 from hf_disranker.evaluation import metrics
 from hf_disranker.evaluation.evaluate import UNJUDGED
 from hf_disranker.evaluation.rankings import Evaluation, compare_evaluations
 from hf_disranker.evaluation.significance import Comparison, marks, refusal
-from hf_disranker.models.ranker import Ranker
 from hf_disranker.recipes.report import charts
 
-TITLES = {
-    "bm25": "BM25",
-    "label_student": "BERT, labels alone",
-    "click_student": "BERT, clicks, labels",
-    "teacher_no_cpt": "LLM teacher, no CPT",
-    "teacher": "LLM teacher",
-    "teachers": "mean of both teachers",
-    "student": "BERT, distilled",
-}
 _POINTS = 2000
 _CASES = 10
 _SHOWN_DOCUMENTS = 3
-# In a trainer's log beside the terms of the loss.
+# Entries of a trainer's log that are not loss terms.
 _NOT_TERMS = ("epoch", "step", "grad_norm", "learning_rate", "loss", "score_spread", "total_flos")
 
 
@@ -47,35 +35,37 @@ def write_report(
     titles: Mapping[str, str] | None = None,
     abtest: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write one HTML file that needs nothing else: no network, no scripts.
+    """Write a report as a single HTML file without scripts or external resources.
 
     Args:
-        evaluations: rankings of the same judgments. The one with the role teacher is what students are seen against,
-            the one named bm25, or else the first, is what gains and losses are counted from. Learning curves and
-            options come from the folder of each model, where there is one.
-        path: the file.
-        texts: False leaves out queries, titles and summaries; ids stay.
-        pairs: names of rankers to compare, (first, second); None compares each with each.
-        titles: what to call the rankers instead of their names.
-        abtest: what `disranker abtest --out` wrote.
+        evaluations: Rankings of the same judgments. Students are plotted against the evaluation with the role teacher;
+            gains and losses are relative to the one with the role bm25, or else the first. Learning curves and
+            options are read from the folder of each model, if it exists.
+        path: Path of the HTML file.
+        texts: If False, omit queries, titles and summaries and show ids only.
+        pairs: Names of the rankers to compare, as (first, second); None compares all pairs.
+        titles: Display names of the rankers.
+        abtest: Output of `disranker abtest --out`.
     """
     shown = {one.name: (titles or {}).get(one.name, one.name) for one in evaluations}
     compared = compare_evaluations(evaluations, pairs=pairs) if len(evaluations) > 1 else []
     bm25 = next((one.measures["ndcg@10"] for one in evaluations if one.about.get("role") == "bm25"), None)
     first = evaluations[0]
+    why_not = refusal(first.measures["queries"], bm25)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     page = template.render(
         style=Markup(charts.STYLE),
         titles=shown,
         about=first.about,
-        rankers=_rankers(evaluations, shown, compared, refusal(first.measures["queries"], bm25)),
+        verdict=_verdict(evaluations, shown, compared, why_not),
+        rankers=_rankers(evaluations, shown, compared, why_not),
         pictures=[
-            Markup(charts.intervals([_bar(one, shown[one.name], measure) for one in evaluations], name))
+            Markup(charts.intervals([interval_bar(one, shown[one.name], measure) for one in evaluations], name))
             for measure, name in (("ndcg@10", "NDCG@10"), ("pair_accuracy", "Pair accuracy"))
         ],
         comparisons=[_comparison(one, shown) for one in compared],
-        refusal=refusal(first.measures["queries"], bm25) if compared else None,
+        refusal=why_not if compared else None,
         slices=_slices(evaluations, shown),
         scatters=_scatters(evaluations, shown),
         distributions=[one for run in evaluations for one in _distribution(run, shown[run.name])],
@@ -92,14 +82,14 @@ def write_report(
 
 
 def is_report(path: Path) -> bool:
-    """Whether a file was written by `write_report`."""
+    """Return True if `write_report` wrote the file."""
     return b'<meta name="generator" content="hf-disranker">' in path.read_bytes()[:1000]
 
 
 def _rankers(
     evaluations: Sequence[Evaluation], titles: Mapping[str, str], compared: Sequence[Comparison], why_not: str | None
 ) -> list[dict[str, Any]]:
-    """Rows of the headline table."""
+    """Build the rows of the main table."""
     letters = {one.name: chr(ord("a") + place) for place, one in enumerate(evaluations)}
     beaten = marks(compared, letters) if not why_not else dict.fromkeys(letters, "")
     rows = []
@@ -114,6 +104,33 @@ def _rankers(
     return rows
 
 
+def _base_and_ours(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, Evaluation]:
+    """Return BM25 or else the first ranker, and the distilled student or else the last ranker."""
+    base = next((one for one in evaluations if one.about.get("role") == "bm25"), evaluations[0])
+    return base, next(filter(_distilled, evaluations), evaluations[-1])
+
+
+def _verdict(
+    evaluations: Sequence[Evaluation], titles: Mapping[str, str], compared: Sequence[Comparison], why_not: str | None
+) -> str:
+    """Return one sentence on whether the student beats the baseline, and the ranker with the highest NDCG@10."""
+    base, ours = _base_and_ours(evaluations)
+    one = next((one for one in compared if {one.first, one.second} == {base.name, ours.name}), None)
+    if one is None:
+        return ""
+    sign = 1 if one.first == ours.name else -1
+    low, high = sorted(sign * end for end in one.interval)
+    difference = f"{sign * one.difference:+.3f} NDCG@10, 95% interval {low:+.3f} to {high:+.3f}"
+    sure = "not tested for significance" if why_not else f"p = {one.p_holm:.4f} after Holm's correction"
+    if why_not or one.p_holm >= 0.05:
+        verb = "shows no significant difference from"
+    else:
+        verb = "beats" if sign * one.difference > 0 else "loses to"
+    best = max(evaluations, key=lambda one: one.measures["ndcg@10"])
+    top = f"{titles[best.name]} has the highest NDCG@10 ({best.measures['ndcg@10']:.3f})"
+    return f"{titles[ours.name]} {verb} {titles[base.name]} ({difference}, {sure}); {top}."
+
+
 def _with_interval(measures: Mapping[str, Any], name: str) -> tuple[str, str]:
     digits = 2 if name == "pnr" else 3
     value, ends = measures[name], measures["intervals"].get(name)
@@ -121,7 +138,8 @@ def _with_interval(measures: Mapping[str, Any], name: str) -> tuple[str, str]:
     return number, "" if ends is None else "–".join("∞" if end is None else f"{end:.{digits}f}" for end in ends)
 
 
-def _bar(one: Evaluation, title: str, measure: str, note: str = "") -> charts.Bar:
+def interval_bar(one: Evaluation, title: str, measure: str, note: str = "") -> charts.Bar:
+    """Build a bar with the value and 95% interval of a measure; NaN where they are undefined."""
     value, low, high = (
         np.nan if end is None else end for end in (one.measures[measure], *one.measures["intervals"][measure])
     )
@@ -149,7 +167,7 @@ def _comparison(one: Comparison, titles: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _slices(evaluations: Sequence[Evaluation], titles: Mapping[str, str]) -> list[dict[str, Any]]:
-    """NDCG@10 by slice; a ranker that was not measured by slices has none."""
+    """Return NDCG@10 by slice of the rankers that were evaluated by slices."""
     return [
         {"title": titles[one.name], "value": value, "queries": found["queries"], "few": found["few"]}
         | {"ndcg": _with_interval(found, "ndcg@10")}
@@ -159,14 +177,14 @@ def _slices(evaluations: Sequence[Evaluation], titles: Mapping[str, str]) -> lis
 
 
 def _scatters(evaluations: Sequence[Evaluation], titles: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The scores of each student that was distilled against its teacher's, on the pairs that both rank.
+    """Plot the scores of each distilled student against its teacher's scores on the pairs that both ranked.
 
-    The teacher's are in the scale that the student learned.
+    Teacher scores are first mapped to the scale the student was trained on.
     """
     teachers = {one.about.get("source"): one for one in evaluations if one.about.get("role") == "teacher"}
     found = []
     for one in filter(_distilled, evaluations if teachers else ()):
-        # A folder that was moved since is not the one that the student names.
+        # If the teacher folder was moved, the path stored in the student no longer matches.
         teacher = teachers.get(one.about["teacher"], [*teachers.values()][-1])
         both = _ranked(teacher).merge(_ranked(one), on=["query_id", "doc_id"])
         x, y, queries = (both[name].to_numpy() for name in ("score_x", "score_y", "query_id"))
@@ -192,12 +210,12 @@ def _scatters(evaluations: Sequence[Evaluation], titles: Mapping[str, str]) -> l
 
 
 def _ranked(one: Evaluation) -> pd.DataFrame:
-    """The rows that have a score of their own: not what a run lacks."""
+    """Return the rows with a score, without judged documents that are missing from a run."""
     return one.rows[~one.rows["missing"].astype(bool)] if "missing" in one.rows.columns else one.rows
 
 
 def _distribution(one: Evaluation, title: str) -> list[dict[str, Any]]:
-    """How a ranker's scores lie for each grade."""
+    """Plot the density of a ranker's scores for each grade."""
     rows = _ranked(one)
     rows = rows[rows["label"] != UNJUDGED]
     low, high = np.quantile(rows["score"], [0.001, 0.999])
@@ -215,7 +233,7 @@ def _distribution(one: Evaluation, title: str) -> list[dict[str, Any]]:
 
 
 def _curves(one: Evaluation, title: str) -> list[dict[str, Any]]:
-    """The terms of the loss as a model learned."""
+    """Plot the loss terms logged during training."""
     history = _history(one)
     terms = {name for entry in history for name in entry if not name.startswith(("eval_", "train_"))} - {*_NOT_TERMS}
     series = {}
@@ -236,7 +254,7 @@ def _folder(one: Evaluation) -> Path:
 
 
 def _history(one: Evaluation) -> list[dict[str, Any]]:
-    """What the trainer logged, of the last checkpoint in the model's folder."""
+    """Return the log history of the last checkpoint in the model's folder."""
     states = [*_folder(one).glob("checkpoint-*/trainer_state.json")]
     if not states:
         return []
@@ -245,7 +263,7 @@ def _history(one: Evaluation) -> list[dict[str, Any]]:
 
 
 def _options(one: Evaluation) -> str:
-    """The record of a model's making, as text."""
+    """Return the training record of a model, as text; empty if there is none."""
     for name in ("run.json", "finished.json"):
         if (path := _folder(one) / name).is_file():
             return path.read_text(encoding="utf-8")
@@ -253,11 +271,10 @@ def _options(one: Evaluation) -> str:
 
 
 def _changes(evaluations: Sequence[Evaluation], titles: Mapping[str, str], texts: bool) -> dict[str, Any] | None:
-    """The queries that gained and lost most, with the first documents of both rankers."""
+    """Return the queries with the largest gains and losses, with the top documents of both rankers."""
     if len(evaluations) < 2:
         return None
-    base = next((one for one in evaluations if one.about.get("role") == "bm25"), evaluations[0])
-    ours = next(filter(_distilled, evaluations), evaluations[-1])
+    base, ours = _base_and_ours(evaluations)
     values = base.queries.merge(ours.queries, on="query_id")[["query_id", "ndcg@10_x", "ndcg@10_y"]].dropna()
     values = values.assign(change=values["ndcg@10_y"] - values["ndcg@10_x"]).sort_values("change")
     gains = values[values["change"] > 0][::-1].head(_CASES)
@@ -279,7 +296,7 @@ def _query(one: Evaluation, query_id: str) -> str:
 
 
 def _top(one: Evaluation, query_id: str, texts: bool) -> list[dict[str, Any]]:
-    """The first documents of a query."""
+    """Return the top documents of a query."""
     rows = one.rows[one.rows["query_id"] == query_id]
     rows = rows.sort_values("score", ascending=False, kind="stable").head(_SHOWN_DOCUMENTS)
     has_texts = texts and "title" in rows.columns
@@ -292,73 +309,6 @@ def _top(one: Evaluation, query_id: str, texts: bool) -> list[dict[str, Any]]:
         | {"summary": textwrap.shorten(str(row["summary"]), 180, placeholder=" …") if has_texts else ""}
         for row in rows.to_dict("records")
     ]
-
-
-def results_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Rankers side by side; the brackets are 95% intervals by query.
-
-    Args:
-        results: a mapping for each ranker: name, parameters, ndcg@5, ndcg@10, pnr, pairs_per_s and intervals; None
-            where something has no meaning.
-    """
-    head = f"{'':22}{'parameters':>11}{'NDCG@5':>9}{'NDCG@10':>9}{'':16}{'PNR':>7}{'':15}{'pairs/s':>8}"
-    return "\n".join([head, *map(_line, results)])
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    parameters, speed = row["parameters"], row["pairs_per_s"]
-    return (
-        f"{TITLES[row['name']]:22}"
-        + (f"{parameters / 1e6:10.1f}M" if parameters else f"{'-':>11}")
-        + f"{row['ndcg@5']:9.3f}{row['ndcg@10']:9.3f}{_interval(row, 'ndcg@10', 3):>16}"
-        + (f"{row['pnr']:7.2f}" if row["pnr"] is not None else f"{'inf':>7}")
-        + f"{_interval(row, 'pnr', 2):>15}"
-        + (f"{speed:8,.0f}" if speed else f"{'-':>8}")
-    )
-
-
-def _interval(row: Mapping[str, Any], measure: str, digits: int) -> str:
-    return "[" + ", ".join("inf" if end is None else f"{end:.{digits}f}" for end in row["intervals"][measure]) + "]"
-
-
-def results_picture(evaluations: Sequence[Evaluation]) -> str:
-    """NDCG@10 of rankers with its 95% interval, beside their speed, as an SVG that suits light and dark pages."""
-    speeds = [one.about.get("pairs_per_s") for one in evaluations]
-    notes = [f"{speed:,.0f} pairs/s" if speed else "" for speed in speeds]
-    bars = [_bar(one, TITLES[one.name], "ndcg@10", note) for one, note in zip(evaluations, notes, strict=True)]
-    return charts.standalone(charts.intervals(bars, "NDCG@10"))
-
-
-def search_examples(
-    queries: Sequence[str], corpus: pd.DataFrame, ranker: Ranker, depth: int = 20, top: int = 3
-) -> list[str]:
-    """The first documents of typed queries, by BM25 and by a ranker that sorts BM25's first ones anew.
-
-    Args:
-        queries: as somebody would type them.
-        corpus: columns doc_id, title, summary.
-        ranker: sorts the candidates.
-        depth: how many candidates BM25 finds.
-        top: documents to show for each.
-
-    Returns:
-        A few lines of text for each query.
-    """
-    typed = pd.DataFrame({"query_id": [str(place) for place in range(len(queries))], "query": list(queries)})
-    found = mine_candidates(typed, corpus, top_k=depth).merge(corpus, on="doc_id").sort_values("rank")
-    by_query = (found[found["query_id"] == query_id].reset_index(drop=True) for query_id in typed["query_id"])
-    return [_search(query, rows, ranker, top) for query, rows in zip(queries, by_query, strict=True)]
-
-
-def _search(query: str, rows: pd.DataFrame, ranker: Ranker, top: int) -> str:
-    order = np.argsort(-ranker.predict(pair_texts(rows)), kind="stable")
-    before, after = rows["title"][:top].tolist(), rows["title"].iloc[order[:top]].tolist()
-    width = max(map(len, [TITLES["bm25"], *before]))
-    lines = [f"Query: {query}", f"     {TITLES['bm25']:{width}}   {TITLES['student']}"]
-    lines += [
-        f"  {place}. {old:{width}}   {new}" for place, (old, new) in enumerate(zip(before, after, strict=True), 1)
-    ]
-    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:

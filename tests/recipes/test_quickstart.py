@@ -9,7 +9,7 @@ import pytest
 import yaml
 from transformers import BertConfig, BertModel
 
-from hf_disranker.recipes.quickstart import from_scratch, python_docs
+from hf_disranker.recipes.quickstart import from_scratch, python_docs, results
 from hf_disranker.scoring.store import ScoreStore
 from hf_disranker.training.runs import resume_point, save_json
 
@@ -57,13 +57,13 @@ def run(configs, small_data, tmp_path):
 def test_every_stage_leaves_what_the_next_one_needs(run, capsys):
     folder = run()
     printed = capsys.readouterr().out
-    results = json.loads((folder / "report" / "results.json").read_text())
-    assert [row["name"] for row in results] == list(quickstart.SHOWN)
-    for row in results:
+    shown = json.loads((folder / "report" / "results.json").read_text())
+    assert [row["name"] for row in shown] == list(results.TITLES)
+    for row in shown:
         assert {"parameters", "ndcg@5", "ndcg@10", "pnr", "pairs_per_s"} <= row.keys()
         assert (row["parameters"] is None) == (row["pairs_per_s"] is None) == (row["name"] == "bm25")
         assert 0 <= row["ndcg@10"] <= 1
-    parameters = {row["name"]: row["parameters"] for row in results}
+    parameters = {row["name"]: row["parameters"] for row in shown}
     assert parameters["teacher"] > parameters["student"] == parameters["label_student"] == parameters["click_student"]
     assert parameters["teachers"] == parameters["teacher"] + parameters["teacher_no_cpt"]
     both = [folder / "teacher", folder / "teacher_no_cpt"]
@@ -77,7 +77,7 @@ def test_every_stage_leaves_what_the_next_one_needs(run, capsys):
         in (folder / "report" / "report.html").read_text()
     )
     picture = ElementTree.parse(folder / "report" / "results.svg").getroot()
-    assert len(picture.findall(".//{*}circle")) == len(quickstart.SHOWN)
+    assert len(picture.findall(".//{*}circle")) == len(results.TITLES)
     assert all(
         name in printed
         for name in ("BM25", "LLM teacher", "mean of both", "BERT, distilled", "CrossEncoder", "Query:", "p = ")
@@ -96,18 +96,18 @@ def test_every_stage_leaves_what_the_next_one_needs(run, capsys):
 
     changed = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     run()
-    assert capsys.readouterr().out.count("finished before, skipped") == 8
+    assert capsys.readouterr().out.count("already finished, skipped") == 8
     assert changed == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
     # A stage that did not finish runs again, alone; what it had done counts.
     (folder / "student" / "finished.json").unlink()
     run()
-    assert capsys.readouterr().out.count("finished before, skipped") == 7
+    assert capsys.readouterr().out.count("already finished, skipped") == 7
 
 
 def test_a_folder_with_models_of_another_origin_is_refused(tmp_path):
     (tmp_path / "student" / "checkpoint-5").mkdir(parents=True)
-    with pytest.raises(ValueError, match="student exists and is of no quickstart"):
+    with pytest.raises(ValueError, match="student exists and was not created by a quickstart"):
         run_quickstart("--out", tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["student", "checkpoint-5"]
 
@@ -167,7 +167,7 @@ def test_a_stage_runs_again_when_its_arguments_or_its_config_change(tmp_path, mo
     config.write_text("x: 2")
     quickstart.run_recipe(tmp_path / "stage", "score", [*stage, "--y"], [])
     assert seen == [[*stage, "--bf16"], [*stage, "--y"], [*stage, "--y"]]
-    assert capsys.readouterr().out.count("finished before, skipped") == 2
+    assert capsys.readouterr().out.count("already finished, skipped") == 2
 
 
 def test_a_stage_resumes_its_own_checkpoints_and_no_others(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The HTML report, and the quickstart's text."""
+"""HTML report and charts."""
 
 import html
 import json
@@ -9,17 +9,14 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from hf_disranker.evaluation.evaluate import join_run
 from hf_disranker.evaluation.rankings import Evaluation
 from hf_disranker.recipes.report import charts
-from hf_disranker.recipes.report.page import results_picture, results_table, search_examples, write_report
+from hf_disranker.recipes.report import page as report
+from hf_disranker.recipes.report.page import write_report
 
-INTERVALS = {"ndcg@5": [0.1, 0.2], "ndcg@10": [0.601, 0.673], "pnr": [2.36, None]}
-BM25 = {"name": "bm25", "parameters": None, "ndcg@5": 0.619, "ndcg@10": 0.638, "pnr": 2.79, "pairs_per_s": None}
-STUDENT = {"name": "student", "parameters": 912_345, "ndcg@5": 0.5, "ndcg@10": 1.0, "pnr": None, "pairs_per_s": 1704.4}
 HOSTILE = """<script>alert("x")</script><img src=http://evil.example/a.png onerror='x()'>&amp;"'"""
 VOID = {"meta", "br", "img", "input", "link"}
 
@@ -85,10 +82,27 @@ def test_the_report_is_whole_and_tells_everything(evaluations, tmp_path):
     # The student is the teacher's scores, times 0.5, less 3.
     facts = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", text))
     assert (facts["scale"], facts["offset"], facts["Kendall tau"]) == ("0.50", "-3.00", "1.000")
-    assert facts["Cut by student&lt;b&gt;"] == "7 documents, 1 queries"
+    assert facts["Truncated by student&lt;b&gt;"] == "7 documents, 1 queries"
     assert facts["Queries"].startswith("12,") and facts["Documents"].startswith(f"{len(evaluations[0].rows)} judged")
     assert "12 queries are fewer than 200" in shown and "point_mse" in shown and "1.5M" in shown and "8 min" in shown
     assert 'class="few"' in text  # the slices have 4 and 8 queries
+
+
+def test_report_verdict_names_winner_size_and_certainty(evaluations, tmp_path, monkeypatch):
+    def verdict():
+        write_report(evaluations, tmp_path / "report.html", titles={"student<b>": "student", "bm25": "BM25"})
+        found = re.search(r"<p><strong>(.*?)</strong></p>", (tmp_path / "report.html").read_text(encoding="utf-8"))
+        return html.unescape(found[1])
+
+    values = (evaluations[2].queries["ndcg@10"] - evaluations[0].queries["ndcg@10"]).dropna()
+    difference = rf"\({values.mean():+.3f} NDCG@10, 95% interval [+-]0\.\d+ to [+-]0\.\d+, ".replace("+0", r"\+0")
+    best = r"\); (teacher|student) has the highest NDCG@10 \(0\.\d+\)\."
+    shown = verdict()
+    assert re.fullmatch(f"student shows no significant difference from BM25 {difference}not tested.*{best}", shown)
+    monkeypatch.setattr(report, "refusal", lambda queries, bm25: None)
+    assert re.fullmatch(rf"student beats BM25 {difference}p = 0\.\d{{4}} after Holm's correction{best}", verdict())
+    evaluations.reverse()  # the comparison is now (student, BM25), the verdict stays the same
+    assert verdict().split(",")[0] == f"student beats BM25 ({values.mean():+.3f} NDCG@10"
 
 
 def test_a_standardised_student_is_drawn_against_standardised_teacher_scores(judgments, tmp_path):
@@ -170,7 +184,7 @@ def test_gains_and_losses_stand_in_order(evaluations, tmp_path):
 def test_without_texts_there_are_ids_alone(evaluations, tmp_path, judgments):
     write_report(evaluations, tmp_path / "report.html", texts=False)
     shown = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
-    lead = shown.split("How student<b> was made")[0]
+    lead = shown.split("Training record of student<b>")[0]
     assert "alert(" not in lead and not any(query in lead for query in judgments["query"])
     assert judgments["doc_id"].iloc[0] in lead or "d1-0" in lead
 
@@ -204,6 +218,7 @@ def test_one_ranker_alone_has_a_report(judgments, tmp_path):
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_no_sideways_scrolling(evaluations, tmp_path, width):
+    evaluations[0].about["judgments"] = f"runs/{'x' * 80}.parquet"
     write_report(evaluations, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     probe = "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth</script></body>"
@@ -237,46 +252,3 @@ def test_points_land_where_the_axes_say():
         y1 + 0.2 * (y2 - y1), abs=0.11
     )
     assert "a<b" in texts
-
-
-def test_the_picture_of_results_is_a_file_of_its_own(evaluations):
-    evaluations[2].name = "student"
-    root = ElementTree.fromstring(results_picture(evaluations))
-    circles = root.findall(".//{*}circle")
-    assert len(circles) == 3 and circles[2].attrib["class"] == "f0" and circles[0].attrib["class"] == "f5"
-    assert "2,000 pairs/s" in [text.text for text in root.findall(".//{*}text")]
-
-
-# Plain text
-
-
-def test_table_shows_every_number_in_aligned_columns():
-    head, bm25, student = results_table([BM25 | {"intervals": INTERVALS}, STUDENT | {"intervals": INTERVALS}]).split(
-        "\n"
-    )
-    assert bm25.split() == ["BM25", "-", "0.619", "0.638", "[0.601,", "0.673]", "2.79", "[2.36,", "inf]", "-"]
-    assert student.split()[-7:] == ["1.000", "[0.601,", "0.673]", "inf", "[2.36,", "inf]", "1,704"]
-    assert "0.9M" in student and student.startswith("BERT, distilled")
-    assert len(head) == len(bm25) == len(student)
-    assert bm25.index("0.638") + 5 == head.index("NDCG@10") + 7
-
-
-def test_a_search_shows_what_the_ranker_makes_of_the_first_documents():
-    class ByLength:
-        def predict(self, pairs):
-            return np.array([float(len(document["title"])) for _, document in pairs])
-
-    corpus = pd.DataFrame(
-        {
-            "doc_id": ["1", "2", "3", "4"],
-            "title": ["json", "json.load", "json.load.everything", "smtplib.sendmail.with.a.long.name"],
-            "summary": ["json json", "read json", "read a json file", "send mail"],
-        }
-    )
-    first, second = search_examples(["read json", "send"], corpus, ByLength(), top=2)
-    assert "send mail" not in first and second.startswith("Query: send\n")
-    lines = first.split("\n")
-    assert lines[0] == "Query: read json" and lines[1].split() == ["BM25", "BERT,", "distilled"]
-    # The mail shares no word with the query, so BM25 never finds it, long as its name is.
-    assert [line.split()[2] for line in lines[2:]] == ["json.load.everything", "json.load"]
-    assert lines[2].split()[1] == "json.load"

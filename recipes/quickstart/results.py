@@ -1,0 +1,208 @@
+"""Results of the quickstart: table, picture, paired tests, HTML report and example searches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from transformers import AutoConfig
+
+from hf_disranker.data.bm25 import bm25_scores, mine_candidates
+from hf_disranker.data.tables import pair_texts, read_table
+from hf_disranker.evaluation import metrics
+from hf_disranker.evaluation.evaluate import describe, score_with
+from hf_disranker.evaluation.rankings import Evaluation, compare_evaluations
+from hf_disranker.models.ranker import Ranker
+from hf_disranker.recipes.report import charts
+from hf_disranker.recipes.report.page import interval_bar, write_report
+from hf_disranker.training.runs import save_json
+
+TITLES = {
+    "bm25": "BM25",
+    "label_student": "BERT, labels alone",
+    "click_student": "BERT, clicks, labels",
+    "teacher_no_cpt": "LLM teacher, no CPT",
+    "teacher": "LLM teacher",
+    "teachers": "mean of both teachers",
+    "student": "BERT, distilled",
+}  # in the order of the table
+STUDENTS, TEACHERS = ("label_student", "click_student", "student"), ("teacher", "teacher_no_cpt")
+# Paired tests: the ranker that should win comes first.
+COMPARED = (
+    ("teacher", "bm25"),
+    ("teacher", "teacher_no_cpt"),
+    ("teachers", "teacher"),
+    ("student", "bm25"),
+    ("student", "label_student"),
+    ("student", "click_student"),
+)
+EXAMPLE_QUERIES = (
+    "read a json file",
+    "how to sort a dict by value",
+    "plot a histogram",
+    "split a string",
+    "download a file from the hub",
+    "compute the mean of an array",
+    "shortest path between two nodes",
+    "parse command line arguments",
+    "train a random forest",
+    "convert a string to a date",
+)
+
+
+def show_results(out: Path) -> None:
+    """Evaluate every ranker on the development queries, print the results and write the report.
+
+    Args:
+        out: Folder of the quickstart; files are written to its subfolder `report`.
+    """
+    print("\n== report: every ranker on the same development queries", flush=True)
+    source = f"{out}/data/judgments.parquet"
+    dev = read_table(source, "judgments", split="dev")
+    corpus = read_table(f"{out}/data/corpus.parquet", "corpus")
+    rankers = {name: Ranker.from_pretrained(out / name) for name in (*STUDENTS, *TEACHERS)}
+    facts: dict[str, Any] = {"judgments": source, "split": "dev"}
+    scores = bm25_scores(dev, corpus[corpus["split"] == "dev"])
+    evaluations = {"bm25": Evaluation.of("bm25", dev.assign(score=scores), role="bm25", **facts)}
+    for name, ranker in rankers.items():
+        scores, speed = score_with(ranker, dev, progress=False)
+        about = facts | describe(ranker) | {"source": str(out / name), "pairs_per_s": speed}
+        evaluations[name] = Evaluation.of(name, dev.assign(score=scores), **about)
+    evaluations["teachers"] = mean_of([evaluations[name] for name in TEACHERS], facts)
+    report = out / "report"
+    for name, evaluation in evaluations.items():
+        evaluation.save(report / "eval" / f"{name}.json")
+    shown = [evaluations[name] for name in TITLES]
+    results = [summary(evaluation) for evaluation in shown]
+    save_json(results, f"{report}/results.json")
+    (report / "results.svg").write_text(results_picture(shown), encoding="utf-8")
+    write_report(shown, report / "report.html", pairs=COMPARED, titles=TITLES)
+    print("\n" + results_table(results))
+    student, teachers = (summary(evaluations[name]) for name in ("student", "teachers"))
+    kept, faster = (student[name] / teachers[name] for name in ("ndcg@10", "pairs_per_s"))
+    print(f"\nThe distilled BERT keeps {kept:.0%} of its teachers' NDCG@10 at {faster:.1f} times their pairs/s.")
+    show_comparisons(out, evaluations)
+    searches = search_examples(EXAMPLE_QUERIES, corpus, rankers["student"])
+    (report / "searches.txt").write_text("\n\n".join(searches) + "\n", encoding="utf-8")
+    print(f"""
+{searches[0]}
+
+Open {report}/report.html for scores, learning curves, gains and losses. More searches: {report}/searches.txt.
+
+The student is a stock BERT classifier; sentence-transformers loads it directly:
+
+    from sentence_transformers import CrossEncoder
+    ranker = CrossEncoder("{out}/student")
+    print(ranker.rank("plot a histogram", ["smtplib: send mail", "numpy.histogram: bins of a data set"]))
+
+Next: run the same stages on your own data, see `disranker cpt --help` and the README.""")
+
+
+def mean_of(teachers: list[Evaluation], facts: dict[str, Any]) -> Evaluation:
+    """Evaluate the teachers' mean score, which the student was trained on, at the cost of running all of them."""
+    scores = np.mean([one.rows["score"] for one in teachers], axis=0)
+    about = {"role": "teacher", "source": " + ".join(one.about["source"] for one in teachers)}
+    about["parameters"] = sum(one.about["parameters"] for one in teachers)
+    about["pairs_per_s"] = 1 / sum(1 / one.about["pairs_per_s"] for one in teachers)
+    return Evaluation.of("teachers", teachers[0].rows.assign(score=scores), **facts, **about)
+
+
+def summary(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the row of the results table: name, parameters, pairs_per_s, measures and their intervals."""
+    measures, about = evaluation.measures, evaluation.about
+    row = {"name": evaluation.name, "parameters": about.get("parameters"), "pairs_per_s": about.get("pairs_per_s")}
+    return row | {kind: measures[kind] for kind in ("ndcg@5", "ndcg@10", "pnr", "intervals")}
+
+
+def show_comparisons(out: Path, evaluations: dict[str, Evaluation]) -> None:
+    """Print the pre-training loss, the students' agreement with the teachers and the paired tests."""
+    losses = json.loads((out / "cpt" / "cpt.json").read_text())
+    before, after = losses["loss_before"], losses["loss_after"]
+    uniform = np.log(AutoConfig.from_pretrained(out / "cpt").vocab_size)
+    print(f"\nHeld-out loss on title + summary: {before:.2f} -> {after:.2f} nats per token (uniform: {uniform:.2f}).")
+    teachers = evaluations["teachers"].rows
+    queries, scores = teachers["query_id"], teachers["score"]
+    taus = {
+        name: metrics.query_mean(metrics.kendall_tau(evaluations[name].rows["score"], scores, queries))
+        for name in STUDENTS
+    }
+    shown = ", ".join(f"{name} {tau:.3f}" for name, tau in taus.items())
+    print(f"Kendall tau with the teachers, mean over queries: {shown}.")
+    print("Paired differences in NDCG@10 (95% interval; p of a randomisation test, p after Holm's correction):")
+    compared = compare_evaluations([*evaluations.values()], pairs=COMPARED)
+    for one in compared:
+        names, (low, high) = f"{TITLES[one.first]:22} - {TITLES[one.second]:22}", one.interval
+        print(f"  {names} {one.difference:+.3f}  [{low:+.3f}, {high:+.3f}]  p = {one.p:.4f}, {one.p_holm:.4f}")
+    comparisons = [asdict(one) | {"rankers": [one.first, one.second]} for one in compared]
+    save_json({"kendall_tau_with_teachers": taus, "ndcg@10": comparisons}, f"{out}/report/comparison.json")
+
+
+def results_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Format the rankers as a text table with 95% intervals by query in brackets.
+
+    Args:
+        results: One mapping per ranker, see `summary`; None where a value is undefined.
+    """
+    head = f"{'':22}{'parameters':>11}{'NDCG@5':>9}{'NDCG@10':>9}{'':16}{'PNR':>7}{'':15}{'pairs/s':>8}"
+    return "\n".join([head, *map(_line, results)])
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    parameters, speed = row["parameters"], row["pairs_per_s"]
+    return (
+        f"{TITLES[row['name']]:22}"
+        + (f"{parameters / 1e6:10.1f}M" if parameters else f"{'-':>11}")
+        + f"{row['ndcg@5']:9.3f}{row['ndcg@10']:9.3f}{_interval(row, 'ndcg@10', 3):>16}"
+        + (f"{row['pnr']:7.2f}" if row["pnr"] is not None else f"{'inf':>7}")
+        + f"{_interval(row, 'pnr', 2):>15}"
+        + (f"{speed:8,.0f}" if speed else f"{'-':>8}")
+    )
+
+
+def _interval(row: Mapping[str, Any], measure: str, digits: int) -> str:
+    return "[" + ", ".join("inf" if end is None else f"{end:.{digits}f}" for end in row["intervals"][measure]) + "]"
+
+
+def results_picture(evaluations: Sequence[Evaluation]) -> str:
+    """Draw NDCG@10 with its 95% interval and the speed of each ranker as an SVG for light and dark pages."""
+    speeds = [one.about.get("pairs_per_s") for one in evaluations]
+    notes = [f"{speed:,.0f} pairs/s" if speed else "" for speed in speeds]
+    bars = [interval_bar(one, TITLES[one.name], "ndcg@10", note) for one, note in zip(evaluations, notes, strict=True)]
+    return charts.standalone(charts.intervals(bars, "NDCG@10"))
+
+
+def search_examples(
+    queries: Sequence[str], corpus: pd.DataFrame, ranker: Ranker, depth: int = 20, top: int = 3
+) -> list[str]:
+    """Show the top documents of each query before and after re-ranking BM25's candidates.
+
+    Args:
+        queries: Queries as a user would type them.
+        corpus: Table with the columns doc_id, title and summary.
+        ranker: Ranker that sorts the candidates.
+        depth: Number of candidates from BM25.
+        top: Number of documents to show.
+
+    Returns:
+        A few lines of text for each query.
+    """
+    typed = pd.DataFrame({"query_id": [str(place) for place in range(len(queries))], "query": list(queries)})
+    found = mine_candidates(typed, corpus, top_k=depth).merge(corpus, on="doc_id").sort_values("rank")
+    by_query = (found[found["query_id"] == query_id].reset_index(drop=True) for query_id in typed["query_id"])
+    return [_search(query, rows, ranker, top) for query, rows in zip(queries, by_query, strict=True)]
+
+
+def _search(query: str, rows: pd.DataFrame, ranker: Ranker, top: int) -> str:
+    order = np.argsort(-ranker.predict(pair_texts(rows)), kind="stable")
+    before, after = rows["title"][:top].tolist(), rows["title"].iloc[order[:top]].tolist()
+    width = max(map(len, [TITLES["bm25"], *before]))
+    lines = [f"Query: {query}", f"     {TITLES['bm25']:{width}}   {TITLES['student']}"]
+    lines += [
+        f"  {place}. {old:{width}}   {new}" for place, (old, new) in enumerate(zip(before, after, strict=True), 1)
+    ]
+    return "\n".join(lines)
