@@ -30,13 +30,8 @@ from hf_disranker.evaluation.evaluate import describe
 from hf_disranker.evaluation.rankings import Evaluation
 from hf_disranker.evaluation.significance import bootstrap, compare
 from hf_disranker.models.checkpoint import RankerOutput
-from hf_disranker.models.teacher import (
-    LlamaForLastTokenRanking,
-    LLMForLastTokenRanking,
-    expect_labels,
-    fit_embeddings,
-    prepare_tokenizer,
-)
+from hf_disranker.models.loading import fit_tokenizer
+from hf_disranker.models.teacher import LlamaForLastTokenRanking, LLMForLastTokenRanking, expect_labels
 from hf_disranker.recipes.quickstart.stages import bf16_is_faster
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
 
@@ -67,7 +62,7 @@ def make(head: str, start: Path, seed: int, attention: str | None) -> tuple[LLMF
         config = expect_labels(config, tokenizer, WORDS)
     kind = MeanPooledLlama if head == "mean pooling" else LLMForLastTokenRanking
     model = kind.from_pretrained(start, config=config, attn_implementation=attention)
-    fit_embeddings(model, prepare_tokenizer(tokenizer, model.config.disranker.get("ending")))
+    fit_tokenizer(model, tokenizer)
     return model, tokenizer
 
 

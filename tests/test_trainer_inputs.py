@@ -185,7 +185,7 @@ def test_stock_classifiers_share_their_weights(tiny_student, tiny_teacher, group
         trainer.save_model(str(tmp_path / "out"))
         again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
         torch.testing.assert_close(again.eval()(**ids).logits, stock.eval()(**ids).logits)
-        assert again.config.templates == ranker.config.templates
+        assert again.config.marker.templates == ranker.config.marker.templates
 
 
 def test_models_that_are_no_rankers_are_refused(tiny_student, plain_llama, groups, tmp_path):

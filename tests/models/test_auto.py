@@ -10,9 +10,11 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     LlamaConfig,
@@ -70,6 +72,23 @@ def test_auto_classes_give_rankers_for_marked_checkpoints(student_dir, teacher_d
     assert isinstance(AutoModelForSequenceClassification.from_pretrained(teacher_dir), LLMForLastTokenRanking)
 
 
+def test_models_saved_out_of_a_ranker_load_as_stock(student_dir, teacher_dir, tmp_path):
+    student, teacher = AutoModel.from_pretrained(student_dir), AutoModel.from_pretrained(teacher_dir)
+    student.bert.save_pretrained(tmp_path / "bert")
+    teacher.model.save_pretrained(tmp_path / "llama")
+    assert type(AutoModel.from_pretrained(tmp_path / "bert")) is BertModel
+    assert type(AutoModel.from_pretrained(tmp_path / "llama")) is LlamaModel
+    BertForMaskedLM.from_pretrained(student_dir).save_pretrained(tmp_path / "mlm")
+    assert type(AutoModelForMaskedLM.from_pretrained(tmp_path / "mlm")) is BertForMaskedLM
+    for kind in (AutoModelForSequenceClassification, BertForSequenceClassification):
+        three = kind.from_pretrained(student_dir, num_labels=3, ignore_mismatched_sizes=True)
+        three.save_pretrained(tmp_path / "three")
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "three")
+        assert type(three) is type(again) is BertForSequenceClassification and again.num_labels == 3
+    student.save_pretrained(tmp_path / "student")
+    assert type(AutoModel.from_pretrained(tmp_path / "student")) is BertDistilledRanker
+
+
 def test_saving_what_an_auto_class_gave_keeps_the_checkpoint_stock(student_dir, tmp_path):
     AutoModel.from_pretrained(student_dir).save_pretrained(tmp_path)
     before, after = (json.loads(Path(folder, "config.json").read_text()) for folder in (student_dir, tmp_path))
@@ -111,7 +130,7 @@ def test_auto_tokenizer_gives_the_same_ids(student_dir, teacher_dir):
 
 def test_it_can_be_turned_off(monkeypatch):
     monkeypatch.setenv("HF_DISRANKER_NO_AUTO", "1")
-    monkeypatch.setattr(auto, "_set_gates", lambda configs: pytest.fail("registered all the same"))
+    monkeypatch.setattr(auto, "_install_gates", lambda configs: pytest.fail("registered all the same"))
     auto.install()
 
 

@@ -315,7 +315,7 @@ def test_a_batch_that_does_not_fit_is_halved(teacher_ranker, judgments, monkeypa
     scores = teacher_ranker.predict(pair_texts(judgments))
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     assert max(sizes) > 500 and 150 <= teacher_ranker.token_budget <= 500
-    assert caplog.messages[0].startswith("Out of memory: going on with token_budget ")
+    assert caplog.messages[0].startswith("Out of memory: continuing with token_budget ")
     sizes.clear()
     teacher_ranker.predict(pair_texts(judgments))
     assert max(sizes) <= 300  # it has learnt

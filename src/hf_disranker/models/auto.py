@@ -1,10 +1,10 @@
-"""Teaches transformers' Auto classes to return our rankers for marked checkpoints, and only for them.
+"""Registration with transformers' Auto classes: rankers for marked checkpoints, stock classes for all others.
 
-`AutoConfig` gets a subclass of each family's config that turns back into the stock config where there is no marker;
-`AutoModel` and the others then choose by the config's type. Everything goes by their public `register`.
+`AutoConfig` gets a subclass of each family's config that returns the stock config for unmarked checkpoints; the other
+Auto classes then choose by the config's type. Only the public `register` methods are used.
 
-It happens in two steps, since transformers must be whole before our models can be imported: as soon as `AutoConfig` is
-there, a gate takes each family's place in it; the first checkpoint or config that comes to a gate does the rest.
+Registration has two steps, since our models can be imported only after transformers: when `AutoConfig` is imported, a
+gate replaces each family's config class; the first config that is read through a gate registers the rankers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-# With a checkpoint of each: transformers writes its models' examples with the one that a config's docstring links to,
-# and complains aloud where there is none.
+# With a checkpoint of each: transformers takes the examples in its docstrings from the link in a config's docstring,
+# and logs an error if there is none.
 MODEL_TYPES = {
     "bert": "google-bert/bert-base-uncased",
     "gemma2": "google/gemma-2-9b",
@@ -32,20 +32,20 @@ _CONFIGS = "transformers.models.auto.configuration_auto"
 
 
 def install() -> None:
-    """Set the gates now if transformers is loaded, else when it is; off with HF_DISRANKER_NO_AUTO=1."""
+    """Install the gates now or when transformers is imported; HF_DISRANKER_NO_AUTO=1 turns it off."""
     if os.environ.get("HF_DISRANKER_NO_AUTO") == "1":
         return
     if _CONFIGS in sys.modules:
-        _set_gates(sys.modules[_CONFIGS])
+        _install_gates(sys.modules[_CONFIGS])
     else:
         sys.meta_path.insert(0, _AfterImport())
 
 
 def register() -> None:
-    """Register every family of ranker.
+    """Register every family of rankers.
 
     Raises:
-        RuntimeError: transformers took the registration but does not act on it.
+        RuntimeError: If this transformers accepts the registration without effect.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -53,24 +53,24 @@ def register() -> None:
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
     from hf_disranker.models.student import BertDistilledRanker
-    from hf_disranker.models.teacher import FAMILIES
+    from hf_disranker.models.teacher import FAMILIES, family_class
 
-    for model in (BertDistilledRanker, *FAMILIES.values()):
+    for model in (BertDistilledRanker, *map(family_class, FAMILIES)):
         config: Any = model.config_class
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
         AutoModelForSequenceClassification.register(config, model, exist_ok=True)
-        if config.stock in TOKENIZER_MAPPING:  # others are found by the class that the tokenizer's own files name
+        if config.stock in TOKENIZER_MAPPING:  # others are found by the class named in the tokenizer's files
             AutoTokenizer.register(config, tokenizer_class=TOKENIZER_MAPPING[config.stock], exist_ok=True)
         if CONFIG_MAPPING[config.model_type] is not config or config not in MODEL_MAPPING:
             raise RuntimeError(
-                f"This transformers ignores the registration of {model.__name__}; set HF_DISRANKER_NO_AUTO=1 to go on "
-                "without, and load rankers with their own from_pretrained."
+                f"This transformers ignores the registration of {model.__name__}; set HF_DISRANKER_NO_AUTO=1 to "
+                "continue without it, and load rankers with their own from_pretrained."
             )
 
 
 class _Gate:
-    """Stands for a family's config class until it is first asked for."""
+    """Placeholder of a family's config class until its first use."""
 
     model_type: str
 
@@ -87,19 +87,16 @@ class _Gate:
         return sys.modules[_CONFIGS].CONFIG_MAPPING[cls.model_type]
 
 
-def _set_gates(configs: ModuleType) -> None:
+def _install_gates(configs: ModuleType) -> None:
     for model_type, checkpoint in MODEL_TYPES.items():
         members = {"model_type": model_type, "__doc__": f"[{checkpoint}](https://huggingface.co/{checkpoint})"}
-        # Under the stock name, by which transformers finds the model type of a config class.
+        # transformers finds the model type of a config class by its stock name.
         gate = type(configs.CONFIG_MAPPING_NAMES[model_type], (_Gate,), members)
         configs.AutoConfig.register(model_type, gate, exist_ok=True)
 
 
 class _AfterImport(MetaPathFinder, Loader):
-    """Sets the gates right after transformers' `AutoConfig` was imported.
-
-    Importing it ourselves would make `import hf_disranker` take seconds.
-    """
+    """Import hook that installs the gates after `AutoConfig` is imported; importing it here would take seconds."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name == _CONFIGS else None
@@ -116,4 +113,4 @@ class _AfterImport(MetaPathFinder, Loader):
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         sys.meta_path.remove(self)
-        _set_gates(module)
+        _install_gates(module)

@@ -23,10 +23,9 @@ from sentence_transformers import CrossEncoder
 from urllib3.util import Retry
 
 from hf_disranker.data.templates import STUDENT_TEMPLATES
-from hf_disranker.models.checkpoint import MARKER
-from hf_disranker.models.heads import check_head, check_labels, check_weights, is_classifier, read_config
+from hf_disranker.models.checkpoint import load_config
+from hf_disranker.models.loading import check_head, check_labels, check_loaded_head, is_ranker
 from hf_disranker.models.ranker import Ranker
-from hf_disranker.models.teacher import FAMILIES
 from hf_disranker.scoring.provenance import of_model, of_module, tokenizer_digest
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ class RankerEngine:
 
     def predict(self, pairs: Sequence[Pair], callback: Callable[[int], None] | None = None) -> np.ndarray:
         """See `Engine`."""
-        return self.ranker.predict(pairs, progress=callback or False)
+        return self.ranker.predict(pairs, callback=callback)
 
 
 @dataclass
@@ -175,14 +174,12 @@ def load_engine(
         ValueError: the checkpoint holds no ranking head, one with several labels, or an adapter alone.
     """
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    config = read_config(model)
+    config = load_config(model)
     check_head(model, config, generative)
-    if hasattr(config, MARKER) or (config.model_type in ("bert", *FAMILIES) and is_classifier(config)):
-        ranker = Ranker.from_pretrained(model, device=device, dtype=dtype)
-        ranker.token_budget = token_budget or ranker.token_budget
-        return RankerEngine(ranker, model)
+    if is_ranker(config):
+        return RankerEngine(Ranker.from_pretrained(model, device, token_budget, dtype=dtype), model)
     encoder = CrossEncoder(model, device=device, model_kwargs={"dtype": dtype})
-    check_weights(model, encoder.transformers_model)
+    check_loaded_head(model, encoder.transformers_model)
     return CrossEncoderEngine(encoder, model)
 
 
