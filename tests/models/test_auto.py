@@ -17,16 +17,17 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
     pipeline,
 )
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_disranker import BertDistilledRanker, LLMForLastTokenRanking, Ranker
 from hf_disranker.models import auto
-from hf_disranker.models.teacher import FAMILIES
 from hf_disranker.recipes.quickstart.from_scratch import small_bert
 
 PAIRS = [("read a json file", "json.load read a document"), ("plot", "os.remove delete a file")]
@@ -138,11 +139,16 @@ def test_a_registration_without_effect_is_an_error(monkeypatch):
     monkeypatch.setattr(AutoConfig, "register", lambda *args, **kwargs: None)
     monkeypatch.setitem(CONFIG_MAPPING._extra_content, "bert", BertConfig)
     with pytest.raises(RuntimeError, match="ignores the registration of BertDistilledRanker"):
-        auto.register()
+        auto.register("bert")
 
 
-def test_every_family_has_a_gate():
-    assert set(auto.MODEL_TYPES) == {"bert", *FAMILIES}
+def test_gates_are_transparent_for_unmarked_configs():
+    types = auto.decoder_types(modeling_auto)
+    assert {"llama", "mixtral", "gpt2", "deepseek_v3"} <= set(types) and not {"bert", "bart", "t5"} & set(types)
+    gate = auto._GateType("GPT2Config", (), {"model_type": "gpt2"})
+    config = AutoConfig.for_model("gpt2", n_layer=1)
+    assert type(config) is GPT2Config and isinstance(config, gate) and gate.attribute_map is GPT2Config.attribute_map
+    assert gate.__doc__ == GPT2Config.__doc__
 
 
 def test_a_ranker_without_a_trained_head_is_refused(tmp_path, tiny_student):

@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 import torch
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
@@ -244,11 +246,13 @@ def test_checkpoints_of_another_kind_are_refused(tiny_student, tiny_teacher, tmp
         "bert": BertModel(BertConfig(**tiny, intermediate_size=32)),
         "llama": small_llama(tiny_teacher[1], layers=1, size=32),
         "gpt2": GPT2Model(GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=1)),
+        "albert": AlbertModel(AlbertConfig(**tiny, intermediate_size=32)),
     }
     messages = {
         "bert": r"bert is no trained ranker: it lacks .*'classifier.weight'\], .*; `disranker distill` trains one",
         "llama": r"llama is no trained ranker: it lacks \['score.weight'\], .*; `disranker fit_teacher` trains one",
-        "gpt2": "A gpt2 model cannot be a teacher; known families: llama, qwen2, qwen3",
+        "gpt2": r"gpt2 is no trained ranker: it lacks \['score.weight'\]",
+        "albert": "A albert model cannot be a teacher: transformers has no decoder",
     }
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)

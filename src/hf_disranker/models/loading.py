@@ -20,7 +20,7 @@ from hf_disranker.models.checkpoint import (
     load_tokenizer,
 )
 from hf_disranker.models.student import BertDistilledRanker
-from hf_disranker.models.teacher import FAMILIES, LLMForLastTokenRanking, family, fit_embeddings, prepare_tokenizer
+from hf_disranker.models.teacher import LLMForLastTokenRanking, family, fit_embeddings, is_decoder, prepare_tokenizer
 
 RankerModel = BertDistilledRanker | LLMForLastTokenRanking
 
@@ -36,7 +36,7 @@ def ranker_class(config: PreTrainedConfig) -> Any:
 
 def is_ranker(config: PreTrainedConfig) -> bool:
     """Return whether a checkpoint loads as a ranker: marked, or a stock sequence classifier of a supported family."""
-    supported = config.model_type == "bert" or config.model_type in FAMILIES
+    supported = config.model_type == "bert" or is_decoder(config.model_type)
     return isinstance(config, RankerConfigMixin) or (supported and is_classifier(config))
 
 
@@ -169,7 +169,7 @@ def _check_answers(model: str) -> None:
 
 def _stage(config: PreTrainedConfig) -> str:
     """Name the stage that trains a ranker from a checkpoint of this family."""
-    if config.model_type in FAMILIES:
+    if is_decoder(config.model_type):
         return "disranker fit_teacher trains one."
     if config.model_type == "bert":
         return "disranker distill trains one on a teacher's scores, disranker fit_teacher on labels."

@@ -14,11 +14,10 @@ import transformers
 from tokenizers import processors
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from hf_disranker.models.auto import decoder_types
 from hf_disranker.models.checkpoint import (
     HUB_OPTIONS,
     LABEL_EXPECTATION,
@@ -31,7 +30,6 @@ from hf_disranker.models.checkpoint import (
 from hf_disranker.models.hub import RankerHubMixin
 
 PAD_TOKEN = "<|pad|>"
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text")
 
 
 class TeacherConfigMixin(RankerConfigMixin):
@@ -44,7 +42,7 @@ class TeacherConfigMixin(RankerConfigMixin):
     def architecture_of(cls, head: str) -> str | None:
         """As in `RankerConfigMixin`; a `label_expectation` teacher is stored as a causal language model."""
         if head == LABEL_EXPECTATION:
-            return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.stock.model_type]
+            return modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.stock.model_type]
         return super().architecture_of(head)
 
 
@@ -68,6 +66,11 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
         marked: Any = self.config_class.mark(config)  # type: ignore[union-attr]
         # From the stock config: a stock class asks AutoModel for its decoder, which would return this class.
         super().__init__(_with_class(marked, marked.stock))
+        if not isinstance(getattr(self, "score", None), nn.Linear):
+            raise ValueError(
+                f"A {config.model_type} model cannot be a teacher: {marked.architecture} does not score the last "
+                "token by one row of weights named score."
+            )
         self.was_marked = isinstance(config, self.config_class)  # type: ignore[arg-type]
         self.config = _with_class(self.config, type(marked))
         if marked.marker.head == LABEL_EXPECTATION:
@@ -163,16 +166,30 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
 
 def family(config: PreTrainedConfig) -> Any:
     """Return the teacher class for a config; raises ValueError for a family that is not supported."""
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"A {config.model_type} model cannot be a teacher; known families: {', '.join(FAMILIES)}.")
     return family_class(config.model_type)
+
+
+def is_decoder(model_type: str) -> bool:
+    """Return whether transformers has a sequence-classification head for this decoder family."""
+    return model_type in decoder_types(modeling_auto)
 
 
 @functools.cache
 def family_class(model_type: str) -> Any:
-    """Make the teacher class and the config class of a family from its stock classes."""
-    architecture = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[model_type]
+    """Make the teacher class and the config class of a family from its stock classes.
+
+    Raises:
+        ValueError: If transformers has no decoder of this type with a sequence-classification head.
+    """
+    if not is_decoder(model_type):
+        raise ValueError(
+            f"A {model_type} model cannot be a teacher: transformers has no decoder of this type with a "
+            "sequence-classification head."
+        )
+    architecture = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[model_type]
     stock: Any = getattr(transformers, architecture)
+    if getattr(stock.config_class, "is_encoder_decoder", False) or stock.config_class.model_type != model_type:
+        raise ValueError(f"A {model_type} model cannot be a teacher: {architecture} is not a plain decoder.")
     config = type(
         f"DisRanker{stock.config_class.__name__}",
         (TeacherConfigMixin, stock.config_class),
@@ -194,11 +211,12 @@ def _teacher_name(architecture: str) -> str:
 
 def __getattr__(name: str) -> Any:
     """Find the generated classes by name, as pickle does."""
-    for model_type in FAMILIES if name.startswith("DisRanker") or name.endswith("ForLastTokenRanking") else ():
-        found = family_class(model_type)
-        for kind in (found, found.config_class):
-            if kind.__name__ == name:
-                return kind
+    for model_type in decoder_types(modeling_auto):
+        architecture = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[model_type]
+        if name == _teacher_name(architecture):
+            return family_class(model_type)
+        if name == f"DisRanker{CONFIG_MAPPING_NAMES[model_type]}":
+            return family_class(model_type).config_class
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
