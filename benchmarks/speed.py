@@ -36,6 +36,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from hf_disranker import BertDistilledRanker, LLMForLastTokenRanking, Ranker, read_table
 from hf_disranker.data.collators import budget_batches
 from hf_disranker.data.tables import pair_texts
+from hf_disranker.data.templates import Templates
 from hf_disranker.evaluation import metrics
 from hf_disranker.evaluation.evaluate import evaluate
 from hf_disranker.recipes.quickstart import python_docs
@@ -202,8 +203,8 @@ def teacher_rows(
         model = LLMForLastTokenRanking.from_config(config).eval()
         torch.set_default_dtype(torch.float32)
     if instruction:
-        model.config.disranker["templates"]["text"] = instruction + model.config.templates.text
-    model.config.disranker |= {"max_length": MAX_LENGTH, "max_query_length": 64}
+        model.config.update_marker(templates=Templates(text=instruction + model.config.marker.templates.text))
+    model.config.update_marker(max_length=MAX_LENGTH, max_query_length=64)
     budget, shared = Ranker(model, tokenizer, BUDGET if device == "cpu" else None), Ranker(model, tokenizer)
     budget.share_prefix, shared.share_prefix = False, True
 

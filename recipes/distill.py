@@ -83,10 +83,10 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
         warn_shared_queries(sample_groups(train_dataset)["query"], eval_dataset["query"])
 
     student = load_student(script_args, training_args)
-    if not student.config.disranker.get("teacher") and training_args.score_transform == "none":
+    if not student.config.marker.teacher and training_args.score_transform == "none":
         student.start_at(float(np.mean(np.concatenate(sample_groups(train_dataset)["teacher_scores"]))))
     several = {"id": " + ".join(str(teacher["id"]) for teacher in teachers), "revision": None}
-    student.config.disranker["teacher"] = several if len(teachers) > 1 else next(iter(teachers), None)
+    student.config.update_marker(teacher=several if len(teachers) > 1 else next(iter(teachers), None))
 
     trainer = DistillationTrainer(
         model=student,

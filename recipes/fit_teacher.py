@@ -19,9 +19,9 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_disranker.data.groups import load_groups
 from hf_disranker.data.tables import usual_split
-from hf_disranker.models.checkpoint import load_config, load_tokenizer
-from hf_disranker.models.student import BertDistilledRanker
-from hf_disranker.models.teacher import LABEL_EXPECTATION, LLMForLastTokenRanking, expect_labels
+from hf_disranker.models.checkpoint import LABEL_EXPECTATION, load_config, load_tokenizer
+from hf_disranker.models.loading import load_ranker_model
+from hf_disranker.models.teacher import expect_labels
 from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.training.monitor import warn_shared_queries
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
@@ -75,10 +75,11 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     tokenizer = load_tokenizer(source, revision=revision)
     if script_args.head == LABEL_EXPECTATION:
         config = expect_labels(config, tokenizer, script_args.label_words)
-    kind = BertDistilledRanker if config.model_type == "bert" else LLMForLastTokenRanking
-    model = kind.from_pretrained(
+    model, tokenizer = load_ranker_model(
         source,
         config=config,
+        tokenizer=tokenizer,
+        new_head=True,
         revision=revision,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,

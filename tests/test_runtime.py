@@ -75,7 +75,7 @@ def test_threads_share_a_ranker(format, folder, pairs, tmp_path):
     if format == "openvino":
         openvino = pytest.importorskip("openvino")
         shutil.copytree(folder[1], tmp_path, ignore=shutil.ignore_patterns("onnx"), dirs_exist_ok=True)
-        openvino.save_model(openvino.convert_model(folder[1] / FILES[0]), tmp_path / FILES[2])
+        openvino.save_model(openvino.convert_model(folder[1] / FILES[0]), tmp_path / FILES[1])
         source = tmp_path
     light = LightRanker(source, threads=1)
     jobs = [pairs[start::7] for start in range(7)] * 6
@@ -109,9 +109,9 @@ def test_it_loads_from_the_hub(folder, pairs, hub):
 
 
 def test_a_folder_without_model_is_refused(student_dir):
-    with pytest.raises(FileNotFoundError, match="holds no exported model; `disranker export` writes one"):
+    with pytest.raises(FileNotFoundError, match="has no exported model; `disranker export` writes one"):
         LightRanker.from_pretrained(student_dir)
-    with pytest.raises(FileNotFoundError, match="holds no other.onnx"):
+    with pytest.raises(FileNotFoundError, match="has no other.onnx"):
         LightRanker.from_pretrained(student_dir, file="other.onnx")
 
 

@@ -132,7 +132,7 @@ def test_clicks_are_learned_in_fp32_by_a_model_that_pads_with_its_end(plain_llam
     assert state_of(tokenizer) == before
     with pytest.raises(TypeError, match="ClickTrainer takes args of CptConfig"):
         ClickTrainer(plain_llama, TrainingArguments(str(tmp_path)), rows)
-    with pytest.raises(ValueError, match="max_length 65 is beyond the .*64 positions"):
+    with pytest.raises(ValueError, match="max_length 65 is beyond the 64 positions"):
         ClickTrainer(plain_llama, CptConfig(str(tmp_path), max_length=65, **SETTINGS), rows)
 
 
@@ -185,7 +185,7 @@ def test_stock_classifiers_share_their_weights(tiny_student, tiny_teacher, group
         trainer.save_model(str(tmp_path / "out"))
         again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
         torch.testing.assert_close(again.eval()(**ids).logits, stock.eval()(**ids).logits)
-        assert again.config.templates == ranker.config.templates
+        assert again.config.marker.templates == ranker.config.marker.templates
 
 
 def test_models_that_are_no_rankers_are_refused(tiny_student, plain_llama, groups, tmp_path):
@@ -236,7 +236,7 @@ def test_what_would_be_ignored_is_refused(student_dir, groups, tmp_path, trainer
             trainer_class.config_class(str(tmp_path), **SHORT | {name: value})
     with pytest.raises(ValueError, match="batch_eval_metrics needs a compute_metrics of your own"):
         trainer_class(student_dir, trainer_class.config_class(str(tmp_path), batch_eval_metrics=True, **SHORT), groups)
-    with pytest.raises(ValueError, match="max_length 65 is beyond the .*64 positions"):
+    with pytest.raises(ValueError, match="max_length 65 is beyond the 64 positions"):
         trainer_class(student_dir, trainer_class.config_class(str(tmp_path), **SHORT | {"max_length": 65}), groups)
 
 

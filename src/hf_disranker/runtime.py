@@ -1,4 +1,4 @@
-"""A `Ranker` without torch and transformers: an exported student on onnxruntime or OpenVINO.
+"""`Ranker` without torch and transformers: an exported student on onnxruntime or OpenVINO.
 
 pip install --no-deps hf-disranker
 pip install onnxruntime tokenizers huggingface_hub numpy
@@ -15,33 +15,34 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+from tqdm.auto import tqdm
 
 from hf_disranker.data.templates import Templates
-from hf_disranker.models.base import Pair, PairRanker, listed
+from hf_disranker.models.base import Pair, PairRanker, check_batch_size, listed
 
 FILES = ("onnx/model.onnx", "openvino/openvino_model.xml")
 _INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-_TOKEN_BUDGET, _MOST_PADDING = 2048, 0.1  # of a batch; a call costs less than the padding of a large one
+_TOKEN_BUDGET, _MOST_PADDING = 2048, 0.1  # per batch; a call costs less than the padding of a large batch
 
 
 class Ranker(PairRanker):
-    """Scores documents for a query, as `hf_disranker.Ranker` does: with the checkpoint's templates and limits.
+    """Scores documents for a query as `hf_disranker.Ranker` does, with the checkpoint's templates and limits.
 
     Threads can share one.
 
     Args:
-        folder: what `disranker export` wrote.
-        file: the model in it; None takes the first of `FILES` that is there.
-        threads: of a forward pass; None lets the engine choose.
+        folder: Folder of `disranker export`.
+        file: Model file in it; None for the first existing one of `FILES`.
+        threads: Threads of a forward pass; None for the engine's default.
 
     Raises:
-        FileNotFoundError: the folder holds no exported model.
+        FileNotFoundError: If the folder has no exported model.
     """
 
     def __init__(self, folder: str | os.PathLike, file: str | None = None, threads: int | None = None) -> None:
         found = [name for name in ([file] if file else FILES) if Path(folder, name).exists()]
         if not found:
-            raise FileNotFoundError(f"{folder} holds no {file or 'exported model'}; `disranker export` writes one.")
+            raise FileNotFoundError(f"{folder} has no {file or 'exported model'}; `disranker export` writes one.")
         marker = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))["disranker"]
         self.templates = Templates(**marker["templates"])
         self._queries = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
@@ -52,26 +53,54 @@ class Ranker(PairRanker):
         self._run = _engine(Path(folder, found[0]), threads)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, file: str | None = None, **options: Any) -> Ranker:
-        """As the class, or from the Hub, where no `file` is the first. Options: threads, revision, token ...
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        file: str | None = None,
+        threads: int | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Ranker:
+        """Load from a folder, as the class does, or from the Hub.
+
+        Args:
+            name_or_path: Folder or Hub id.
+            file: As in the class; on the Hub, None for the first of `FILES`.
+            threads: As in the class.
+            revision: Branch, tag or commit on the Hub.
+            token: Token for the Hub.
+            cache_dir: Folder of downloads.
+            local_files_only: If True, use only what was downloaded before.
 
         Raises:
-            OSError: neither a folder nor on the Hub.
+            OSError: If there is no such folder or Hub repository.
         """
-        threads = options.pop("threads", None)
         if not os.path.isdir(name_or_path):
             from huggingface_hub import snapshot_download
 
             file = file or FILES[0]
             wanted = ["config.json", "tokenizer.json", str(Path(file).with_suffix(".*"))]
             try:
-                name_or_path = snapshot_download(os.fspath(name_or_path), allow_patterns=wanted, **options)
+                name_or_path = snapshot_download(
+                    os.fspath(name_or_path),
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    token=token,
+                    local_files_only=local_files_only,
+                    allow_patterns=wanted,
+                )
             except (OSError, ValueError) as error:
                 raise OSError(f"{name_or_path}: no such folder, and as a Hub id: {error}") from error
         return cls(name_or_path, file, threads)
 
-    def predict(self, pairs: Sequence[Pair] | Pair) -> np.ndarray:
-        """See `PairRanker`."""
+    def predict(
+        self, pairs: Sequence[Pair] | Pair, batch_size: int | None = None, show_progress_bar: bool = False
+    ) -> np.ndarray:
+        """See `PairRanker.predict`."""
+        check_batch_size(batch_size)
         pairs, alone = listed(pairs)
         scores = np.zeros(len(pairs), dtype=np.float32)
         shorter = {query: self._shorten(query) for query in {query for query, _ in pairs}}
@@ -79,12 +108,15 @@ class Ranker(PairRanker):
         lengths = np.array([len(row.ids) for row in rows])
         order = np.argsort(-lengths, kind="stable")
         start = 0
-        while start < len(order):
-            longest = lengths[order[start]]
-            chosen = order[start : start + max(1, _TOKEN_BUDGET // longest)]
-            chosen = chosen[lengths[chosen] >= (1 - _MOST_PADDING) * longest]
-            scores[chosen] = self._forward([rows[row] for row in chosen])
-            start += len(chosen)
+        with tqdm(total=len(pairs), desc="pairs", unit=" pairs", disable=not show_progress_bar) as bar:
+            while start < len(order):
+                longest = lengths[order[start]]
+                chosen = order[start : start + (batch_size or max(1, _TOKEN_BUDGET // longest))]
+                if batch_size is None:
+                    chosen = chosen[lengths[chosen] >= (1 - _MOST_PADDING) * longest]
+                scores[chosen] = self._forward([rows[row] for row in chosen])
+                start += len(chosen)
+                bar.update(len(chosen))
         return scores[0] if alone else scores
 
     def _shorten(self, query: str) -> str:
@@ -94,20 +126,20 @@ class Ranker(PairRanker):
     def _forward(self, rows: list[Any]) -> np.ndarray:
         batch = {name: np.zeros((len(rows), len(rows[0].ids)), dtype=np.int64) for name in _INPUTS}
         for name, field in _INPUTS.items():
-            for place, row in enumerate(rows):  # the longest first; what lies behind a shorter one is masked
+            for place, row in enumerate(rows):  # the longest first; shorter ones are padded and masked
                 batch[name][place, : len(row.ids)] = getattr(row, field)
         return self._run(batch)[:, 0]
 
 
 def _engine(path: Path, threads: int | None) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
-    """What gives the logits, shape (rows, 1), of a batch of arrays by name, shape (rows, tokens)."""
+    """Return a function from arrays by name, shape (rows, tokens), to logits, shape (rows, 1)."""
     if path.suffix == ".xml":
         import openvino
 
-        # By itself it computes in bfloat16 where the processor can, which swaps documents of close scores.
+        # The default is bfloat16 where the processor supports it, which swaps documents with close scores.
         config = {"INFERENCE_PRECISION_HINT": "f32"} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
         compiled = openvino.Core().compile_model(path, "CPU", config)
-        local = threading.local()  # a request holds the tensors of its call
+        local = threading.local()  # a request owns the tensors of its call
 
         def run(batch: dict[str, np.ndarray]) -> np.ndarray:
             if not hasattr(local, "request"):

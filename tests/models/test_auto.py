@@ -10,21 +10,24 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
     pipeline,
 )
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_disranker import BertDistilledRanker, LLMForLastTokenRanking, Ranker
 from hf_disranker.models import auto
-from hf_disranker.models.teacher import FAMILIES
 from hf_disranker.recipes.quickstart.from_scratch import small_bert
 
 PAIRS = [("read a json file", "json.load read a document"), ("plot", "os.remove delete a file")]
@@ -70,6 +73,23 @@ def test_auto_classes_give_rankers_for_marked_checkpoints(student_dir, teacher_d
     assert isinstance(AutoModelForSequenceClassification.from_pretrained(teacher_dir), LLMForLastTokenRanking)
 
 
+def test_models_saved_out_of_a_ranker_load_as_stock(student_dir, teacher_dir, tmp_path):
+    student, teacher = AutoModel.from_pretrained(student_dir), AutoModel.from_pretrained(teacher_dir)
+    student.bert.save_pretrained(tmp_path / "bert")
+    teacher.model.save_pretrained(tmp_path / "llama")
+    assert type(AutoModel.from_pretrained(tmp_path / "bert")) is BertModel
+    assert type(AutoModel.from_pretrained(tmp_path / "llama")) is LlamaModel
+    BertForMaskedLM.from_pretrained(student_dir).save_pretrained(tmp_path / "mlm")
+    assert type(AutoModelForMaskedLM.from_pretrained(tmp_path / "mlm")) is BertForMaskedLM
+    for kind in (AutoModelForSequenceClassification, BertForSequenceClassification):
+        three = kind.from_pretrained(student_dir, num_labels=3, ignore_mismatched_sizes=True)
+        three.save_pretrained(tmp_path / "three")
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "three")
+        assert type(three) is type(again) is BertForSequenceClassification and again.num_labels == 3
+    student.save_pretrained(tmp_path / "student")
+    assert type(AutoModel.from_pretrained(tmp_path / "student")) is BertDistilledRanker
+
+
 def test_saving_what_an_auto_class_gave_keeps_the_checkpoint_stock(student_dir, tmp_path):
     AutoModel.from_pretrained(student_dir).save_pretrained(tmp_path)
     before, after = (json.loads(Path(folder, "config.json").read_text()) for folder in (student_dir, tmp_path))
@@ -111,7 +131,7 @@ def test_auto_tokenizer_gives_the_same_ids(student_dir, teacher_dir):
 
 def test_it_can_be_turned_off(monkeypatch):
     monkeypatch.setenv("HF_DISRANKER_NO_AUTO", "1")
-    monkeypatch.setattr(auto, "_set_gates", lambda configs: pytest.fail("registered all the same"))
+    monkeypatch.setattr(auto, "_install_gates", lambda configs: pytest.fail("registered all the same"))
     auto.install()
 
 
@@ -119,11 +139,16 @@ def test_a_registration_without_effect_is_an_error(monkeypatch):
     monkeypatch.setattr(AutoConfig, "register", lambda *args, **kwargs: None)
     monkeypatch.setitem(CONFIG_MAPPING._extra_content, "bert", BertConfig)
     with pytest.raises(RuntimeError, match="ignores the registration of BertDistilledRanker"):
-        auto.register()
+        auto.register("bert")
 
 
-def test_every_family_has_a_gate():
-    assert set(auto.MODEL_TYPES) == {"bert", *FAMILIES}
+def test_gates_are_transparent_for_unmarked_configs():
+    types = auto.decoder_types(modeling_auto)
+    assert {"llama", "mixtral", "gpt2", "deepseek_v3"} <= set(types) and not {"bert", "bart", "t5"} & set(types)
+    gate = auto._GateType("GPT2Config", (), {"model_type": "gpt2"})
+    config = AutoConfig.for_model("gpt2", n_layer=1)
+    assert type(config) is GPT2Config and isinstance(config, gate) and gate.attribute_map is GPT2Config.attribute_map
+    assert gate.__doc__ == GPT2Config.__doc__
 
 
 def test_a_ranker_without_a_trained_head_is_refused(tmp_path, tiny_student):

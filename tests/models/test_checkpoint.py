@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from hf_disranker import BertDistilledRanker, LLMForLastTokenRanking, Ranker
-from hf_disranker.models.checkpoint import check_length, position_limit
+from hf_disranker.data.templates import Templates
+from hf_disranker.models.checkpoint import Marker, check_length, position_limit
+from hf_disranker.models.teacher import fit_embeddings, prepare_tokenizer
 from hf_disranker.recipes import cpt, distill, fit_teacher
 from hf_disranker.training.cpt import CptConfig
 from hf_disranker.training.distillation import DistillationConfig
@@ -63,6 +65,21 @@ def test_a_language_model_without_its_head_is_not_pre_trained_on(teacher_dir, cl
     Path(plain, "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="plain lacks 1 weights of the model, such as lm_head.weight"):
         cpt.load_model(cpt.ModelConfig(plain))
+
+
+def test_a_marker_survives_a_round_trip_and_is_checked():
+    marker = Marker("student", "cls", Templates(), max_length=48, teacher={"id": "org/teacher", "revision": None})
+    content = marker.to_dict()
+    assert Marker.from_dict(content, "student") == marker
+    assert content["score_transform"] is None and "ending" not in content and content["max_length"] == 48
+    for changes, message in (
+        ({"format": 2}, "format 2, this package knows up to 1"),
+        ({"role": "teacher"}, "This checkpoint is a teacher, not a student"),
+        ({"max_length": "48"}, "The max_length in the key disranker of config.json is '48', no integer"),
+        ({"templates": {"text_": "x"}}, "The templates in the key disranker of config.json cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Marker.from_dict(content | changes, "student")
 
 
 def test_a_folder_without_tokenizer_files_is_refused(student_dir, tmp_path):
@@ -133,7 +150,7 @@ def test_the_positions_bound_every_stage(student_dir, teacher_dir, judgments, cl
             stage.main(*arguments)
 
 
-@pytest.mark.parametrize(("asked", "dtype"), [({}, torch.float32), ({"dtype": "bfloat16"}, torch.bfloat16)])
+@pytest.mark.parametrize(("asked", "dtype"), [({}, torch.float32), ({"weights_dtype": "bfloat16"}, torch.bfloat16)])
 def test_a_student_stored_in_half_precision_is_trained_in_fp32(
     asked, dtype, student_dir, judgments, tmp_path, monkeypatch
 ):
@@ -148,7 +165,7 @@ def test_a_student_stored_in_half_precision_is_trained_in_fp32(
     monkeypatch.setattr(distill, "DistillationTrainer", look)
     with pytest.raises(InterruptedError, match=str(dtype)):
         distill.main(
-            distill.ScriptArguments(str(folder), table, **asked), DistillationConfig(str(tmp_path), use_cpu=True)
+            distill.ScriptArguments(str(folder), table), DistillationConfig(str(tmp_path), use_cpu=True, **asked)
         )
 
 
@@ -166,7 +183,9 @@ def test_lora_weights_alone_are_a_teacher_but_no_ranker(teacher_dir, tmp_path):
     lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
     adapted = get_peft_model(LLMForLastTokenRanking.from_pretrained(teacher_dir), lora).eval()
     adapted.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"the LoRA weights of an adapter on .*, not a whole model. Merge them first"):
+    with pytest.raises(
+        ValueError, match=r"holds an adapter \(LoRA\) of .* without the model itself. Merge them first"
+    ):
         Ranker.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Merge them first"):
         cpt.load_model(cpt.ModelConfig(str(tmp_path)))
@@ -186,6 +205,7 @@ def test_a_causal_language_model_without_pad_token_gets_one(tiny_teacher, tmp_pa
     saved = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"pad_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(saved))
     model, tokenizer = cpt.load_model(cpt.ModelConfig(str(tmp_path)))
+    fit_embeddings(model, prepare_tokenizer(tokenizer))
     pad = tokenizer.pad_token_id
     assert pad != tokenizer.eos_token_id and model.config.pad_token_id == pad
     assert model.get_input_embeddings().num_embeddings > pad

@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 import torch
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
@@ -193,6 +195,36 @@ def test_rank_gives_the_best_first(ranker):
     assert ranker.rank("read json", []) == []
 
 
+def test_a_folder_is_loaded_by_the_constructor(student_dir, student_ranker, judgments):
+    pairs = pair_texts(judgments)
+    for ranker in (Ranker(student_dir), Ranker(student_dir, student_ranker.collator.tokenizer)):
+        np.testing.assert_allclose(ranker.predict(pairs), student_ranker.predict(pairs), atol=1e-6)
+    with pytest.raises(ValueError, match="Pass the tokenizer with the model"):
+        Ranker(student_ranker.model)
+
+
+def test_constructors_leave_the_tokenizer_alone(tiny_teacher):
+    tokenizer = copy.deepcopy(tiny_teacher[1])
+    tokenizer.pad_token = tokenizer.eos_token
+    before = tokenizer.backend_tokenizer.to_str()
+    Ranker(copy.deepcopy(tiny_teacher[0]), tokenizer)
+    assert tokenizer.backend_tokenizer.to_str() == before and tokenizer.pad_token == tokenizer.eos_token
+
+
+def test_predict_and_rank_have_the_parameters_of_cross_encoder(ranker, judgments, monkeypatch, capsys):
+    pairs = pair_texts(judgments)
+    scores, sizes, forward = ranker.predict(pairs), [], ranker._forward
+    monkeypatch.setattr(ranker, "_forward", lambda rows, queries: sizes.append(len(rows)) or forward(rows, queries))
+    again = ranker.predict(pairs, batch_size=25, show_progress_bar=True)
+    np.testing.assert_allclose(again, scores, rtol=0, atol=1e-5)
+    assert sizes == [25, 25, 7] and "57/57" in capsys.readouterr().err
+    documents = [{"title": "sort list"}, {"summary": "read json file"}, "plot"]
+    ranking = ranker.rank("read json", documents, return_documents=False, batch_size=2)
+    assert [set(row) for row in ranking] == [{"corpus_id", "score"}] * 3
+    with pytest.raises(ValueError, match="batch_size 0 is below 1"):
+        ranker.predict(pairs, batch_size=0)
+
+
 def test_what_is_cut_is_counted(ranker):
     pairs = [("read " * 100, "json"), ("read", "json " * 30_000), ("read", "json"), ("read", "🚗 東京 שלום")]
     for times in (1, 2):
@@ -214,11 +246,13 @@ def test_checkpoints_of_another_kind_are_refused(tiny_student, tiny_teacher, tmp
         "bert": BertModel(BertConfig(**tiny, intermediate_size=32)),
         "llama": small_llama(tiny_teacher[1], layers=1, size=32),
         "gpt2": GPT2Model(GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=1)),
+        "albert": AlbertModel(AlbertConfig(**tiny, intermediate_size=32)),
     }
     messages = {
         "bert": r"bert is no trained ranker: it lacks .*'classifier.weight'\], .*; `disranker distill` trains one",
         "llama": r"llama is no trained ranker: it lacks \['score.weight'\], .*; `disranker fit_teacher` trains one",
-        "gpt2": "A gpt2 model cannot be a teacher; known families: llama, qwen2, qwen3",
+        "gpt2": r"gpt2 is no trained ranker: it lacks \['score.weight'\]",
+        "albert": "A albert model cannot be a teacher: transformers has no decoder",
     }
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)

@@ -148,6 +148,13 @@ def test_what_asks_for_more_than_scores_gets_the_usual_forward():
     torch.testing.assert_close(output.scores, ranker(**batch()).scores, atol=1e-6, rtol=0)
 
 
+def test_unknown_keywords_keep_the_fast_path():
+    ranker = BertDistilledRanker(BertConfig(**TINY, initializer_range=0.3)).eval()
+    # CrossEncoder adds the key "scores" to the features that it passes.
+    again = ranker(**ragged(), scores=torch.zeros(5), return_dict=True, output_attentions=False)
+    assert torch.equal(again.scores, ranker(**ragged()).scores)
+
+
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 def test_padding_changes_no_score(kind):
     ranker = BertDistilledRanker(BertConfig(**TINY, initializer_range=0.3)).eval()

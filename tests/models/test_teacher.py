@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -24,9 +25,8 @@ from transformers import (
 )
 
 from hf_disranker import LLMForLastTokenRanking
-from hf_disranker.models.pooling import last_token
 from hf_disranker.models.ranker import Ranker
-from hf_disranker.models.teacher import expect_labels, prepare_tokenizer
+from hf_disranker.models.teacher import expect_labels, last_token, prepare_tokenizer
 from hf_disranker.recipes.quickstart.from_scratch import train_bpe
 
 TINY = {
@@ -135,8 +135,17 @@ def test_it_trains_and_is_called_as_the_stock_class_is(tmp_path):
         torch.testing.assert_close(teacher(**inputs, labels=labels, return_dict=False), (output.loss, output.logits))
 
 
+def test_generated_classes_are_pickled_by_name():
+    teacher = teacher_of("qwen3")
+    again = pickle.loads(pickle.dumps(teacher))
+    assert type(again) is type(teacher) and type(again).__name__ == "Qwen3ForLastTokenRanking"
+    assert type(again.config) is type(teacher.config) and type(again.config).__name__ == "DisRankerQwen3Config"
+    with torch.no_grad():
+        assert torch.equal(again(**padded(TEXTS, "left", 0)).scores, teacher(**padded(TEXTS, "left", 0)).scores)
+
+
 def test_other_families_and_students_are_refused(student_dir):
-    with pytest.raises(ValueError, match="known families: llama, qwen2, qwen3, mistral, gemma2, gemma3_text"):
+    with pytest.raises(ValueError, match="A bert model cannot be a teacher: transformers has no decoder"):
         LLMForLastTokenRanking.from_config(BertConfig())
     with pytest.raises(ValueError, match="A bert model cannot be a teacher"):
         LLMForLastTokenRanking.from_pretrained(student_dir)

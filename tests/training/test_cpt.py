@@ -191,7 +191,7 @@ def test_the_teacher_keeps_the_template_of_the_clicks(tokenizer, tmp_path):
     }
     model.save_pretrained(tmp_path)
     teacher = LLMForLastTokenRanking.from_pretrained(tmp_path)
-    assert teacher.config.templates.render_text("q", "d") == "q => d"
+    assert teacher.config.marker.templates.render_text("q", "d") == "q => d"
 
 
 def test_the_example_of_the_page_about_clicks(tmp_path, monkeypatch):

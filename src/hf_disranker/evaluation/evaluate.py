@@ -25,7 +25,6 @@ from hf_disranker.data.templates import STUDENT_TEMPLATES
 from hf_disranker.data.trec import KEY
 from hf_disranker.evaluation import metrics
 from hf_disranker.evaluation.significance import bootstrap
-from hf_disranker.models.checkpoint import MARKER
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +72,9 @@ def score_with(ranker: Predictor, judgments: pd.DataFrame, progress: bool = True
 def describe(ranker: Any) -> dict[str, Any]:
     """Return facts about a `Ranker` or scoring engine for reports."""
     model = ranker.model
-    marker = getattr(model.config, MARKER, {})
-    about = {"role": marker.get("role", "model"), "teacher": (marker.get("teacher") or {}).get("id")}
-    about["score_transform"] = marker.get("score_transform")
+    marker = getattr(model.config, "marker", None)
+    about = {"role": marker.role if marker else "model", "teacher": ((marker and marker.teacher) or {}).get("id")}
+    about["score_transform"] = marker and marker.score_transform
     about["parameters"] = sum(weight.numel() for weight in model.parameters())
     return about | {name: getattr(ranker, name) for name in ("queries_cut", "documents_cut") if hasattr(ranker, name)}
 

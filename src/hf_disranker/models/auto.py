@@ -1,10 +1,9 @@
-"""Teaches transformers' Auto classes to return our rankers for marked checkpoints, and only for them.
+"""Registration with transformers' Auto classes: rankers for marked checkpoints, stock classes for all others.
 
-`AutoConfig` gets a subclass of each family's config that turns back into the stock config where there is no marker;
-`AutoModel` and the others then choose by the config's type. Everything goes by their public `register`.
-
-It happens in two steps, since transformers must be whole before our models can be imported: as soon as `AutoConfig` is
-there, a gate takes each family's place in it; the first checkpoint or config that comes to a gate does the rest.
+When transformers' Auto classes are imported, a gate replaces the config class of BERT and of every decoder that has a
+sequence-classification head, by transformers' own tables. The gate returns stock configs for unmarked checkpoints; the
+first marked one registers the ranker of its family, and `AutoModel` and the others then choose by the config's type.
+Only the public `register` methods are used.
 """
 
 from __future__ import annotations
@@ -16,36 +15,37 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-# With a checkpoint of each: transformers writes its models' examples with the one that a config's docstring links to,
-# and complains aloud where there is none.
-MODEL_TYPES = {
-    "bert": "google-bert/bert-base-uncased",
-    "gemma2": "google/gemma-2-9b",
-    "gemma3_text": "google/gemma-3-1b-pt",
-    "llama": "meta-llama/Llama-2-7b-hf",
-    "mistral": "mistralai/Mistral-7B-v0.1",
-    "qwen2": "Qwen/Qwen2-7B",
-    "qwen3": "Qwen/Qwen3-8B",
-}
-
-_CONFIGS = "transformers.models.auto.configuration_auto"
+_MODELS = "transformers.models.auto.modeling_auto"
+_MARKER = "disranker"
 
 
 def install() -> None:
-    """Set the gates now if transformers is loaded, else when it is; off with HF_DISRANKER_NO_AUTO=1."""
+    """Install the gates now or when the Auto classes are imported; HF_DISRANKER_NO_AUTO=1 turns it off."""
     if os.environ.get("HF_DISRANKER_NO_AUTO") == "1":
         return
-    if _CONFIGS in sys.modules:
-        _set_gates(sys.modules[_CONFIGS])
+    if _MODELS in sys.modules:
+        _install_gates(sys.modules[_MODELS])
     else:
         sys.meta_path.insert(0, _AfterImport())
 
 
-def register() -> None:
-    """Register every family of ranker.
+def decoder_types(models: ModuleType) -> list[str]:
+    """Return the model types of decoders with a sequence-classification head.
+
+    Args:
+        models: The module `transformers.models.auto.modeling_auto`.
+    """
+    causal, masked = models.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, models.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    found = models.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    return [model_type for model_type in found if model_type in causal and model_type not in masked]
+
+
+def register(model_type: str) -> Any:
+    """Register the ranker of a family and return its config class.
 
     Raises:
-        RuntimeError: transformers took the registration but does not act on it.
+        RuntimeError: If this transformers accepts the registration without effect.
+        ValueError: If the family is not supported.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -53,56 +53,65 @@ def register() -> None:
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
     from hf_disranker.models.student import BertDistilledRanker
-    from hf_disranker.models.teacher import FAMILIES
+    from hf_disranker.models.teacher import family_class
 
-    for model in (BertDistilledRanker, *FAMILIES.values()):
-        config: Any = model.config_class
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForSequenceClassification.register(config, model, exist_ok=True)
-        if config.stock in TOKENIZER_MAPPING:  # others are found by the class that the tokenizer's own files name
-            AutoTokenizer.register(config, tokenizer_class=TOKENIZER_MAPPING[config.stock], exist_ok=True)
-        if CONFIG_MAPPING[config.model_type] is not config or config not in MODEL_MAPPING:
-            raise RuntimeError(
-                f"This transformers ignores the registration of {model.__name__}; set HF_DISRANKER_NO_AUTO=1 to go on "
-                "without, and load rankers with their own from_pretrained."
-            )
+    model: Any = BertDistilledRanker if model_type == "bert" else family_class(model_type)
+    config = model.config_class
+    AutoConfig.register(model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForSequenceClassification.register(config, model, exist_ok=True)
+    if config.stock in TOKENIZER_MAPPING:  # others are found by the class named in the tokenizer's files
+        AutoTokenizer.register(config, tokenizer_class=TOKENIZER_MAPPING[config.stock], exist_ok=True)
+    if CONFIG_MAPPING[model_type] is not config or config not in MODEL_MAPPING:
+        raise RuntimeError(
+            f"This transformers ignores the registration of {model.__name__}; set HF_DISRANKER_NO_AUTO=1 to "
+            "continue without it, and load rankers with their own from_pretrained."
+        )
+    return config
 
 
-class _Gate:
-    """Stands for a family's config class until it is first asked for."""
+class _GateType(type):
+    """Reads all attributes from the stock config class, the docstring included, which transformers looks up."""
 
     model_type: str
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls._config_class()(*args, **kwargs)
+    @property
+    def stock(cls) -> Any:
+        import transformers
 
-    @classmethod
+        return getattr(transformers, cls.__name__)
+
+    @property
+    def __doc__(cls) -> str:  # type: ignore[override]
+        return cls.stock.__doc__
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.stock, name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.stock(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.stock)
+
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return cls._config_class().from_dict(config_dict, **kwargs)
-
-    @classmethod
-    def _config_class(cls) -> Any:
-        register()
-        return sys.modules[_CONFIGS].CONFIG_MAPPING[cls.model_type]
+        kind = register(cls.model_type) if _MARKER in config_dict else cls.stock
+        return kind.from_dict(config_dict, **kwargs)
 
 
-def _set_gates(configs: ModuleType) -> None:
-    for model_type, checkpoint in MODEL_TYPES.items():
-        members = {"model_type": model_type, "__doc__": f"[{checkpoint}](https://huggingface.co/{checkpoint})"}
+def _install_gates(models: ModuleType) -> None:
+    configs: Any = sys.modules["transformers.models.auto.configuration_auto"]
+    for model_type in ("bert", *decoder_types(models)):
         # Under the stock name, by which transformers finds the model type of a config class.
-        gate = type(configs.CONFIG_MAPPING_NAMES[model_type], (_Gate,), members)
+        gate = _GateType(configs.CONFIG_MAPPING_NAMES[model_type], (), {"model_type": model_type})
         configs.AutoConfig.register(model_type, gate, exist_ok=True)
 
 
 class _AfterImport(MetaPathFinder, Loader):
-    """Sets the gates right after transformers' `AutoConfig` was imported.
-
-    Importing it ourselves would make `import hf_disranker` take seconds.
-    """
+    """Import hook that installs the gates after the Auto classes, whose import takes seconds."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name == _CONFIGS else None
+        spec = PathFinder.find_spec(name, path, target) if name == _MODELS else None
         if spec is not None and spec.loader is not None:
             self._loader, spec.loader = spec.loader, self
         return spec
@@ -116,4 +125,4 @@ class _AfterImport(MetaPathFinder, Loader):
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         sys.meta_path.remove(self)
-        _set_gates(module)
+        _install_gates(module)

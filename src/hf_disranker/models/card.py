@@ -1,4 +1,4 @@
-"""The model card: what a ranker is, how to use it, what it was made of, how well it ranks."""
+"""Model card: use, training and measures of a ranker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 TEMPLATES = Path(__file__).parent / "templates"
 MEASURES = {"pnr": "PNR", "ndcg@5": "NDCG@5", "ndcg@10": "NDCG@10", "mrr": "MRR"}
-# What a ranker has to be seen beside.
+# Baselines that every student should be compared with.
 BASELINES = ("before training", "BM25", "teacher")
 _GENERAL = (
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -27,16 +27,16 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass
 class CardFacts:
-    """What a checkpoint's config does not tell.
+    """Facts for a model card that the config does not contain.
 
     Args:
-        base_model: the model that it started from; named only if it is a Hub id.
-        results: for each ranker a mapping with its `name` and what `evaluate` gave (pnr, ndcg@5, ndcg@10, mrr,
+        base_model: Model that training started from; named only if it is a Hub id.
+        results: For each ranker a mapping with `name` and the measures of `evaluate` (pnr, ndcg@5, ndcg@10, mrr,
             pairs_per_s); the published model first.
-        dataset: the judgments that `results` are on.
-        data: a mapping for each data set with use, name, rows and fingerprint.
-        losses: weight by name.
-        hyperparameters: value by name.
+        dataset: Judgments that `results` were measured on.
+        data: For each data set a mapping with use, name, rows and fingerprint.
+        losses: Weight by name.
+        hyperparameters: Value by name.
     """
 
     base_model: str | None = None
@@ -48,19 +48,19 @@ class CardFacts:
 
 
 def model_card(config: Any, repo_id: str, facts: CardFacts | None = None, adapter: bool = False) -> ModelCard:
-    """The card of a ranker.
+    """Write the model card of a ranker.
 
     Args:
-        config: its marked config.
-        repo_id: where it is published.
-        facts: what is known of its making; None leaves those parts of the card saying so.
-        adapter: whether LoRA weights are published, to be put on `facts.base_model`.
+        config: Its marked config.
+        repo_id: Hub id of its repository.
+        facts: Facts about its training; None for a card that says they were not recorded.
+        adapter: If True, LoRA weights for `facts.base_model` are published.
 
     Returns:
-        A card with the metadata pipeline_tag, library_name, base_model, datasets and model-index.
+        Card with the metadata pipeline_tag, library_name, base_model, datasets and model-index.
     """
-    facts, marker = facts or CardFacts(), config.disranker
-    student = marker["role"] == "student"
+    facts, marker = facts or CardFacts(), config.marker
+    student = marker.role == "student"
     name = repo_id.split("/")[-1]
     base_model = facts.base_model if is_hub_id(facts.base_model) else None
     sources = dict.fromkeys(found["name"] for found in facts.data if is_hub_id(found["name"]))
@@ -74,22 +74,22 @@ def model_card(config: Any, repo_id: str, facts: CardFacts | None = None, adapte
         eval_results=_eval_results(facts) or None,
     )
     named = {row["name"] for row in facts.results}
-    templates = config.templates.to_dict()
-    # Rendered here: by ModelCard.from_template each block tag leaves an empty line, which ends a table.
+    templates = marker.templates.to_dict()
+    # ModelCard.from_template would leave an empty line for each block tag, which ends a table.
     template = jinja2.Template((TEMPLATES / "model_card.md").read_text(encoding="utf-8"), trim_blocks=True)
     text = template.render(
         card_data=card_data.to_yaml(),
         name=name,
         repo_id=repo_id,
-        role=marker["role"],
+        role=marker.role,
         adapter=adapter,
         architecture=config.architecture,
         templates=templates,
         example=repr(templates.get("text", "").format(query="how to plot", document="numpy.histogram: bins of data")),
-        max_length=marker.get("max_length"),
-        max_query_length=marker.get("max_query_length"),
-        score_transform=marker.get("score_transform"),
-        teacher=_teacher(marker.get("teacher")),
+        max_length=marker.max_length,
+        max_query_length=marker.max_query_length,
+        score_transform=marker.score_transform,
+        teacher=_teacher(marker.teacher),
         base_model=base_model,
         data=facts.data,
         losses=facts.losses,
@@ -102,11 +102,11 @@ def model_card(config: Any, repo_id: str, facts: CardFacts | None = None, adapte
 
 
 def training_facts(trainer: Any, results: Sequence[Mapping[str, Any]] = ()) -> CardFacts:
-    """What a trainer knows of the model that it made.
+    """Collect the facts that a trainer has about its model.
 
     Args:
-        trainer: a `RankingTrainer`.
-        results: measures of baselines; the model's own, and with `eval_on_start` those before training, are added.
+        trainer: A `RankingTrainer`.
+        results: Measures of baselines; the model's own are added, and with `eval_on_start` those before training.
     """
     args, model = trainer.args, trainer.model
     measured = [entry for entry in trainer.state.log_history if "eval_pnr" in entry]
@@ -143,12 +143,12 @@ def _data(use: str, groups: Any) -> dict[str, Any]:
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether a name can be given to others: of the form owner/name and no path of this machine."""
+    """Return whether a name has the form owner/name and is no local path."""
     return bool(name and _HUB_ID.fullmatch(name) and not os.path.exists(name))
 
 
 def _teacher(teacher: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Id and revision; of a path of this machine no more than its last name."""
+    """Return id and revision; of a local path only its last part."""
     if not teacher:
         return None
     name = str(teacher["id"])

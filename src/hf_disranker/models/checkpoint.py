@@ -1,8 +1,7 @@
-"""What makes a stock checkpoint a ranker: the marker in its config, and the configs and outputs that know it.
+"""Checkpoint format of rankers: the marker in config.json, config classes, and checks at loading.
 
 On disk a ranker is a stock `<Family>ForSequenceClassification` with one label, so every loader and server reads it
-without this package. The key `disranker` of config.json says how it was trained to be fed:
-`{"format", "role", "head", "templates", "max_length", "max_query_length", "score_transform", "teacher"}`.
+without this package. The key `disranker` of its config.json is a `Marker`.
 """
 
 from __future__ import annotations
@@ -11,32 +10,101 @@ import copy
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from hf_disranker.data.templates import Templates
+from hf_disranker.data.templates import STUDENT_TEMPLATES, TEACHER_TEMPLATES, Templates
 
 MARKER = "disranker"
 FORMAT = 1
-# CrossEncoder and vLLM would put a sigmoid on one label unless the config names this.
+LABEL_EXPECTATION = "label_expectation"
+# Without it, CrossEncoder and vLLM apply a sigmoid to a single label.
 RAW_LOGITS = {"activation_fn": "torch.nn.modules.linear.Identity"}
-# What says where on the Hub a checkpoint is.
-HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 
-# Weights that a stage may train from nothing; a BERT that was pre-trained without a pooler has none of that either.
+# Weights that a training stage may initialise. A BERT that was pre-trained without a pooler lacks that too.
 _HEAD = re.compile(r"(classifier|score|bert\.pooler)\.")
-# Of the embeddings' rows, the share that a tokenizer knows at least: rows are padded up, by a few percent at most.
+# Least share of the embedding rows that a tokenizer must cover: rows are padded up by a few percent at most.
 _KNOWN_ROWS = 0.75
+
+
+@dataclass(frozen=True)
+class Marker:
+    """Description of a ranker, stored as a json object under the key `disranker` of config.json.
+
+    Args:
+        role: "student" or "teacher".
+        head: "cls" for a student, "last_token" or "label_expectation" for a teacher.
+        templates: How a query and a document become the model's input.
+        format: Version of this description.
+        max_length: Tokens of an input at most; None for the default of `Ranker`.
+        max_query_length: Tokens of a query at most; None for the default of `Ranker`.
+        score_transform: Affine transform of the teacher's scores, `{"scale", "shift"}`; None for raw scores.
+        teacher: `{"id", "revision"}` of the teacher that a student was distilled from.
+        ending: Text that ends each input in place of the end-of-sequence token (label_expectation).
+        label_tokens: Token ids of the grades (label_expectation).
+        grades: Grade of each label token (label_expectation).
+    """
+
+    role: str
+    head: str
+    templates: Templates
+    format: int = FORMAT
+    max_length: int | None = None
+    max_query_length: int | None = None
+    score_transform: dict[str, Any] | None = None
+    teacher: dict[str, Any] | None = None
+    ending: str | None = None
+    label_tokens: list[int] | None = None
+    grades: list[float] | None = None
+
+    @classmethod
+    def from_dict(cls, content: Any, role: str) -> Marker:
+        """Read the json object of a config.
+
+        Args:
+            content: Value of the key `disranker`.
+            role: Role that the model has by its family.
+
+        Raises:
+            ValueError: If it is no such object, has a newer format, or describes a model of another role.
+        """
+        if not isinstance(content, dict):
+            raise ValueError(f"The key {MARKER} of config.json holds {content!r}, not a ranker's description.")
+        if content.get("format", 0) > FORMAT:
+            raise ValueError(
+                f"The checkpoint's marker has format {content['format']}, this package knows up to {FORMAT}: "
+                "pip install --upgrade hf-disranker"
+            )
+        if content.get("role", role) != role:
+            raise ValueError(f"This checkpoint is a {content['role']}, not a {role}.")
+        default = STUDENT_TEMPLATES if role == "student" else TEACHER_TEMPLATES
+        values = {field.name: content[field.name] for field in fields(cls) if field.name in content}
+        try:
+            values["templates"] = Templates(**values["templates"]) if "templates" in values else default
+        except TypeError as error:
+            raise ValueError(f"The templates in the key {MARKER} of config.json cannot be read: {error}.") from error
+        for limit in ("max_length", "max_query_length"):
+            if not isinstance(values.get(limit, 1), int | None):
+                raise ValueError(f"The {limit} in the key {MARKER} of config.json is {values[limit]!r}, no integer.")
+        return cls(**{"role": role, "head": "cls" if role == "student" else "last_token"} | values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the json object; optional keys are left out where they are None."""
+        content = asdict(self) | {"templates": self.templates.to_dict()}
+        return {key: value for key, value in content.items() if value is not None or key == "score_transform"}
 
 
 @dataclass
 class RankerOutput(SequenceClassifierOutput):
-    """A sequence classifier's output with one label, and its `scores`."""
+    """Output of a sequence classifier with one label, with `scores`."""
 
     @property
     def scores(self) -> Tensor:
@@ -45,22 +113,28 @@ class RankerOutput(SequenceClassifierOutput):
 
 
 class RankerConfigMixin:
-    """Turns a stock config class into that of a marked checkpoint; put it before the stock class.
+    """Config of a marked checkpoint; mix it in before the stock config class.
 
-    `from_dict` gives the stock config where there is no marker, so that it may stand in for the stock class in
-    `AutoConfig`; `to_dict` writes the stock architecture.
+    `from_dict` returns the stock config for a checkpoint that is not a ranker, so that the class can replace the
+    stock one in `AutoConfig`. `to_dict` writes the stock architecture.
     """
 
     stock: type[PreTrainedConfig]
     architecture: str
     role: str
     head: str
-    default_templates: Templates
     disranker: dict[str, Any]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; raises ValueError for a config that is not, or cannot be, that of such a ranker."""
+        """Read a config as transformers does.
+
+        A marked config of another architecture, or with several labels, belongs to a model that was saved out of a
+        ranker, so it is returned as the stock config.
+
+        Raises:
+            ValueError: If the config is of another family, or its marker is invalid.
+        """
         found = config_dict.get("model_type", cls.stock.model_type)
         if found != cls.stock.model_type:
             raise ValueError(
@@ -68,95 +142,88 @@ class RankerConfigMixin:
             )
         if MARKER not in config_dict:
             return cls.stock.from_dict(config_dict, **kwargs)
-        check_marker(config_dict[MARKER], cls.role)
-        cls._check_claims(config_dict)
-        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
-
-    @classmethod
-    def _check_claims(cls, config_dict: dict[str, Any]) -> None:
-        """Raise ValueError where a marked config contradicts itself, or names code of another repository."""
-        head = config_dict[MARKER].get("head", cls.head)
+        head = Marker.from_dict(config_dict[MARKER], cls.role).head
+        labels = kwargs.get("num_labels") or len(config_dict.get("id2label") or "ab")
         architecture = cls.architecture_of(head)
-        for name in config_dict.get("architectures") or []:
-            if name != (architecture or cls.architecture):
-                raise ValueError(f"A marked checkpoint of a {name}; a {cls.role} is a {cls.architecture}.")
-        labels = len(config_dict.get("id2label") or ())
-        if labels != 1 or architecture is None:
-            raise ValueError(
-                f"The config claims a ranker, which has one label and the head {cls.head}, and says {labels or 2} "
-                f"labels and the head {head}: it was changed by hand or belongs to other weights."
-            )
+        if architecture is None:
+            raise ValueError(_claims(labels, head, cls.head))
+        if labels != 1 or (config_dict.get("architectures") or [architecture]) != [architecture]:
+            return cls.stock.from_dict(config_dict, **kwargs)
         for reference in (config_dict.get("auto_map") or {}).values():
             if "--" in str(reference):
                 raise ValueError(
                     f"The checkpoint's auto_map names code of another repository ({reference}). Refused: a ranker "
                     "needs no such code. Remove auto_map from its config.json if you trust the weights."
                 )
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def architecture_of(cls, head: str) -> str | None:
-        """The stock class that a checkpoint with this head is on disk; None for a head that is not known."""
+        """Return the stock class that stores a model with this head; None for an unknown head."""
         return cls.architecture if head == cls.head else None
 
     @classmethod
     def mark(cls, config: PreTrainedConfig) -> Any:
-        """The ranker config of a stock one, with a fresh marker and one label; a ranker config is given back as is."""
+        """Return the ranker config of a stock one, with a new marker and one label; a ranker config is kept.
+
+        Raises:
+            ValueError: If the config is of another family, or is a ranker's with several labels.
+        """
         if isinstance(config, cls):
             return config
         if config.model_type != cls.stock.model_type:
             raise ValueError(f"A {config.model_type} config; {cls.architecture} needs {cls.stock.model_type}.")
+        if hasattr(config, MARKER) and config.num_labels != 1:
+            raise ValueError(_claims(config.num_labels, getattr(config, MARKER).get("head", cls.head), cls.head))
         config = copy.deepcopy(config)
-        # Only the class changes: what transformers keeps on the object (dtype, attention kind) stays.
+        # Only the class changes: what transformers keeps on the object (dtype, attention) stays.
         config.__class__ = cls
         config.num_labels = 1
         config.sentence_transformers = dict(RAW_LOGITS)
-        config.disranker = {
-            "format": FORMAT,
-            "role": cls.role,
-            "head": cls.head,
-            # A language model that has read clicks keeps the template of its pre-training.
-            "templates": getattr(config, "click_templates", None) or cls.default_templates.to_dict(),
-            "score_transform": None,
-        }
+        marker = Marker.from_dict({}, cls.role)
+        # A language model that was pre-trained on clicks keeps its template.
+        if templates := getattr(config, "click_templates", None):
+            marker = replace(marker, templates=Templates(**templates))
+        config.disranker = marker.to_dict()
         return config
 
     @property
-    def templates(self) -> Templates:
-        """How a query and a document become this model's input."""
-        return Templates(**self.disranker["templates"])
+    def marker(self) -> Marker:
+        """The marker, read from `disranker`; change it by `update_marker`."""
+        return Marker.from_dict(self.disranker, self.role)
+
+    def update_marker(self, **changes: Any) -> None:
+        """Set fields of the marker."""
+        self.disranker = replace(self.marker, **changes).to_dict()
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain data: it names the stock architecture, and no code, which lies in no folder of ours."""
-        marker = getattr(self, MARKER, {})  # transformers makes configs of the bare class, to compare with
-        architecture = self.architecture_of(marker.get("head", self.head))
-        content = super().to_dict() | {"architectures": [architecture]}  # type: ignore[misc]
+        """Return the config as plain data; `architectures` names a stock class, and there is no `auto_map`."""
+        marker = getattr(self, MARKER, {})  # transformers compares with instances that have no marker
+        content = super().to_dict()  # type: ignore[misc]
+        architectures = content.get("architectures") or [""]
+        if not hasattr(transformers, architectures[0]):  # not a stock class: a ranker class
+            content["architectures"] = [self.architecture_of(marker.get("head", self.head))]
         content.pop("auto_map", None)
         return content
 
 
-def check_marker(marker: dict[str, Any], role: str) -> None:
-    """Raise ValueError when a marker is none, newer than this package, or of another role."""
-    if not isinstance(marker, dict):
-        raise ValueError(f"The key {MARKER} of config.json holds {marker!r}, not a ranker's description.")
-    if marker.get("format", 0) > FORMAT:
-        raise ValueError(
-            f"The checkpoint's marker has format {marker['format']}, this package knows up to {FORMAT}: "
-            "pip install --upgrade hf-disranker"
-        )
-    if marker.get("role", role) != role:
-        raise ValueError(f"This checkpoint is a {marker['role']}, not a {role}.")
+def _claims(labels: int, head: str, known: str) -> str:
+    return (
+        f"The config claims a ranker, which has one label and the head {known}, and says {labels} labels and the "
+        f"head {head}: it was changed by hand or belongs to other weights."
+    )
 
 
 def load_config(name: str | os.PathLike, **hub: Any) -> Any:
     """Load a checkpoint's config by `AutoConfig`.
 
     Args:
-        name: folder or Hub id.
-        hub: `revision`, `token`, `cache_dir` or `subfolder`.
+        name: Folder or Hub id.
+        hub: Keywords of `HUB_OPTIONS`.
 
     Raises:
-        OSError: neither a folder nor on the Hub.
-        ValueError: a folder of LoRA weights, or a config that contradicts itself.
+        OSError: If there is no such folder or Hub repository.
+        ValueError: If it is a folder of LoRA weights, or the marker is invalid.
     """
     try:
         return AutoConfig.from_pretrained(name, **hub)
@@ -175,70 +242,82 @@ def load_tokenizer(name: str | os.PathLike, **hub: Any) -> PreTrainedTokenizerBa
 
 
 def explain_absence(name: str | os.PathLike, error: Exception) -> None:
-    """Raise in plain words where a name is no folder, or a folder of LoRA weights; return where it is something else.
+    """Raise a plain error for a name without a model, or with LoRA weights alone; return in any other case.
 
     Args:
-        name: folder or Hub id that could not be loaded.
-        error: what was raised then.
+        name: Folder or Hub id that could not be loaded.
+        error: The loading error.
     """
-    if not os.path.isdir(name):
-        if isinstance(error, OSError) and "no such folder" not in str(error):
-            raise OSError(f"{name}: no such folder, and as a Hub id: {error}") from error
-    elif (base := adapter_base(name)) is not None:
+    if (base := adapter_base(name)) is not None:
         raise ValueError(
-            f"{name} holds the LoRA weights of an adapter on {base}, not a whole model. Merge them first: "
-            f"PeftModel.from_pretrained(LLMForLastTokenRanking.from_pretrained({base!r}), {str(name)!r})"
-            ".merge_and_unload().save_pretrained(FOLDER), and save the tokenizer there."
+            f"{name} holds an adapter (LoRA) of {base} without the model itself. Merge them first: save the result of "
+            f"merge_and_unload() of PeftModel.from_pretrained(LLMForLastTokenRanking.from_pretrained({base!r}), "
+            f"{str(name)!r}) with its tokenizer, and use that folder."
         ) from error
+    if not os.path.isdir(name) and isinstance(error, OSError) and "no such folder" not in str(error):
+        raise OSError(f"{name}: no such folder, and as a Hub id: {str(error).splitlines()[0]}") from error
 
 
 def adapter_base(name: str | os.PathLike) -> str | None:
-    """The model under the LoRA weights that a local folder holds in place of a model; None for any other name."""
-    files = [Path(name, file) for file in ("config.json", "adapter_config.json")]
-    if files[0].exists() or not files[1].exists():
+    """Return the base model of a checkpoint that has LoRA weights and no model; None for any other name."""
+    if Path(name, "config.json").exists():
         return None
-    return json.loads(files[1].read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE_MODEL"
+    try:
+        path = find_adapter_config_file(os.fspath(name))
+    except OSError:  # no folder and no Hub id
+        return None
+    if path is None:
+        return None
+    return json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE_MODEL"
 
 
 def check_weights(name: str | os.PathLike, info: dict[str, Any]) -> None:
-    """Raise ValueError where anything but the head of a model would start from random weights.
+    """Check that nothing but the head of a model starts from random weights.
 
     Args:
-        name: of the checkpoint.
-        info: what `from_pretrained(..., output_loading_info=True)` gives.
+        name: Checkpoint, for the message.
+        info: Loading info of `from_pretrained(..., output_loading_info=True)`.
+
+    Raises:
+        ValueError: If other weights are missing.
     """
-    lacking = sorted(key for key in info["missing_keys"] if not _HEAD.match(key))
-    if lacking:
-        strange = sorted(info["unexpected_keys"])
-        instead = f" It holds others, such as {strange[0]}: rename its keys if they have a prefix." if strange else ""
+    missing = sorted(key for key in info["missing_keys"] if not _HEAD.match(key))
+    if missing:
+        unexpected = sorted(info["unexpected_keys"])
+        hint = (
+            f" It holds others, such as {unexpected[0]}: rename its keys if they have a prefix." if unexpected else ""
+        )
         raise ValueError(
-            f"{name} lacks {len(lacking)} weights of the model, such as {lacking[0]}, which would start at random."
-            f"{instead}"
+            f"{name} lacks {len(missing)} weights of the model, such as {missing[0]}, which would start at random."
+            f"{hint}"
         )
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError where a tokenizer cannot be the one that a model was trained with.
+    """Check that a tokenizer fits a model's embeddings.
 
     A decoder may lack embeddings for tokens that were added to its vocabulary later.
+
+    Raises:
+        ValueError: If token ids exceed the embeddings, or most embeddings have no token.
     """
     rows = model.get_input_embeddings().num_embeddings
     ids = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=model.config.model_type == "bert").values()
-    found = f"{tokenizer.name_or_path or model.config.name_or_path}: the tokenizer"
+    name = f"{tokenizer.name_or_path or model.config.name_or_path}: the tokenizer"
     if max(ids, default=-1) >= rows:
         raise ValueError(
-            f"{found} gives token ids up to {max(ids)}, the model has embeddings for {rows} tokens: it belongs to "
+            f"{name} gives token ids up to {max(ids)}, the model has embeddings for {rows} tokens: it belongs to "
             "another model, or the embeddings were not resized."
         )
     if len(tokenizer) < _KNOWN_ROWS * rows:
         raise ValueError(
-            f"{found} knows {len(tokenizer)} tokens, the model has embeddings for {rows}: the tokenizer's files are "
+            f"{name} knows {len(tokenizer)} tokens, the model has embeddings for {rows}: the tokenizer's files are "
             "missing or those of another model. Copy them from the model that this one was made from."
         )
 
 
 def check_length(config: PreTrainedConfig, max_length: int) -> None:
-    """Raise ValueError where a limit on the tokens of a text is beyond the positions that a model has learned."""
+    """Raise ValueError if a limit on the input exceeds the model's positions."""
     positions = position_limit(config)
     if positions is not None and max_length > positions:
         name = config.name_or_path or f"the {config.model_type} model"
@@ -246,7 +325,7 @@ def check_length(config: PreTrainedConfig, max_length: int) -> None:
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
-    """Tokens that a model can read; None where its rotary positions are scaled, or its config does not say."""
+    """Return the model's positions; None if its rotary positions are scaled or its config names no limit."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each kind of layer
     scaled = any(kind.get("rope_type", "default") != "default" for kind in kinds)

@@ -1,4 +1,4 @@
-"""In and out of the Hub: loading that refuses what cannot be trusted, pushing that leaves nothing half done."""
+"""Safe loading of rankers, and atomic pushes to the Hub."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from hf_disranker.models.card import TEMPLATES, CardFacts, model_card, training_
 from hf_disranker.models.checkpoint import HUB_OPTIONS, check_weights, explain_absence, load_config
 
 MODELING_FILE = "modeling_disranker.py"
-# Pickles run code when they are read, and training_args.bin holds whatever the arguments held.
+# Loading a pickle can run code, and training_args.bin may contain secrets.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _NOT_PUSHED = [*_PICKLES, "_*", "checkpoint-*"]
 
 
 class PushError(OSError):
-    """A push did not arrive; the message says what stands on the Hub and what to do."""
+    """Failed push; the message names the revision on the Hub and what to do."""
 
 
 class TokenFreeArguments:
-    """Training arguments whose pickle, which Trainer writes beside every checkpoint and pushes, holds no token."""
+    """Training arguments without the token in their pickle, which Trainer writes into checkpoints and pushes."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "hub_token": None}
 
 
 class RankerHubMixin:
-    """Loading, saving and publishing of a ranker; put it before the class of transformers."""
+    """Loading, saving and pushing of a ranker; mix it in before the class of transformers."""
 
     config: Any
 
@@ -44,18 +44,17 @@ class RankerHubMixin:
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As in transformers; reads safetensors only, unless `use_safetensors=False` says otherwise.
+        """Load as transformers does, but from safetensors only; `use_safetensors=False` accepts pickles.
 
         Raises:
-            OSError: neither a folder nor on the Hub, or the weights are pickles, or cut off.
-            ValueError: a checkpoint that lacks more than a head, a marked one that lacks its head, or weights that do
-                not fit their config.
+            OSError: If there is no such folder or Hub repository, or the weights are pickles or damaged.
+            ValueError: If weights other than a new head are missing, or do not fit the config.
         """
         name = pretrained_model_name_or_path
         kwargs.setdefault("use_safetensors", True)
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        except Exception as error:  # of many kinds, by version and by where the files lie
+        except Exception as error:  # many kinds, by version and by source
             _explain(error, name, kwargs)
             raise
         if model.was_marked and any(key.split(".")[0] in ("classifier", "score") for key in info["missing_keys"]):
@@ -66,60 +65,77 @@ class RankerHubMixin:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in transformers; with `push_to_hub`, what is saved goes the way of `push_to_hub`."""
+        """Save as transformers does; `push_to_hub=True` pushes by the method `push_to_hub`."""
         hub = {key: kwargs.pop(key) for key in ("repo_id", "private", "revision", "commit_message") if key in kwargs}
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         if push_to_hub:
             repo_id = hub.pop("repo_id", os.path.basename(os.fspath(save_directory).rstrip("/")))
             self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
 
-    def push_to_hub(
+    def push_to_hub(  # noqa: PLR0913
         self,
         repo_id: str,
         *,
         tokenizer: Any = None,
         remote_code: bool = False,
         facts: CardFacts | None = None,
-        **options: Any,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
     ) -> CommitInfo:
-        """Publish the model, in one commit.
+        """Push the model in one commit.
 
         Args:
-            repo_id: owner/name, or name alone for your own.
-            tokenizer: goes into the same commit; it also has a `push_to_hub` of its own.
-            remote_code: add one self-contained modelling file, so that `AutoModel` gives the ranker without this
-                package to who says `trust_remote_code=True`.
-            facts: for the model card, which is written where the repository has none.
-            options: `private` (None: teachers are, students follow the account), `revision` (a branch, made if new),
-                `commit_message`, `token`, `create_pr`, and `max_shard_size` of `save_pretrained`.
+            repo_id: Hub id, owner/name, or the name alone for your own account.
+            tokenizer: Tokenizer to push in the same commit.
+            remote_code: If True, add a self-contained modelling file, so that `AutoModel` with
+                `trust_remote_code=True` returns the ranker without this package.
+            facts: Facts for the model card; None keeps an existing card.
+            private: Visibility of a new repository; None for private teachers and the account's default for students.
+            revision: Branch, created if it does not exist.
+            commit_message: Message of the commit.
+            token: Token for the Hub.
+            create_pr: If True, open a pull request.
+            max_shard_size: As in `save_pretrained`.
 
         Raises:
-            PushError: the push was cut off.
-            ValueError: a teacher that stock loaders would read wrongly, since it pads with its end-of-sequence token.
+            PushError: If the push fails.
+            ValueError: If a teacher pads with its end-of-sequence token, so that stock loaders would misread it.
         """
         check_padding(self.config)
-        options.pop("tags", None)
         with tempfile.TemporaryDirectory() as folder:
-            shards = {key: options.pop(key) for key in ("max_shard_size",) if key in options}
-            self.save_pretrained(folder, **shards)
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             if remote_code:
                 write_remote_code(folder, type(self).__name__)
-            return push_folder(folder, repo_id, self.config, facts=facts, **options)
+            return push_folder(
+                folder,
+                repo_id,
+                self.config,
+                private=private,
+                revision=revision,
+                facts=facts,
+                commit_message=commit_message,
+                token=token,
+                create_pr=create_pr,
+            )
 
 
 class TrainerHubMixin:
-    """Publishing from a trainer of rankers; put it before the class of transformers."""
+    """Pushing from a trainer of rankers; mix it in before the class of transformers."""
 
     args: Any
     model: Any
     hub_model_id: str | None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As in `Trainer`; a new repository of a teacher is private unless `hub_private_repo` is False."""
-        teacher = self.model.config.disranker["role"] == "teacher"
-        # Not handed on: transformers 5.19 takes no `private` here.
+        """Create the repository as `Trainer` does; a teacher's is private unless `hub_private_repo` is False."""
+        teacher = self.model.config.marker.role == "teacher"
+        # By the arguments: transformers 5.19 has no parameter `private` here.
         if private is not None or (self.args.hub_private_repo is None and teacher):
             self.args.hub_private_repo = True if private is None else private
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
@@ -130,8 +146,8 @@ class TrainerHubMixin:
         """Write README.md into the output folder.
 
         Args:
-            model_name: shown where the model has no repository.
-            results: measures of baselines, as in `CardFacts`; the trained model's own stand before them.
+            model_name: Title if the model has no repository.
+            results: Measures of baselines, as in `CardFacts`; those of the trained model precede them.
         """
         if self.is_world_process_zero():  # type: ignore[attr-defined]
             repo_id = self.hub_model_id or model_name or Path(self.args.output_dir).name
@@ -151,18 +167,18 @@ class TrainerHubMixin:
         token: str | None = None,
         **_: Any,
     ) -> CommitInfo | None:
-        """Save and publish model, tokenizer and card; call it on every process.
+        """Save and push model, tokenizer and card; call it on every process.
 
         Args:
-            commit_message: of the commit.
-            results: as in `create_model_card`.
-            remote_code: as in `RankerHubMixin.push_to_hub`.
-            private: of a new repository; None takes `hub_private_repo`, and private for a teacher.
-            revision: branch; None takes `hub_revision`.
-            token: None takes `hub_token`.
+            commit_message: Message of the commit.
+            results: As in `create_model_card`.
+            remote_code: As in `RankerHubMixin.push_to_hub`.
+            private: Visibility of a new repository; None for `hub_private_repo`, and private for a teacher.
+            revision: Branch; None for `hub_revision`.
+            token: Token for the Hub; None for `hub_token`.
 
         Raises:
-            PushError: the push was cut off; the model lies whole in the output folder.
+            PushError: If the push fails; the output folder contains the whole model.
         """
         trainer: Any = self
         token = token or self.args.hub_token
@@ -188,7 +204,7 @@ class TrainerHubMixin:
 
 
 def publish(trainer: Any, model: Any, tokenizer: Any) -> CommitInfo:
-    """Publish what a recipe has saved, where its trainer pushed on the way: the whole model, LoRA weights merged."""
+    """Push the model that a recipe saved, LoRA weights merged, to its trainer's repository."""
     return model.push_to_hub(
         trainer.hub_model_id,
         tokenizer=tokenizer,
@@ -204,18 +220,18 @@ def _is_adapter(model: Any) -> bool:
 
 
 def check_padding(config: Any) -> None:
-    """Raise ValueError for a decoder that stock classes and servers would read at another token than we do."""
+    """Raise ValueError for a teacher whose last token stock loaders and servers would not find."""
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if config.disranker["role"] == "teacher" and config.pad_token_id in (None, *eos):
+    if config.marker.role == "teacher" and config.pad_token_id in (None, *eos):
         raise ValueError(
             f"The model's pad_token_id is {config.pad_token_id} and its eos_token_id {config.eos_token_id}: stock "
-            "loaders take the last token that is not padding, and would not read the end. Use prepare_tokenizer, "
+            "loaders read the last token that is not padding, so they would miss the end. Use prepare_tokenizer, "
             "resize the embeddings and set config.pad_token_id."
         )
 
 
 def write_remote_code(folder: str | os.PathLike, name: str) -> None:
-    """Add the modelling file to a saved ranker and name it in its config."""
+    """Add the modelling file to a saved ranker and to its config."""
     path = Path(folder, "config.json")
     config = json.loads(path.read_text(encoding="utf-8"))
     code = string.Template((TEMPLATES / "modeling_disranker.txt").read_text(encoding="utf-8"))
@@ -226,7 +242,7 @@ def write_remote_code(folder: str | os.PathLike, name: str) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def push_folder(
+def push_folder(  # noqa: PLR0913
     folder: str | os.PathLike,
     repo_id: str,
     config: Any,
@@ -234,24 +250,28 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
     facts: CardFacts | None = None,
-    **options: Any,
+    commit_message: str | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
 ) -> CommitInfo:
-    """Publish a saved ranker: all its files in one commit, a card with them, no pickles.
+    """Push a saved ranker: all files and a card in one commit, no pickles.
 
     Args:
-        folder: what `save_pretrained` wrote.
-        repo_id: owner/name, or name alone for your own.
-        config: the ranker's.
-        private: None makes a new repository private if it is a teacher's.
-        revision: branch, made if new; None for the main one.
-        facts: for the card; None keeps a card that is there.
-        options: `token`, `commit_message`, `create_pr`.
+        folder: Folder of `save_pretrained`.
+        repo_id: Hub id, owner/name, or the name alone for your own account.
+        config: Config of the ranker.
+        private: Visibility of a new repository; None for private teachers.
+        revision: Branch, created if it does not exist; None for the main branch.
+        facts: Facts for the card; None keeps an existing card.
+        commit_message: Message of the commit.
+        token: Token for the Hub.
+        create_pr: If True, open a pull request.
 
     Raises:
-        PushError: the push was cut off.
+        PushError: If the push fails.
     """
-    api = HfApi(token=options.pop("token", None))
-    if private is None and config.disranker["role"] == "teacher":
+    api = HfApi(token=token)
+    if private is None and config.marker.role == "teacher":
         private = True
     with pushing(api, repo_id, revision):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -260,16 +280,16 @@ def push_folder(
         if not Path(folder, "README.md").exists():
             card = _card_there(api, repo_id, revision) if facts is None else None
             (card or model_card(config, repo_id, facts)).save(Path(folder, "README.md"))
-        # Loaders would put an adapter that was pushed on the way onto the merged weights once more.
+        # Loaders would apply an adapter that was pushed during training to the merged weights again.
         stale = [*_PICKLES, *([] if Path(folder, "adapter_config.json").exists() else ["adapter_*"])]
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=os.fspath(folder),
             revision=revision,
-            commit_message=options.pop("commit_message", None) or f"Upload {config.disranker['role']}",
+            commit_message=commit_message or f"Upload {config.marker.role}",
             ignore_patterns=_NOT_PUSHED,
             delete_patterns=stale,
-            **options,
+            create_pr=create_pr,
         )
 
 
@@ -281,10 +301,10 @@ def _card_there(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | N
 
 @contextlib.contextmanager
 def pushing(api: HfApi, repo_id: str, revision: str | None, repo_type: str = "model") -> Iterator[None]:
-    """Turn whatever cuts a push off into a PushError that says what stands and what to do."""
+    """Turn any failure of a push into a PushError that names the revision on the Hub and what to do."""
     try:
         yield
-    except Exception as error:  # of the transport, of the client, of the Hub
+    except Exception as error:  # from transport, client or Hub
         wrong_call = isinstance(error, TypeError | ValueError | LookupError | AttributeError)
         if isinstance(error, PushError) or (wrong_call and not isinstance(error, HfHubHTTPError)):
             raise
@@ -294,14 +314,14 @@ def pushing(api: HfApi, repo_id: str, revision: str | None, repo_type: str = "mo
         branch = revision or "main"
         try:
             head = api.repo_info(repo_id, revision=revision, repo_type=repo_type)
-            stands = f"{branch} of {repo_id} stands at {head.sha} and loads as before"
-        except Exception:  # unreachable, or never made
-            stands = f"what {branch} of {repo_id} held before loads as before"
+            state = f"{branch} of {repo_id} is at {head.sha} and loads as before"
+        except Exception:  # unreachable or missing
+            state = f"the previous content of {branch} of {repo_id} loads as before"
         hint = "check the token (`hf auth login`) and its right to write, then " if _refused(error) else ""
         raise PushError(
-            f"The push to {repo_id} was cut off ({why}). A push is one commit, which was not made: {stands}. To "
-            f"go on, {hint}push again; what was uploaded is not sent twice."
-        ) from (error if shown == reason else None)  # a traceback shows the cause's text too
+            f"The push to {repo_id} failed ({why}). A push is one commit, which was not made: {state}. "
+            f"To continue, {hint}push again; uploaded files are not sent twice."
+        ) from (error if shown == reason else None)  # a traceback shows the text of the cause as well
 
 
 def _refused(error: Exception) -> bool:
@@ -314,13 +334,13 @@ def _without_token(text: str, token: str | bool | None) -> str:
 
 
 def _explain(error: Exception, name: str | os.PathLike, kwargs: dict[str, Any]) -> None:
-    """Raise in plain words what is known to be behind an error of transformers; return where nothing is."""
-    if name is None:  # the weights were given
+    """Raise a plain error for a known cause of an error of transformers; return for any other."""
+    if name is None:  # loaded from a state dict
         return
     if isinstance(error, SafetensorError):
         raise OSError(
-            f"The weights of {name} cannot be read ({error}): the file is cut off or damaged. Download it again, with "
-            "force_download=True, or copy it again."
+            f"The weights of {name} cannot be read ({error}): the file is truncated or damaged. Download it "
+            "again, with force_download=True, or copy it again."
         ) from error
     if isinstance(error, RuntimeError) and "mismatch" in str(error):
         config = load_config(name, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
@@ -346,5 +366,5 @@ def _files(name: str | os.PathLike, kwargs: dict[str, Any]) -> list[str]:
         return os.listdir(name)
     try:
         return HfApi(token=kwargs.get("token")).list_repo_files(os.fspath(name), revision=kwargs.get("revision"))
-    except Exception:  # of the transport, of the client, of the Hub: the first error says more
+    except Exception:  # from transport, client or Hub; the first error says more
         return []

@@ -1,4 +1,4 @@
-"""Batches without padding: rows end to end, and attention that keeps them apart."""
+"""Batches without padding: concatenated rows, and attention within each row."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from transformers.masking_utils import sdpa_mask
 
 @dataclass
 class Unpadded:
-    """The rows of a padded batch end to end, longest first, without their padding.
+    """Rows of a padded batch, concatenated without padding, longest first.
 
     Attributes:
-        tokens: the tokens' places in the batch of shape (rows, longest) laid flat; shape (tokens,).
-        positions: of each token in its row, shape (tokens,).
-        runs: (rows, length) of neighbours that are equally long, so that they attend as one tensor without a mask.
-        first: place of each row's first token among `tokens`, shape (rows,).
-        order: number in the batch of each row, shape (rows,).
+        tokens: Index of each token in the flattened batch of shape (rows, longest), shape (tokens,).
+        positions: Position of each token in its row, shape (tokens,).
+        runs: (rows, length) of consecutive rows of equal length, which attend as one tensor without a mask.
+        first: Index of each row's first token in `tokens`, shape (rows,).
+        order: Row number in the batch, shape (rows,).
     """
 
     tokens: Tensor
@@ -35,10 +35,10 @@ class Unpadded:
 
     @classmethod
     def of(cls, attention_mask: Tensor) -> Unpadded:
-        """Plan a batch.
+        """Read the rows of a padded batch.
 
         Args:
-            attention_mask: 1 for a token, 0 for padding on the right, shape (rows, longest); no row is empty.
+            attention_mask: 1 for tokens, 0 for padding on the right, shape (rows, longest); no row is empty.
         """
         lengths = attention_mask.bool().sum(dim=1)
         order = torch.argsort(lengths, descending=True, stable=True)
@@ -53,17 +53,17 @@ class Unpadded:
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, heads: int, drop: float = 0.0) -> Tensor:
-        """Attention of each token to all tokens of its row.
+        """Compute the attention of each token to all tokens of its row.
 
-        Plain products: on a CPU they take less time than the fused kernel for texts of some 100 tokens, most of all
-        backward.
+        By matrix products: on CPU they are faster than the fused kernel for texts of some 100 tokens, above all in the
+        backward pass.
 
         Args:
-            query: shape (tokens, size), or (rows, size) for one token of each row.
-            key: shape (tokens, size).
-            value: shape (tokens, size).
-            heads: among which size is divided.
-            drop: probability with which a weight is dropped.
+            query: Shape (tokens, size), or (rows, size) for one token of each row.
+            key: Shape (tokens, size).
+            value: Shape (tokens, size).
+            heads: Number of attention heads.
+            drop: Dropout probability of the attention weights.
 
         Returns:
             Shape of `query`.
@@ -82,13 +82,13 @@ class Unpadded:
 
 @dataclass
 class Packed:
-    """Rows end to end, without padding, where the rows of a group store their common beginning once.
+    """Concatenated rows without padding; the rows of a group share the tokens of their common prefix.
 
     Args:
-        input_ids: shape (1, tokens).
-        position_ids: of each token in its row, shape (1, tokens).
-        groups: for each group its beginning and its rows' remainders, as slices of the tokens.
-        last: place of each row's last token, shape (rows,).
+        input_ids: Shape (1, tokens).
+        position_ids: Position of each token in its row, shape (1, tokens).
+        groups: For each group its prefix and its rows' remainders, as slices of the tokens.
+        last: Index of each row's last token, shape (rows,).
     """
 
     input_ids: Tensor
@@ -98,7 +98,7 @@ class Packed:
 
 
 def pack(rows: list[list[int]], keys: list[Any]) -> Packed:
-    """Pack rows of token ids; neighbours with equal keys are a group."""
+    """Pack rows of token ids; consecutive rows with equal keys are a group."""
     tokens: list[int] = []
     positions: list[int] = []
     groups: list[tuple[slice, list[slice]]] = []
@@ -110,10 +110,10 @@ def pack(rows: list[list[int]], keys: list[Any]) -> Packed:
 
     for _, places in groupby(range(len(rows)), key=lambda place: keys[place]):
         group = [rows[place] for place in places]
-        # commonprefix compares sequences of anything, not only paths.
+        # commonprefix accepts any sequences, not only paths.
         shared = min(len(commonprefix(group)), min(map(len, group)) - 1)  # each row keeps its last token
-        beginning = put(group[0][:shared], 0)
-        groups.append((beginning, [put(row[shared:], shared) for row in group]))
+        prefix = put(group[0][:shared], 0)
+        groups.append((prefix, [put(row[shared:], shared) for row in group]))
     last = torch.tensor([row.stop - 1 for _, remainders in groups for row in remainders])
     return Packed(torch.tensor([tokens]), torch.tensor([positions]), groups, last)
 
@@ -121,16 +121,16 @@ def pack(rows: list[list[int]], keys: list[Any]) -> Packed:
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """sdpa, and over rows that come as `packed` the attention of each row to its group's beginning and itself."""
+    """Apply sdpa; with the keyword `packed`, let each row attend to its group's prefix and itself."""
     if kwargs.get("packed") is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return _packed_attention(query, key, value, kwargs["packed"], kwargs["scaling"]), None
 
 
 def _packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scaling: float) -> Tensor:
-    """Causal attention of packed rows.
+    """Compute the causal attention of packed rows.
 
-    Query of shape (1, heads, tokens, size); key and value may have fewer heads. Gives (1, tokens, heads, size).
+    Query has shape (1, heads, tokens, size); key and value may have fewer heads. Returns (1, tokens, heads, size).
     """
     output = torch.empty_like(query)
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
@@ -149,8 +149,10 @@ def _packed_attention(query: Tensor, key: Tensor, value: Tensor, packed: Packed,
     return output.transpose(1, 2)
 
 
-# A decoder that has this attention reads batches as it would with sdpa, and packed rows when they come as the keyword
-# `packed`: nothing of the model changes from one call to the next, so that threads can share it.
+# Equal to sdpa for ordinary batches; packed rows are passed by the keyword `packed`, so that no call changes the model
+# and threads can share it.
 PACKED = "disranker_packed"
+# Decoders whose layers pass unknown keywords to plain causal attention.
+PACKABLE = ("llama", "mistral", "qwen2", "qwen3")
 AttentionInterface.register(PACKED, _attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import threading
@@ -14,125 +15,151 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_disranker.data.collators import Encoded, PairCollator, budget_batches, prefetch_map, runs_within
-from hf_disranker.models.base import Pair, PairRanker, listed
-from hf_disranker.models.checkpoint import (
-    HUB_OPTIONS,
-    check_length,
-    check_vocabulary,
-    load_config,
-    load_tokenizer,
-    position_limit,
-)
+from hf_disranker.models.base import Pair, PairRanker, check_batch_size, listed
+from hf_disranker.models.checkpoint import check_length, position_limit
+from hf_disranker.models.loading import RankerModel, fit_tokenizer, keep_head_exact, load_ranker_model
 from hf_disranker.models.memory import score_in_halves
-from hf_disranker.models.packing import PACKED, pack
-from hf_disranker.models.student import BertDistilledRanker
-from hf_disranker.models.teacher import LLMForLastTokenRanking, fit_embeddings, prepare_tokenizer
+from hf_disranker.models.packing import PACKABLE, PACKED, pack
+from hf_disranker.models.teacher import LLMForLastTokenRanking
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 512
 DEFAULT_MAX_QUERY_LENGTH = 64
-# Pairs tokenised at a time: enough to sort by length, little enough that the first do not keep the model waiting.
+# Pairs tokenised at a time: enough to sort by length, few enough not to delay the first forward pass.
 _CHUNK = 4096
 _COUNTING = threading.Lock()
 
 
 class Ranker(PairRanker):
-    """Scores documents for a query with a student or a teacher; threads can share one.
+    """Scores documents for a query with a student or a teacher. Threads can share one.
 
     Args:
-        model: a `BertDistilledRanker` or an `LLMForLastTokenRanking`.
-        tokenizer: its tokenizer.
-        token_budget: tokens of a forward pass, padding included; None takes 2,048 on a CPU, whose caches hold no
-            more of a small model's work, and 32,768 on a GPU.
+        model: A `BertDistilledRanker` or an `LLMForLastTokenRanking`; or a folder or Hub id, loaded by
+            `from_pretrained`.
+        tokenizer: The model's tokenizer, which is copied; None for a folder or Hub id.
+        token_budget: Tokens of a forward pass, padding included; None for 2,048 on CPU, where more exceeds the caches
+            for a small model, and 32,768 on GPU.
 
     Attributes:
-        share_prefix: compute what neighbouring pairs with the same query have in common once, without padding; only a
-            teacher with full attention by sdpa does. On at first on a CPU; the gain on a GPU has not been measured.
-        queries_cut: queries beyond their limit so far.
-        documents_cut: documents of which not all was read.
-        tokens: read so far, without padding.
+        share_prefix: If True, what neighbouring pairs share by having the same query is computed once, without
+            padding; only for teachers with full causal attention by sdpa. On by default on CPU; not measured on GPU.
+        queries_cut: Number of truncated queries so far.
+        documents_cut: Number of truncated documents so far.
+        tokens: Number of tokens read so far, without padding.
+
+    Raises:
+        ValueError: If tokenizer and model do not fit, or the limits leave no room for a document.
     """
 
     def __init__(
         self,
-        model: BertDistilledRanker | LLMForLastTokenRanking,
-        tokenizer: PreTrainedTokenizerBase,
+        model: RankerModel | str | os.PathLike,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         token_budget: int | None = None,
     ) -> None:
+        if isinstance(model, str | os.PathLike):
+            model, tokenizer = load_ranker_model(model, tokenizer=tokenizer)
+            keep_head_exact(model)
+            model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        elif tokenizer is None:
+            raise ValueError("Pass the tokenizer with the model, or the folder or Hub id of both.")
         self.model = model.eval()
         self.token_budget = token_budget or (2048 if model.device.type == "cpu" else 32_768)
-        self.collator = pair_collator(model, tokenizer)
+        self.collator = pair_collator(model, copy.deepcopy(tokenizer))
         self.templates = self.collator.templates
         if self._has_full_attention():
-            self.model.model.set_attn_implementation(PACKED)
+            self.model.decoder.set_attn_implementation(PACKED)
         self.share_prefix = model.device.type == "cpu" and self._can_share()
         self.queries_cut = 0
         self.documents_cut = 0
         self.tokens = 0
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, device: str | None = None, **options: Any) -> Ranker:
+    def from_pretrained(  # noqa: PLR0913
+        cls,
+        name_or_path: str | os.PathLike,
+        device: str | None = None,
+        token_budget: int | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        subfolder: str = "",
+        local_files_only: bool = False,
+        use_safetensors: bool = True,
+    ) -> Ranker:
         """Load a ranker from a folder or the Hub.
 
         Args:
-            name_or_path: folder or Hub id.
-            device: where it runs; None takes a GPU when there is one.
-            options: go to the model's `from_pretrained`, for example `revision` or `dtype`. A CPU with AVX-512 BF16
-                takes about half the time with dtype "bfloat16", for scores that differ in the third digit.
+            name_or_path: Folder or Hub id.
+            device: Device to run on; None for a GPU if there is one.
+            token_budget: As in the class.
+            dtype: Precision of the weights; "auto" for that of the checkpoint. A CPU with AVX-512 BF16 needs about
+                half the time with "bfloat16", for scores that differ in the third digit.
+            attn_implementation: Attention of the model: sdpa, eager ...
+            revision: Branch, tag or commit on the Hub.
+            token: Token for the Hub.
+            cache_dir: Folder of downloads.
+            subfolder: Folder of the checkpoint within the repository.
+            local_files_only: If True, use only what was downloaded before.
+            use_safetensors: If False, pickled weights are read as well, which can run code.
 
         Raises:
-            ValueError: the checkpoint is of a kind that is not known, or holds no ranking head.
-            OSError: neither a folder nor on the Hub.
+            ValueError: If the family is not supported, or the checkpoint has no ranking head.
+            OSError: If there is no such folder or Hub repository.
         """
-        hub = {key: options[key] for key in HUB_OPTIONS if key in options}
-        is_bert = load_config(name_or_path, **hub).model_type == "bert"
-        kind = BertDistilledRanker if is_bert else LLMForLastTokenRanking
-        model, info = kind.from_pretrained(name_or_path, output_loading_info=True, **options)
-        if info["missing_keys"]:
-            stage = "`disranker distill` trains one on a BERT" if is_bert else "`disranker fit_teacher` trains one"
-            raise ValueError(
-                f"{name_or_path} is no trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, the ranking head; "
-                f"{stage}."
-            )
-        tokenizer = load_tokenizer(name_or_path, **hub)
-        head = getattr(model, "classifier", None) or getattr(model, "score", None)
-        if head is not None and head.weight.dtype != torch.float32:
-            # A score in bf16 has 8 bits, and documents of a query would tie.
-            head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
+        given: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir, "subfolder": subfolder}
+        given |= {"local_files_only": local_files_only, "attn_implementation": attn_implementation}
+        options = {key: value for key, value in given.items() if value not in (None, "", False) or key == "token"}
+        model, tokenizer = load_ranker_model(name_or_path, dtype=dtype, use_safetensors=use_safetensors, **options)
+        keep_head_exact(model)
+        place: Any = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(model.to(place), tokenizer, token_budget)
 
-    def predict(self, pairs: Sequence[Pair] | Pair, progress: bool | Callable[[int], None] = False) -> np.ndarray:
-        """Score pairs.
+    def predict(
+        self,
+        pairs: Sequence[Pair] | Pair,
+        batch_size: int | None = None,
+        show_progress_bar: bool = False,
+        callback: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Score pairs as `PairRanker.predict` does.
 
-        A score does not depend on which other pairs are scored with it, nor on their order, beyond rounding
-        (about 1e-6 in fp32).
+        A score does not depend on the other pairs nor on their order, beyond rounding (about 1e-6 in fp32).
 
         Args:
-            pairs: (query, document); a document is a string or a mapping with title and summary, of which one that is
-                missing, None or NaN is an empty text.
-            progress: show a progress bar, or what to call with the number of pairs of each batch.
-
-        Returns:
-            Raw logits in the order of `pairs`, shape (len(pairs),), float32; of a single pair its score alone.
+            pairs: As in `PairRanker.predict`.
+            batch_size: As in `PairRanker.predict`.
+            show_progress_bar: As in `PairRanker.predict`.
+            callback: Called with the number of pairs of each batch.
         """
+        check_batch_size(batch_size)
         pairs, alone = listed(pairs)
         scores = np.zeros(len(pairs), dtype=np.float32)
         chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
         start = 0
-        with tqdm(total=len(pairs), desc="pairs", unit=" pairs", disable=not progress or callable(progress)) as bar:
+        with tqdm(total=len(pairs), desc="pairs", unit=" pairs", disable=not show_progress_bar) as bar:
             for encoded in prefetch_map(self._encode, chunks):
                 lengths = np.array([len(row["input_ids"]) for row in encoded.rows])
                 self._count(encoded, int(lengths.sum()))
-                batches = runs_within if self.share_prefix and self._can_share() else budget_batches
-                for rows in batches(lengths, self.token_budget):
+                for rows in self._batches(lengths, batch_size):
                     batch = [(encoded.rows[row], pairs[start + row][0]) for row in rows]
                     scores[start + rows] = score_in_halves(self._forward, batch, self._reduce_budget)
                     bar.update(len(rows))
-                    if callable(progress):
-                        progress(len(rows))
+                    if callback is not None:
+                        callback(len(rows))
                 start += len(lengths)
         return scores[0] if alone else scores
+
+    def _batches(self, lengths: np.ndarray, batch_size: int | None) -> list[np.ndarray]:
+        shared = self.share_prefix and self._can_share()
+        if batch_size is None:
+            return (runs_within if shared else budget_batches)(lengths, self.token_budget)
+        order = np.arange(len(lengths)) if shared else np.argsort(-lengths, kind="stable")
+        return np.split(order, range(batch_size, len(order), batch_size))
 
     def _count(self, encoded: Encoded, tokens: int) -> None:
         with _COUNTING:
@@ -144,16 +171,15 @@ class Ranker(PairRanker):
         return self.collator.encode([query for query, _ in pairs], [self._text(document) for _, document in pairs])
 
     def _has_full_attention(self) -> bool:
-        """Whether it is a decoder with full causal attention by sdpa, without soft-capping of the logits."""
-        if not isinstance(self.model, LLMForLastTokenRanking):
+        """Return whether it is a decoder with full causal attention by sdpa, no window and no soft-capping."""
+        if not isinstance(self.model, LLMForLastTokenRanking) or self.model.config.model_type not in PACKABLE:
             return False
-        config = self.model.config
-        window = getattr(config, "sliding_window", None) or self.collator.max_length
-        by_sdpa = self.model.model.config._attn_implementation in ("sdpa", PACKED)
-        return by_sdpa and "gemma" not in config.model_type and window >= self.collator.max_length
+        window = getattr(self.model.config, "sliding_window", None) or self.collator.max_length
+        by_sdpa = self.model.decoder.config._attn_implementation in ("sdpa", PACKED)
+        return by_sdpa and window >= self.collator.max_length
 
     def _can_share(self) -> bool:
-        decoder = self.model.model if isinstance(self.model, LLMForLastTokenRanking) else self.model
+        decoder = self.model.decoder if isinstance(self.model, LLMForLastTokenRanking) else self.model
         return decoder.config._attn_implementation == PACKED
 
     def _forward(self, rows: Sequence[tuple[dict[str, list[int]], str]]) -> np.ndarray:
@@ -177,31 +203,25 @@ class Ranker(PairRanker):
     def _shared(self, rows: list[dict[str, list[int]]], queries: list[str]) -> np.ndarray:
         packed = pack([row["input_ids"] for row in rows], queries)
         ids, places = (tensor.to(self.model.device) for tensor in (packed.input_ids, packed.position_ids))
-        # A mask of four dimensions is taken as it is, where any other would be made one of tokens x tokens.
+        # A mask with four dimensions is used unchanged; any other would be expanded to tokens x tokens.
         unused = torch.empty(1, 1, 1, 1, device=ids.device)
-        hidden = self.model.model(
+        hidden = self.model.decoder(
             input_ids=ids, attention_mask=unused, position_ids=places, use_cache=False, packed=packed
         ).last_hidden_state
         return self.model.head_logits(hidden[0, packed.last]).squeeze(-1).float().cpu().numpy()
 
 
-def pair_collator(
-    model: BertDistilledRanker | LLMForLastTokenRanking, tokenizer: PreTrainedTokenizerBase
-) -> PairCollator:
-    """The collator that feeds a model as its checkpoint says; model and tokenizer are made to fit, in place.
+def pair_collator(model: RankerModel, tokenizer: PreTrainedTokenizerBase) -> PairCollator:
+    """Return the collator for a ranker; tokenizer and model are fitted to each other in place.
 
     Raises:
-        ValueError: tokenizer and model do not go together, or the limits leave no room for a document or go beyond
-            the model's positions.
+        ValueError: If tokenizer and model do not fit, or the limits leave no room for a document or exceed the
+            model's positions.
     """
-    marker, positions = model.config.disranker, position_limit(model.config)
-    if marker["role"] == "teacher":
-        fit_embeddings(model, prepare_tokenizer(tokenizer, marker.get("ending")))
-    else:
-        check_vocabulary(model, tokenizer)
-        tokenizer.padding_side = "right"  # BERT counts its positions from the left
+    marker, positions = model.config.marker, position_limit(model.config)
+    fit_tokenizer(model, tokenizer)
     default = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
-    max_length = marker.get("max_length") or default
+    max_length = marker.max_length or default
     check_length(model.config, max_length)
-    max_query_length = marker.get("max_query_length") or min(DEFAULT_MAX_QUERY_LENGTH, max_length // 2)
-    return PairCollator(tokenizer, model.config.templates, max_length, max_query_length)
+    max_query_length = marker.max_query_length or min(DEFAULT_MAX_QUERY_LENGTH, max_length // 2)
+    return PairCollator(tokenizer, marker.templates, max_length, max_query_length)

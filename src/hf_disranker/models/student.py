@@ -1,4 +1,4 @@
-"""BertDistilledRanker: the BERT that is served."""
+"""BertDistilledRanker: BERT cross-encoder with one raw score."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_disranker.data.templates import STUDENT_TEMPLATES
 from hf_disranker.models.checkpoint import RankerConfigMixin, RankerOutput
 from hf_disranker.models.hub import RankerHubMixin
 from hf_disranker.models.packing import Unpadded
 
-_USUAL = {"return_dict": True}
-
 
 class DisRankerBertConfig(RankerConfigMixin, BertConfig):
-    """The config of a marked BERT checkpoint.
+    """Config of a marked BERT checkpoint.
 
-    Its stock kin: [google-bert/bert-base-uncased](https://huggingface.co/google-bert/bert-base-uncased).
+    Stock counterpart: [google-bert/bert-base-uncased](https://huggingface.co/google-bert/bert-base-uncased).
     """
 
     model_type = "bert"
@@ -28,17 +25,16 @@ class DisRankerBertConfig(RankerConfigMixin, BertConfig):
     architecture = "BertForSequenceClassification"
     role = "student"
     head = "cls"
-    default_templates = STUDENT_TEMPLATES
 
 
 class BertDistilledRanker(RankerHubMixin, BertForSequenceClassification):
-    """A BERT that reads a query and a document as a pair and gives one raw score, from the [CLS] token.
+    """BERT that reads a (query, document) pair and computes one raw score from the [CLS] token.
 
-    It is a `BertForSequenceClassification` with one label: same weights, same logits, and that is what it is on disk.
-    `from_pretrained` takes a ranker, a CrossEncoder with one label or a plain BERT (whose new head is random).
+    A `BertForSequenceClassification` with one label: same weights, same logits, same class on disk. `from_pretrained`
+    accepts a ranker, a CrossEncoder with one label or a plain BERT, whose new head is random.
 
     Args:
-        config: a `BertConfig`, plain or of a marked checkpoint. A plain one is copied and marked.
+        config: A `BertConfig`, plain or of a marked checkpoint. A plain one is copied and marked.
     """
 
     config_class = DisRankerBertConfig
@@ -58,12 +54,12 @@ class BertDistilledRanker(RankerHubMixin, BertForSequenceClassification):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> RankerOutput | tuple[Tensor, ...]:
-        """As in `BertForSequenceClassification`; the output also has `scores`, shape (rows,), fp32.
+        """Compute logits as `BertForSequenceClassification` does; the output also has `scores`, shape (rows,), fp32.
 
-        On a CPU padding on the right is skipped, and in the last layer all tokens but [CLS]. The logits are the same
-        to 1e-6 in fp32; other padding, labels, hidden states, attentions or a graph to export take the stock forward.
+        On CPU, skip padding and compute only [CLS] in the last layer; logits are equal to 1e-6 in fp32. The stock
+        forward runs where padding is not on the right, for labels, hidden states or attentions, and in a traced graph.
         """
-        plain = labels is None and inputs_embeds is None and position_ids is None and kwargs in ({}, _USUAL)
+        plain = labels is None and inputs_embeds is None and position_ids is None and not _asks_more(kwargs)
         if plain and input_ids is not None and self._can_unpad() and _is_padded_right(attention_mask):
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -74,14 +70,14 @@ class BertDistilledRanker(RankerHubMixin, BertForSequenceClassification):
         return output if isinstance(output, tuple) else RankerOutput(**output)
 
     def _can_unpad(self) -> bool:
-        """Whether it runs on a CPU, where short texts need no fused kernel, and step by step."""
+        """Return whether the model runs eagerly on a CPU, where short texts need no fused kernel."""
         config = self.config
         asked = config.output_attentions or config.output_hidden_states or not config.return_dict or config.is_decoder
         traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
         return self.device.type == "cpu" and not (asked or traced or self.bert.encoder.layer[0].gradient_checkpointing)
 
     def _unpadded_logits(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-        """Logits of a padded batch, shape (rows, 1), through the modules of the stock BERT."""
+        """Compute the logits of a padded batch, shape (rows, 1), through the modules of the stock BERT."""
         flat = Unpadded.of(attention_mask)
         ids, types = (x.flatten()[flat.tokens].unsqueeze(0) for x in (input_ids, token_type_ids))
         hidden = self.bert.embeddings(ids, types, flat.positions.unsqueeze(0)).squeeze(0)
@@ -98,21 +94,21 @@ class BertDistilledRanker(RankerHubMixin, BertForSequenceClassification):
         return logits[flat.order.argsort()]
 
     def start_at(self, score: float) -> None:
-        """Set the offset of all scores, for a new head: learning a teacher's mean score step by step takes long.
+        """Set the bias of a new head: learning a teacher's mean score by gradient steps takes long.
 
         Args:
-            score: what the head's bias becomes, in the scale of the scores.
+            score: Offset of all scores.
         """
         nn.init.constant_(self.classifier.bias, score)
 
     def keep_layers(self, layers: Sequence[int]) -> BertDistilledRanker:
-        """Keep only the named encoder layers, in the order given: a smaller student from a bigger BERT.
+        """Keep only the given encoder layers, in the order given: a smaller student from a larger BERT.
 
         Args:
-            layers: layer numbers from 0, for example (0, 3, 6, 9).
+            layers: Layer numbers from 0, for example (0, 3, 6, 9).
 
         Raises:
-            ValueError: a number that no layer has, one named twice, or none at all.
+            ValueError: If a number is out of range or repeated, or there is none.
         """
         count = self.config.num_hidden_layers
         if not layers or len(set(layers)) != len(layers) or not set(layers) <= set(range(count)):
@@ -122,8 +118,18 @@ class BertDistilledRanker(RankerHubMixin, BertForSequenceClassification):
         return self
 
 
+def _asks_more(kwargs: dict[str, Any]) -> bool:
+    """Return whether keywords ask for more than logits; unknown ones do not, such as CrossEncoder's `scores`."""
+    return bool(
+        kwargs.get("output_attentions")
+        or kwargs.get("output_hidden_states")
+        or kwargs.get("return_dict", True) is False
+        or "encoder_hidden_states" in kwargs
+    )
+
+
 def _is_padded_right(attention_mask: Tensor | None) -> bool:
-    """Whether every row begins with its [CLS] and has its padding, if any, behind its tokens."""
+    """Return whether every row starts with a token and has padding, if any, only at its end."""
     if attention_mask is None:
         return True
     if attention_mask.dim() != 2:

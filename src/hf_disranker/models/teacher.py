@@ -1,37 +1,26 @@
-"""LLMForLastTokenRanking: a decoder that scores a text by the hidden state of its last token."""
+"""LLMForLastTokenRanking: decoder that scores a text by the hidden state of its last token."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import processors
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    Gemma2Config,
-    Gemma2PreTrainedModel,
-    Gemma3PreTrainedModel,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaPreTrainedModel,
-    MistralConfig,
-    MistralPreTrainedModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen2PreTrainedModel,
-    Qwen3Config,
-    Qwen3PreTrainedModel,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from hf_disranker.data.templates import TEACHER_TEMPLATES
+from hf_disranker.models.auto import decoder_types
 from hf_disranker.models.checkpoint import (
     HUB_OPTIONS,
+    LABEL_EXPECTATION,
     RankerConfigMixin,
     RankerOutput,
     adapter_base,
@@ -39,147 +28,82 @@ from hf_disranker.models.checkpoint import (
     load_config,
 )
 from hf_disranker.models.hub import RankerHubMixin
-from hf_disranker.models.pooling import last_token
 
 PAD_TOKEN = "<|pad|>"
-LABEL_EXPECTATION = "label_expectation"
 
 
 class TeacherConfigMixin(RankerConfigMixin):
-    """What the configs of all teacher families share."""
+    """Config of a marked decoder checkpoint; mix it in before the stock config class."""
 
     role = "teacher"
     head = "last_token"
-    default_templates = TEACHER_TEMPLATES
 
     @classmethod
     def architecture_of(cls, head: str) -> str | None:
-        """As in `RankerConfigMixin`; a teacher by label expectation is a causal language model on disk."""
+        """As in `RankerConfigMixin`; a `label_expectation` teacher is stored as a causal language model."""
         if head == LABEL_EXPECTATION:
-            return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.stock.model_type]
+            return modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.stock.model_type]
         return super().architecture_of(head)
 
 
-class DisRankerLlamaConfig(TeacherConfigMixin, LlamaConfig):
-    """The config of a marked Llama checkpoint.
-
-    Its stock kin: [meta-llama/Llama-2-7b-hf](https://huggingface.co/meta-llama/Llama-2-7b-hf).
-    """
-
-    model_type = "llama"
-    stock = LlamaConfig
-    architecture = "LlamaForSequenceClassification"
-
-
-class DisRankerQwen2Config(TeacherConfigMixin, Qwen2Config):
-    """The config of a marked Qwen2 checkpoint.
-
-    Its stock kin: [Qwen/Qwen2-7B](https://huggingface.co/Qwen/Qwen2-7B).
-    """
-
-    model_type = "qwen2"
-    stock = Qwen2Config
-    architecture = "Qwen2ForSequenceClassification"
-
-
-class DisRankerQwen3Config(TeacherConfigMixin, Qwen3Config):
-    """The config of a marked Qwen3 checkpoint.
-
-    Its stock kin: [Qwen/Qwen3-8B](https://huggingface.co/Qwen/Qwen3-8B).
-    """
-
-    model_type = "qwen3"
-    stock = Qwen3Config
-    architecture = "Qwen3ForSequenceClassification"
-
-
-class DisRankerMistralConfig(TeacherConfigMixin, MistralConfig):
-    """The config of a marked Mistral checkpoint.
-
-    Its stock kin: [mistralai/Mistral-7B-v0.1](https://huggingface.co/mistralai/Mistral-7B-v0.1).
-    """
-
-    model_type = "mistral"
-    stock = MistralConfig
-    architecture = "MistralForSequenceClassification"
-
-
-class DisRankerGemma2Config(TeacherConfigMixin, Gemma2Config):
-    """The config of a marked Gemma 2 checkpoint.
-
-    Its stock kin: [google/gemma-2-9b](https://huggingface.co/google/gemma-2-9b).
-    """
-
-    model_type = "gemma2"
-    stock = Gemma2Config
-    architecture = "Gemma2ForSequenceClassification"
-
-
-class DisRankerGemma3Config(TeacherConfigMixin, Gemma3TextConfig):
-    """The config of a marked Gemma 3 checkpoint, the text model.
-
-    Its stock kin: [google/gemma-3-1b-pt](https://huggingface.co/google/gemma-3-1b-pt).
-    """
-
-    model_type = "gemma3_text"
-    stock = Gemma3TextConfig
-    architecture = "Gemma3TextForSequenceClassification"
-
-
 class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
-    """A decoder whose last token's hidden state, times one row of weights, is the score of the text.
+    """Decoder that scores a text by its last token's hidden state times one row of weights.
 
-    It reads one text that holds the query and then the document (`config.templates`); the tokenizer ends it with the
-    end-of-sequence token, which has seen all the others. On disk it is the stock `<Family>ForSequenceClassification`.
-    With a config of `expect_labels` the score is the expected grade over label tokens instead, sum of grade times
-    probability, and the checkpoint the stock `<Family>ForCausalLM`; it must be loaded by this class or `AutoModel`.
-    `from_pretrained` and `from_config` give the class of the checkpoint's family; a causal language model is taken as
-    well, its score row is then new.
+    It reads one text, query first and then the document (`config.marker.templates`); the tokenizer ends it with the
+    end-of-sequence token, which attends to all others. On disk it is the stock `<Family>ForSequenceClassification`.
+    With a config of `expect_labels` the score is the expected grade over label tokens, sum of grade times probability,
+    and the checkpoint is the stock `<Family>ForCausalLM`; load it by this class or `AutoModel`.
+    `from_pretrained` and `from_config` return the class of the checkpoint's family, `LlamaForLastTokenRanking` for
+    instance; a causal language model is accepted and gets a new score row.
 
     Args:
-        config: a config of a known family, plain or of a marked checkpoint. A plain one is copied and marked.
+        config: Config of a supported family, plain or of a marked checkpoint. A plain one is copied and marked.
     """
 
-    base_model_prefix = "model"
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        was_marked = isinstance(config, self.config_class)
-        config = self.config_class.mark(config)
-        super().__init__(config)
-        self.was_marked = was_marked
-        # The stock config: Auto classes would answer the marked one with this very class.
-        self.model = AutoModel.from_config(_stock_config(config))
-        if config.disranker["head"] == LABEL_EXPECTATION:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        marked: Any = self.config_class.mark(config)  # type: ignore[union-attr]
+        # From the stock config: a stock class asks AutoModel for its decoder, which would return this class.
+        super().__init__(_with_class(marked, marked.stock))
+        if not isinstance(getattr(self, "score", None), nn.Linear):
+            raise ValueError(
+                f"A {config.model_type} model cannot be a teacher: {marked.architecture} does not score the last "
+                "token by one row of weights named score."
+            )
+        self.was_marked = isinstance(config, self.config_class)  # type: ignore[arg-type]
+        self.config = _with_class(self.config, type(marked))
+        if marked.marker.head == LABEL_EXPECTATION:
+            del self.score
+            self.lm_head = nn.Linear(marked.hidden_size, marked.vocab_size, bias=False)
             self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-        else:
-            self.score = nn.Linear(config.hidden_size, 1, bias=False)
-        self.post_init()
+            self.post_init()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a folder of LoRA weights gives their base model with the adapter on it.
+        """Load as transformers does; a folder of LoRA weights loads as the base model with the adapter.
 
         Raises:
-            OSError: neither a folder nor on the Hub, or the weights are pickles, or cut off.
-            ValueError: the checkpoint is of a family that is not known, or lacks more than its head.
+            OSError: If there is no such folder or Hub repository, or the weights are pickles or damaged.
+            ValueError: If the family is not supported, or weights other than the head are missing.
         """
         name = pretrained_model_name_or_path
         if cls is not LLMForLastTokenRanking:
             return super().from_pretrained(name, *args, **kwargs)
         hub_options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        config = kwargs.get("config") or load_config(adapter_base(name) or name, **hub_options)
-        return _family(config).from_pretrained(name, *args, **kwargs)
+        base = adapter_base(name) if name is not None and os.path.isdir(name) else None
+        config = kwargs.get("config") or load_config(base or name, **hub_options)
+        return family(config).from_pretrained(name, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> LLMForLastTokenRanking:
-        """A teacher with random weights; raises ValueError for a family that is not known."""
-        return _family(config)(config)
+        """Return a teacher with random weights; raises ValueError for a family that is not supported."""
+        return family(config)(config)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embeddings of the decoder."""
-        return self.model.get_input_embeddings()
+    @property
+    def decoder(self) -> Any:
+        """The stock decoder, without the head."""
+        return getattr(self, self.base_model_prefix)
 
     def forward(
         self,
@@ -194,21 +118,24 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
         """Score each row by its last real token.
 
         Args:
-            input_ids: shape (rows, tokens).
-            attention_mask: 1 for real tokens, shape (rows, tokens); padding may stand left or right.
-            position_ids: as in the backbone.
-            inputs_embeds: in place of `input_ids`, shape (rows, tokens, size).
-            labels: scores to learn, shape (rows,); the loss is then the mean squared error, as in the stock classes.
-            return_dict: False gives the tuple (logits,), or (loss, logits) with labels.
-            kwargs: go to the backbone; `use_cache` is off unless it is given.
+            input_ids: Shape (rows, tokens).
+            attention_mask: 1 for real tokens, shape (rows, tokens); padding may be left or right.
+            position_ids: Positions; None counts the real tokens of each row.
+            inputs_embeds: Replaces `input_ids`, shape (rows, tokens, size).
+            labels: Target scores, shape (rows,); the loss is the mean squared error, as in the stock classes.
+            return_dict: If False, return the tuple (logits,), or (loss, logits) with labels.
+            kwargs: Passed to the decoder; `use_cache` is off by default.
 
         Returns:
-            Logits of shape (rows, 1) and `scores` of shape (rows,), fp32.
+            Logits of shape (rows, 1), and `scores` of shape (rows,), fp32.
         """
-        output = self.model(
+        if self._reads_positions:
+            if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+            kwargs["position_ids"] = position_ids
+        output = self.decoder(
             input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             **{"use_cache": False} | kwargs,
         )
@@ -218,112 +145,155 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
             return (logits,) if loss is None else (loss, logits)
         return RankerOutput(loss, logits, hidden_states=output.hidden_states, attentions=output.attentions)
 
+    @functools.cached_property
+    def _reads_positions(self) -> bool:
+        return "position_ids" in inspect.signature(type(self.decoder).forward).parameters
+
     def head_logits(self, state: Tensor) -> Tensor:
-        """What the head makes of the last tokens' hidden states, shape (rows, size): logits of shape (rows, 1)."""
+        """Apply the head to the last tokens' hidden states, shape (rows, size): logits of shape (rows, 1)."""
         return self._expected_grade(state) if hasattr(self, "lm_head") else self.score(state)
 
     def _expected_grade(self, state: Tensor) -> Tensor:
         """Mean grade under the probabilities of the label tokens, shape (rows, 1), fp32."""
-        marker = self.config.disranker
-        # fp32 throughout: in bf16 near grades would tie.
-        logits = nn.functional.linear(state.float(), self.lm_head.weight[marker["label_tokens"]].float())
+        marker = self.config.marker
+        # fp32 throughout: in bf16 close grades would tie.
+        logits = nn.functional.linear(state.float(), self.lm_head.weight[marker.label_tokens].float())
         if cap := getattr(self.config, "final_logit_softcapping", None):
             logits = cap * (logits / cap).tanh()
-        grades = torch.tensor(marker["grades"], dtype=torch.float32, device=logits.device)
+        grades = torch.tensor(marker.grades, dtype=torch.float32, device=logits.device)
         return (logits.softmax(dim=1) @ grades).unsqueeze(1)
 
 
-class LlamaForLastTokenRanking(LLMForLastTokenRanking, LlamaPreTrainedModel):
-    """The teacher on Llama."""
-
-    config_class = DisRankerLlamaConfig
-
-
-class Qwen2ForLastTokenRanking(LLMForLastTokenRanking, Qwen2PreTrainedModel):
-    """The teacher on Qwen2."""
-
-    config_class = DisRankerQwen2Config
+def family(config: PreTrainedConfig) -> Any:
+    """Return the teacher class for a config; raises ValueError for a family that is not supported."""
+    return family_class(config.model_type)
 
 
-class Qwen3ForLastTokenRanking(LLMForLastTokenRanking, Qwen3PreTrainedModel):
-    """The teacher on Qwen3."""
-
-    config_class = DisRankerQwen3Config
-
-
-class MistralForLastTokenRanking(LLMForLastTokenRanking, MistralPreTrainedModel):
-    """The teacher on Mistral."""
-
-    config_class = DisRankerMistralConfig
+def is_decoder(model_type: str) -> bool:
+    """Return whether transformers has a sequence-classification head for this decoder family."""
+    return model_type in decoder_types(modeling_auto)
 
 
-class Gemma2ForLastTokenRanking(LLMForLastTokenRanking, Gemma2PreTrainedModel):
-    """The teacher on Gemma 2."""
+@functools.cache
+def family_class(model_type: str) -> Any:
+    """Make the teacher class and the config class of a family from its stock classes.
 
-    config_class = DisRankerGemma2Config
-
-
-class Gemma3ForLastTokenRanking(LLMForLastTokenRanking, Gemma3PreTrainedModel):
-    """The teacher on the text model of Gemma 3."""
-
-    config_class = DisRankerGemma3Config
-
-
-FAMILIES = {
-    family.config_class.model_type: family
-    for family in (
-        LlamaForLastTokenRanking,
-        Qwen2ForLastTokenRanking,
-        Qwen3ForLastTokenRanking,
-        MistralForLastTokenRanking,
-        Gemma2ForLastTokenRanking,
-        Gemma3ForLastTokenRanking,
+    Raises:
+        ValueError: If transformers has no decoder of this type with a sequence-classification head.
+    """
+    if not is_decoder(model_type):
+        raise ValueError(
+            f"A {model_type} model cannot be a teacher: transformers has no decoder of this type with a "
+            "sequence-classification head."
+        )
+    architecture = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[model_type]
+    stock: Any = getattr(transformers, architecture)
+    if getattr(stock.config_class, "is_encoder_decoder", False) or stock.config_class.model_type != model_type:
+        raise ValueError(f"A {model_type} model cannot be a teacher: {architecture} is not a plain decoder.")
+    config = type(
+        f"DisRanker{stock.config_class.__name__}",
+        (TeacherConfigMixin, stock.config_class),
+        {
+            "__module__": __name__,
+            "__doc__": stock.config_class.__doc__,
+            "model_type": model_type,
+            "stock": stock.config_class,
+            "architecture": architecture,
+        },
     )
-}
+    members = {"__module__": __name__, "__doc__": f"Teacher stored as {architecture}.", "config_class": config}
+    return type(_teacher_name(architecture), (LLMForLastTokenRanking, stock), members)
+
+
+def _teacher_name(architecture: str) -> str:
+    return architecture.replace("ForSequenceClassification", "ForLastTokenRanking")
+
+
+def __getattr__(name: str) -> Any:
+    """Find the generated classes by name, as pickle does."""
+    for model_type in decoder_types(modeling_auto):
+        architecture = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[model_type]
+        if name == _teacher_name(architecture):
+            return family_class(model_type)
+        if name == f"DisRanker{CONFIG_MAPPING_NAMES[model_type]}":
+            return family_class(model_type).config_class
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _with_class(config: Any, kind: type) -> Any:
+    """Return a copy of a config as another class with the same fields."""
+    config = copy.deepcopy(config)
+    config.__class__ = kind
+    return config
+
+
+def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return the hidden state of each row's last real token.
+
+    It is found by the attention mask, not by the padding id: left padding, right padding and a padding id equal to the
+    end-of-sequence id all return the same state.
+
+    Args:
+        hidden: Shape (rows, tokens, size).
+        attention_mask: 1 for real tokens, shape (rows, tokens); None without padding.
+
+    Returns:
+        Shape (rows, size).
+
+    Examples:
+        >>> hidden = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
+        >>> last_token(hidden, torch.tensor([[1, 1, 0], [0, 1, 1]]))  # padded on the right, padded on the left
+        tensor([[2.],
+                [6.]])
+    """
+    if attention_mask is None:
+        return hidden[:, -1]
+    places = torch.arange(attention_mask.shape[1], device=hidden.device)
+    last = (attention_mask.to(torch.bool) * (places + 1)).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
 def expect_labels(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], ending: str = " relevance:"
 ) -> PreTrainedConfig:
-    """The config of a teacher that scores by the expected grade over label tokens.
+    """Return the config of a teacher that scores by the expected grade over label tokens.
 
-    The same authors prefer this head to the last token in later work, for it is closer to what the model was
-    pre-trained on. Give it to `LLMForLastTokenRanking.from_pretrained(..., config=config)`.
+    The authors of DisRanker prefer this head to the last token in later work, as it is closer to pre-training. Pass it
+    to `LLMForLastTokenRanking.from_pretrained(..., config=config)`.
 
     Args:
-        config: that of a causal language model.
-        tokenizer: its tokenizer; it is prepared for the ending.
-        labels: the word of each grade, from 0 up; each one token when it follows the ending.
-        ending: what stands behind each text, also when the document is cut; the label would come next.
+        config: Config of a causal language model.
+        tokenizer: Its tokenizer; it is prepared for the ending, in place.
+        labels: Word of each grade, from 0 up; each one token after the ending.
+        ending: Text that ends each input, also a truncated one; the label would be the next token.
 
     Raises:
-        ValueError: a label is not one token of its own.
+        ValueError: If a label is not one token of its own.
     """
     before = tokenizer.encode(ending, add_special_tokens=False)
-    behind = [tokenizer.encode(ending + label, add_special_tokens=False) for label in labels]
-    tokens = [ids[-1] for ids in behind]
-    if any(ids[:-1] != before for ids in behind) or len(set(tokens)) < len(labels):
-        raise ValueError(f"Each of the labels {list(labels)} must be one token behind {ending!r}; choose other words.")
-    config = _family(config).config_class.mark(config)
-    marker = {"label_tokens": tokens, "grades": list(range(len(labels))), "ending": ending}
-    config.disranker |= {"head": LABEL_EXPECTATION} | marker
+    after = [tokenizer.encode(ending + label, add_special_tokens=False) for label in labels]
+    tokens = [ids[-1] for ids in after]
+    if any(ids[:-1] != before for ids in after) or len(set(tokens)) < len(labels):
+        raise ValueError(f"Each of the labels {list(labels)} must be one token after {ending!r}; choose other words.")
+    config = family(config).config_class.mark(config)
+    config.update_marker(head=LABEL_EXPECTATION, label_tokens=tokens, grades=list(range(len(labels))), ending=ending)
     prepare_tokenizer(tokenizer, ending)
     return config
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, ending: str | None = None) -> PreTrainedTokenizerBase:
-    """Let a decoder's tokenizer end every text with its end-of-sequence token, and pad with another one.
+    """Make a decoder's tokenizer end every text with its end-of-sequence token, and pad with another token.
 
-    The tokenizer itself puts the token on: in the text it would be lost to truncation. A padding id that is also
-    the end-of-sequence id would make stock loaders read the token before it. Works in place and only once; the
-    vocabulary may grow by the padding token, for which `fit_embeddings` makes room in the model.
+    The post-processor adds the token, since in the text it would be lost to truncation. A padding id equal to the
+    end-of-sequence id would make stock loaders read the token before it. Works in place and only once; the vocabulary
+    may grow by the padding token, for which `fit_embeddings` extends the model.
 
     Args:
-        tokenizer: the model's.
-        ending: text to end with in place of the end-of-sequence token.
+        tokenizer: The model's tokenizer.
+        ending: Text to end with in place of the end-of-sequence token.
 
     Raises:
-        ValueError: the tokenizer has no end-of-sequence token, or no fast implementation.
+        ValueError: If the tokenizer has no end-of-sequence token, or no fast implementation.
     """
     if tokenizer.eos_token is None or not tokenizer.is_fast:
         raise ValueError(
@@ -343,29 +313,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, ending: str | None = N
     return tokenizer
 
 
-@torch.no_grad()
-def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give each token of a prepared tokenizer its row of a decoder's embeddings, and the model its padding id.
-
-    New rows are zero, so that a checkpoint has the same weights on every machine: padding is masked, its row
-    not trained. Works in place; a decoder of any head will do.
-
-    Raises:
-        ValueError: the tokenizer is not the one that the model was trained with.
-    """
-    check_vocabulary(model, tokenizer)
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if layer is not None:
-                layer.weight[rows:] = 0
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.get_input_embeddings().padding_idx = tokenizer.pad_token_id  # the row of this token is not trained
-
-
 def _end_with(tokenizer: PreTrainedTokenizerBase, ending: list[int]) -> None:
-    """Let every text end with the given tokens, in place of what the tokenizer puts behind it."""
+    """End every text with the given tokens, in place of those that the tokenizer appends."""
     whole, text = tokenizer("a")["input_ids"], tokenizer.encode("a", add_special_tokens=False)
     if whole[-len(ending) :] != ending:
         start = next(whole[:at] for at in range(len(whole)) if whole[at : at + len(text)] == text)
@@ -378,14 +327,22 @@ def _end_with(tokenizer: PreTrainedTokenizerBase, ending: list[int]) -> None:
         )
 
 
-def _family(config: PreTrainedConfig) -> type[LLMForLastTokenRanking]:
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"A {config.model_type} model cannot be a teacher; known families: {', '.join(FAMILIES)}.")
-    return FAMILIES[config.model_type]
+@torch.no_grad()
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Extend a decoder's embeddings to all tokens of a prepared tokenizer, and set its padding id, in place.
 
+    New rows are zero, so that a checkpoint has the same weights on every machine: padding is masked and its row is not
+    trained. Accepts a decoder with any head.
 
-def _stock_config(config: Any) -> PreTrainedConfig:
-    """A copy that the Auto classes take for a stock config."""
-    stock = copy.deepcopy(config)
-    stock.__class__ = config.stock
-    return stock
+    Raises:
+        ValueError: If the tokenizer belongs to another model.
+    """
+    check_vocabulary(model, tokenizer)
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight[rows:] = 0
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.get_input_embeddings().padding_idx = tokenizer.pad_token_id  # excludes the row from training

@@ -20,11 +20,10 @@ from sentence_transformers import CrossEncoder
 from urllib3.util import Retry
 
 from hf_disranker.data.templates import STUDENT_TEMPLATES
-from hf_disranker.models.checkpoint import MARKER
-from hf_disranker.models.heads import check_head, check_labels, check_weights, is_classifier, read_config
+from hf_disranker.models.checkpoint import load_config
+from hf_disranker.models.loading import check_head, check_labels, check_loaded_head, is_ranker
 from hf_disranker.models.memory import score_in_halves
 from hf_disranker.models.ranker import Ranker
-from hf_disranker.models.teacher import FAMILIES
 from hf_disranker.scoring.provenance import describe_model, describe_module, tokenizer_digest, versions
 
 logger = logging.getLogger(__name__)
@@ -91,7 +90,7 @@ class RankerEngine:
 
     def predict(self, pairs: Sequence[Pair], callback: Callback | None = None) -> np.ndarray:
         """See `Engine`."""
-        return self.ranker.predict(pairs, progress=callback or False)
+        return self.ranker.predict(pairs, callback=callback)
 
 
 @dataclass
@@ -173,16 +172,14 @@ def load_engine(
         ValueError: If the checkpoint has no ranking head, several labels, or only an adapter; or if a token budget is
             given for a CrossEncoder.
     """
-    config = read_config(model)
+    config = load_config(model)
     check_head(model, config, generative)
-    if hasattr(config, MARKER) or (config.model_type in ("bert", *FAMILIES) and is_classifier(config)):
-        ranker = Ranker.from_pretrained(model, device=process_device(), dtype=dtype)
-        ranker.token_budget = token_budget or ranker.token_budget
-        return RankerEngine(ranker, model)
+    if is_ranker(config):
+        return RankerEngine(Ranker.from_pretrained(model, process_device(), token_budget, dtype=dtype), model)
     if token_budget:
         raise ValueError(f"{model} is scored by sentence-transformers, which has no token budget: omit token_budget.")
     encoder = CrossEncoder(model, device=process_device(), model_kwargs={"dtype": dtype})
-    check_weights(model, encoder.transformers_model)
+    check_loaded_head(model, encoder.transformers_model)
     return CrossEncoderEngine(encoder, model)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_disranker.models.heads import read_config
+from hf_disranker.models.checkpoint import load_config
 from hf_disranker.models.memory import score_in_halves
 from hf_disranker.scoring.engines import Callback, Pair, process_device
 from hf_disranker.scoring.provenance import describe_model, tokenizer_digest, versions
@@ -213,7 +213,7 @@ def load_likelihood(
     check_template(template)
     options = {"gguf_file": gguf_file} if gguf_file else {}
     if not gguf_file:
-        architecture = (read_config(model).architectures or [""])[0]
+        architecture = (load_config(model).architectures or [""])[0]
         if not architecture.endswith("ForCausalLM"):
             raise ValueError(
                 f"{model} is not a causal language model ({architecture}): omit likelihood to score with it."

@@ -84,7 +84,7 @@ def export(ranker: Ranker, source: str, file_format: str, out: str, rows: pd.Dat
     Raises:
         ValueError: If the format does not suit the model, needs a package that is missing, or changes the scores.
     """
-    role = ranker.model.config.disranker["role"]
+    role = ranker.model.config.marker.role
     if (file_format == "vllm") != (role == "teacher"):
         raise ValueError(f"{source} is a {role}: vllm is the format for teachers, the others are for students.")
     with tempfile.TemporaryDirectory() as name:
@@ -132,8 +132,8 @@ def compare(old: Predict, new: Predict, rows: pd.DataFrame) -> Parity:
 def write_checkpoint(ranker: Ranker, folder: Path, weights: bool) -> None:
     """Write config and tokenizer for stock loaders, with or without the weights."""
     model, collator = ranker.model, ranker.collator
-    for limit in ("max_length", "max_query_length"):  # the light runtime has no defaults
-        model.config.disranker[limit] = getattr(collator, limit)
+    # The light runtime has no defaults.
+    model.config.update_marker(max_length=collator.max_length, max_query_length=collator.max_query_length)
     collator.tokenizer.model_max_length = collator.max_length
     collator.tokenizer.backend_tokenizer.no_truncation()  # else the settings of the last call are saved
     collator.tokenizer.backend_tokenizer.no_padding()

@@ -27,8 +27,8 @@ from hf_disranker.data.collators import GroupCollator
 from hf_disranker.evaluation import metrics
 from hf_disranker.models.checkpoint import check_length
 from hf_disranker.models.hub import TrainerHubMixin
+from hf_disranker.models.loading import fit_tokenizer
 from hf_disranker.models.ranker import pair_collator
-from hf_disranker.models.teacher import fit_embeddings, prepare_tokenizer
 from hf_disranker.training.batching import BudgetStream, SetEpoch, TokenBudgetSampler, group_lengths
 from hf_disranker.training.losses import EvaluationLossMixin, LossTerm, hinge, ranknet, score_spread, softmax
 from hf_disranker.training.monitor import (
@@ -195,10 +195,8 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
             self._own_tokenizer = own_tokenizer(self.processing_class, model.config._name_or_path)
             # CrossEncoder and the servers truncate at the tokenizer's limit.
             self._own_tokenizer.model_max_length = self.args.max_length
-        if model.config.disranker["role"] == "teacher":
-            prepare_tokenizer(self._own_tokenizer, model.config.disranker.get("ending"))
-            fit_embeddings(model, self._own_tokenizer)
-        model.config.disranker |= self.marker()
+        fit_tokenizer(model, self._own_tokenizer)
+        model.config.update_marker(**self.marker())
         if self.peft_config is not None:
             model = add_adapter(model, self.peft_config)
         cast_weights(model, self.args.weights_dtype)

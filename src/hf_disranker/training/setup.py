@@ -16,8 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hf_disranker.models.checkpoint import RankerConfigMixin, load_config, load_tokenizer
 from hf_disranker.models.hub import TokenFreeArguments
-from hf_disranker.models.student import BertDistilledRanker
-from hf_disranker.models.teacher import FAMILIES, LLMForLastTokenRanking
+from hf_disranker.models.loading import ranker_class
 
 logger = logging.getLogger(__name__)
 
@@ -172,8 +171,7 @@ def as_ranker(model: Any, frozen: bool = False) -> Any:
         ValueError: If a stock classifier has several labels, is quantized or of an unknown family.
     """
     if isinstance(model, str | os.PathLike):
-        kind = BertDistilledRanker if load_config(model).model_type == "bert" else LLMForLastTokenRanking
-        model = kind.from_pretrained(model, dtype="auto" if frozen else torch.float32)
+        model = ranker_class(load_config(model)).from_pretrained(model, dtype="auto" if frozen else torch.float32)
     elif not isinstance(getattr(model, "config", None), RankerConfigMixin):
         model = _shared(model)
     return with_own_config(model)
@@ -197,16 +195,13 @@ def _shared(model: Any) -> Any:
             f"A {name} is not a ranker: pass a BertDistilledRanker, an LLMForLastTokenRanking, a stock "
             "...ForSequenceClassification with num_labels=1, or the folder or Hub id of a checkpoint."
         )
-    kinds = {"bert": BertDistilledRanker, **FAMILIES}
-    if model.config.model_type not in kinds:
-        raise ValueError(f"A {name} cannot be trained as a ranker; known families: {', '.join(kinds)}.")
+    kind = ranker_class(model.config)
     if getattr(model, "is_quantized", False):
-        raise ValueError(f"The {name} is quantized: load it with {kinds[model.config.model_type].__name__}.")
+        raise ValueError(f"The {name} is quantized: load it with {kind.__name__}.")
     if model.config.num_labels != 1:
         raise ValueError(
             f"The {name} has {model.config.num_labels} labels; a ranker has one: load it with num_labels=1."
         )
-    kind: Any = kinds[model.config.model_type]
     config = kind.config_class.from_dict(model.config.to_dict())
     config._name_or_path = model.config._name_or_path
     with torch.device("meta"):

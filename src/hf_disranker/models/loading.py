@@ -1,0 +1,208 @@
+"""Loading of rankers: choose the class, refuse checkpoints without a ranking head, fit the tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from hf_disranker.models.checkpoint import (
+    HUB_OPTIONS,
+    RankerConfigMixin,
+    check_vocabulary,
+    load_config,
+    load_tokenizer,
+)
+from hf_disranker.models.student import BertDistilledRanker
+from hf_disranker.models.teacher import LLMForLastTokenRanking, family, fit_embeddings, is_decoder, prepare_tokenizer
+
+RankerModel = BertDistilledRanker | LLMForLastTokenRanking
+
+
+def ranker_class(config: PreTrainedConfig) -> Any:
+    """Return the ranker class for a config: the student for BERT, else the teacher of its family.
+
+    Raises:
+        ValueError: If the family is not supported.
+    """
+    return BertDistilledRanker if config.model_type == "bert" else family(config)
+
+
+def is_ranker(config: PreTrainedConfig) -> bool:
+    """Return whether a checkpoint loads as a ranker: marked, or a stock sequence classifier of a supported family."""
+    supported = config.model_type == "bert" or is_decoder(config.model_type)
+    return isinstance(config, RankerConfigMixin) or (supported and is_classifier(config))
+
+
+def is_classifier(config: PreTrainedConfig) -> bool:
+    """Return whether a checkpoint names a stock sequence classifier as its architecture."""
+    return _architecture(config).endswith("ForSequenceClassification")
+
+
+def load_ranker_model(
+    name: str | os.PathLike,
+    *,
+    config: PreTrainedConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    new_head: bool = False,
+    **options: Any,
+) -> tuple[RankerModel, PreTrainedTokenizerBase]:
+    """Load a student or a teacher with its tokenizer, fitted to each other.
+
+    Args:
+        name: Folder or Hub id.
+        config: Config to use in place of the checkpoint's.
+        tokenizer: Tokenizer to copy in place of the checkpoint's.
+        new_head: If True, a missing ranking head is initialised, for training.
+        options: Keywords of `from_pretrained`, such as `dtype`, `attn_implementation` and those of `HUB_OPTIONS`.
+
+    Raises:
+        OSError: If there is no such folder or Hub repository, or the weights are pickles or damaged.
+        ValueError: If the family is not supported, weights or the head are missing, or the tokenizer does not fit.
+    """
+    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    kind = ranker_class(config or load_config(name, **hub))
+    given = {} if config is None else {"config": config}
+    model, info = kind.from_pretrained(name, output_loading_info=True, **given, **options)
+    if info["missing_keys"] and not new_head:
+        is_bert = kind is BertDistilledRanker
+        stage = "`disranker distill` trains one on a BERT" if is_bert else "`disranker fit_teacher` trains one"
+        raise ValueError(
+            f"{name} is no trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, the ranking head; {stage}."
+        )
+    tokenizer = load_tokenizer(name, **hub) if tokenizer is None else copy.deepcopy(tokenizer)
+    return model, fit_tokenizer(model, tokenizer)
+
+
+def fit_tokenizer(model: RankerModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Prepare a tokenizer for a ranker and add the embeddings that it needs; both in place, repeatable.
+
+    Raises:
+        ValueError: If the tokenizer belongs to another model, or cannot end texts.
+    """
+    marker = model.config.marker
+    if marker.role == "teacher":
+        fit_embeddings(model, prepare_tokenizer(tokenizer, marker.ending))
+    else:
+        check_vocabulary(model, tokenizer)
+        tokenizer.padding_side = "right"  # BERT counts positions from the left
+    return tokenizer
+
+
+def keep_head_exact(model: RankerModel) -> None:
+    """Compute the head in fp32: scores in bf16 have 8 bits, so documents of a query would tie."""
+    head = getattr(model, "classifier", None) or getattr(model, "score", None)
+    if head is not None and head.weight.dtype != torch.float32:
+        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+
+def check_head(model: str, config: PreTrainedConfig, generative: bool) -> None:
+    """Refuse, before weights are read, a checkpoint without a ranking head.
+
+    Args:
+        model: Folder or Hub id.
+        config: Its config.
+        generative: If True, a causal language model is read as a reranker that answers yes or no.
+
+    Raises:
+        ValueError: If it has no ranking head, one with several labels, or cannot answer yes or no.
+    """
+    if is_classifier(config):
+        check_labels(model, config.num_labels)
+    architecture, marked = _architecture(config), isinstance(config, RankerConfigMixin)
+    causal = architecture.endswith("ForCausalLM")
+    if generative and (marked or not causal):
+        kind = "marked ranker" if marked else architecture
+        raise ValueError(f"--generative is for a causal language model; {model} is a {kind}: leave it out.")
+    if marked or (modules := _modules_of(model)) == "CrossEncoder":
+        return
+    if generative:
+        _check_answers(model)
+    elif causal:
+        raise ValueError(
+            f"{model} is a language model without a ranking head ({architecture}). {_stage(config)} "
+            "If it was made to answer yes or no to a query and a document, say --generative."
+        )
+    elif modules:
+        raise ValueError(f"{model} is an embedding model ({modules}), without a ranking head. {_stage(config)}")
+    elif architecture and not is_classifier(config):
+        raise ValueError(f"{model} has no ranking head ({architecture}). {_stage(config)}")
+
+
+def check_labels(model: str, labels: int) -> None:
+    """Raise ValueError for a model with several scores per pair."""
+    if labels != 1:
+        raise ValueError(
+            f"{model} gives {labels} scores for a pair; a ranker gives one. Score with it elsewhere and continue with "
+            "a table of scores, such as the difference of two logits; or load it with num_labels=1 and "
+            "ignore_mismatched_sizes=True, save it, and train the new head with disranker fit_teacher."
+        )
+
+
+def check_loaded_head(model: str, loaded: PreTrainedModel | None) -> None:
+    """Refuse a sequence classifier whose head was not in the checkpoint and therefore is random.
+
+    Raises:
+        ValueError: If weights of the head are missing; they are named.
+    """
+    if not type(loaded).__name__.endswith("ForSequenceClassification") or (stored := _stored_names(model)) is None:
+        return
+    assert loaded is not None
+    encoder = f"{loaded.base_model_prefix}."
+    missing = sorted(name for name in loaded.state_dict() if not name.startswith(encoder) and name not in stored)
+    if missing:
+        raise ValueError(f"{model} holds no weights of a ranking head ({', '.join(missing)}). {_stage(loaded.config)}")
+
+
+def _check_answers(model: str) -> None:
+    tokenizer = load_tokenizer(model)
+    answers = {tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")}
+    if len(answers - {None, tokenizer.unk_token_id}) < 2:
+        raise ValueError(f"{model} cannot answer yes or no: its tokenizer has no tokens for these words.")
+
+
+def _stage(config: PreTrainedConfig) -> str:
+    """Name the stage that trains a ranker from a checkpoint of this family."""
+    if is_decoder(config.model_type):
+        return "disranker fit_teacher trains one."
+    if config.model_type == "bert":
+        return "disranker distill trains one on a teacher's scores, disranker fit_teacher on labels."
+    return "Train one first, with sentence-transformers for instance."
+
+
+def _architecture(config: PreTrainedConfig) -> str:
+    return (config.architectures or [""])[0]
+
+
+def _modules_of(model: str) -> str | None:
+    """Return the model type that sentence-transformers saved, such as CrossEncoder; None for other checkpoints."""
+    if _file(model, "modules.json") is None:
+        return None
+    if (path := _file(model, "config_sentence_transformers.json")) is None:
+        return "SentenceTransformer"
+    with open(path, encoding="utf-8") as file:
+        return json.load(file).get("model_type", "SentenceTransformer")
+
+
+def _stored_names(model: str) -> set[str] | None:
+    """Return the names of a checkpoint's weights; None for pickles, which would have to be loaded."""
+    if path := _file(model, "model.safetensors.index.json"):
+        with open(path, encoding="utf-8") as file:
+            return set(json.load(file)["weight_map"])
+    if path := _file(model, "model.safetensors"):
+        with safe_open(path, "pt") as weights:
+            return set(weights.keys())
+    return None
+
+
+def _file(model: str, name: str) -> str | None:
+    """Return a file of a folder or Hub repository; None if it has no such file."""
+    # Offline, a file that is not in the cache counts as missing.
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(model, name, **quiet)
