@@ -251,7 +251,7 @@ def test_the_tutorial_from_a_click_log_to_a_student(page, workshop, small_models
         queries = {" ".join(query.lower().split()) for query in pd.read_csv(table)["query"]}
         assert queries and not queries & dev, f"{table} holds queries of the development side"
     assert set(pd.read_csv("clicks.csv")["users"]) == {3}
-    names = {"bm25", "teacher", "student", "labels_alone"}
+    names = {f"{name}.json" for name in ("bm25", "teacher", "student", "labels_alone")}
     assert {path.stem for path in Path("runs/eval").glob("*.run")} == names
     assert re.search(r"^b - a ", printed, flags=re.M)
     assert "numpy.histogram Bins of a data set" in printed
