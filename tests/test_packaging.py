@@ -117,7 +117,7 @@ def test_examples_in_docstrings(module):
 
 def test_some_docstrings_have_examples():
     names = {module.rsplit(".", 1)[1] for module in WITH_EXAMPLES}
-    assert {"losses", "pooling", "templates"} <= names
+    assert {"losses", "teacher", "templates"} <= names
 
 
 @pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
