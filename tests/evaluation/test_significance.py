@@ -29,7 +29,7 @@ def test_the_p_value_is_the_share_of_sign_patterns():
 
 def test_agrees_with_scipy():
     difference = np.random.default_rng(3).normal(0.1, 0.5, 60)
-    options = {"permutation_type": "samples", "n_resamples": 20_000, "rng": 1}
+    options = {"permutation_type": "samples", "n_resamples": 20_000, "random_state": 1}
     expected = permutation_test((difference, np.zeros(60)), lambda a, b, axis: np.mean(a - b, axis=axis), **options)
     assert randomisation_test(difference, rounds=20_000) == pytest.approx(expected.pvalue, abs=0.015)
 
@@ -89,7 +89,7 @@ def test_bootstrap_refuses_senseless_options(options):
 def test_bootstrap_of_a_ratio_equals_scipys():
     rng = np.random.default_rng(4)
     right, wrong = rng.integers(0, 20, 300), rng.integers(0, 9, 300)
-    options = {"paired": True, "vectorized": False, "method": "percentile", "rng": 1, "n_resamples": 4000}
+    options = {"paired": True, "vectorized": False, "method": "percentile", "random_state": 1, "n_resamples": 4000}
     theirs = scipy_bootstrap((right, wrong), lambda a, b: a.sum() / b.sum(), **options).confidence_interval
     assert_allclose(bootstrap(right, wrong, rounds=4000), theirs, rtol=0.02)
 
