@@ -2,6 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP_ARGS ?=
 CONSTRAINTS ?= constraints-cpu.txt
+EXTRA ?= dev
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/hf_disranker/version.py)
@@ -21,7 +22,7 @@ help:  ## Show this help
 
 $(INSTALLED): setup.cfg pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(PIP_ARGS) --editable .[dev]
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(PIP_ARGS) --editable .[$(EXTRA)]
 	touch $@
 
 install: $(INSTALLED)  ## Build the environment in .venv
@@ -41,7 +42,7 @@ test-all: $(INSTALLED)  ## All tests, the slow ones too
 	$(BIN)/python -m pytest -m '' $(ARGS)
 
 test-lowest:  ## All tests on the lowest versions that we claim, in .venv-lowest
-	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt EXTRA=lowest
 
 test-main:  ## The default tests on the main branches of transformers, trl and sentence-transformers, in .venv-main
 	$(MAKE) install VENV=.venv-main CONSTRAINTS=/dev/null
