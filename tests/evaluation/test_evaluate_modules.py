@@ -9,7 +9,6 @@ import evaluate
 import numpy as np
 import pytest
 import yaml
-from gradio_client import Client
 from huggingface_hub import HfApi, snapshot_download
 
 from hf_disranker.evaluation import metrics
