@@ -4,12 +4,16 @@ PIP_ARGS ?=
 # A process costs 10 s for its imports: two for all tests, none more for the files that ARGS names.
 PARALLEL := $(if $(filter tests%,$(ARGS)),,-n 2 --dist loadfile)
 CONSTRAINTS ?= constraints-cpu.txt
+EXTRA ?= dev
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/hf_disranker/version.py)
+PACKAGE := build/package
+MAIN_BRANCHES := transformers trl sentence-transformers
 BENCH := OMP_NUM_THREADS=1 $(BIN)/python benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test test-all test-lowest bench bench-full bench-models check check-all docs clean
+.PHONY: help install quickstart demo test test-all test-lowest test-main bench bench-full bench-models check check-all package release-check docs clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,7 +24,7 @@ help:  ## Show this help
 
 $(INSTALLED): setup.cfg pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(PIP_ARGS) --editable .[dev]
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(PIP_ARGS) --editable .[$(EXTRA)]
 	touch $@
 
 install: $(INSTALLED)  ## Build the environment in .venv
@@ -40,7 +44,12 @@ test-all: $(INSTALLED)  ## All tests, the slow ones too
 	$(BIN)/python -m pytest -m '' $(PARALLEL) $(ARGS)
 
 test-lowest:  ## All tests on the lowest versions that we claim, in .venv-lowest
-	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt EXTRA=lowest
+
+test-main:  ## The default tests on the main branches of transformers, trl and sentence-transformers, in .venv-main
+	$(MAKE) install VENV=.venv-main CONSTRAINTS=/dev/null
+	.venv-main/bin/python -m pip install --quiet --upgrade $(PIP_ARGS) $(MAIN_BRANCHES:%=git+https://github.com/huggingface/%)
+	$(MAKE) test VENV=.venv-main CONSTRAINTS=/dev/null
 
 bench: $(INSTALLED)  ## Speed against peers, a quarter of an hour on a quiet machine; json in runs/bench
 	mkdir -p runs/bench
@@ -63,8 +72,24 @@ check: $(INSTALLED)  ## Lint and types
 
 check-all: check docs test-all test-lowest  ## All of it, before a release, an hour or more
 
+package:  ## Build sdist and wheel in dist, install the wheel in an environment of its own and start it
+	rm -rf dist $(PACKAGE)
+	$(PYTHON) -m venv $(PACKAGE)
+	$(PACKAGE)/bin/python -m pip install --quiet $(PIP_ARGS) build twine
+	$(PACKAGE)/bin/pyproject-build
+	$(PACKAGE)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(PACKAGE)
+	$(PACKAGE)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) $(PIP_ARGS) dist/*.whl
+	cd $(PACKAGE) && bin/python -c "import hf_disranker as h; [getattr(h, name) for name in h.__all__]; assert h.__version__ == '$(VERSION)', h.__version__"
+	cd $(PACKAGE) && bin/disranker --help
+
+release-check: package  ## The same, and that version, changelog and citation agree; TAG=v... too
+	grep -qF '## [$(VERSION)]' CHANGELOG.md || { echo "CHANGELOG.md has no section for $(VERSION)" >&2; exit 1; }
+	grep -qFx 'version: $(VERSION)' CITATION.cff || { echo "CITATION.cff has another version than $(VERSION)" >&2; exit 1; }
+	test "$(or $(TAG),v$(VERSION))" = "v$(VERSION)" || { echo "tag $(TAG) is not v$(VERSION)" >&2; exit 1; }
+
 docs: $(INSTALLED)  ## The documentation as a site in build/site; a warning or a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:  ## Remove the environments, caches and runs
-	rm -rf $(VENV) .venv-lowest runs build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-lowest .venv-main runs build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,11 +1,14 @@
 """What is shipped: the wheel, how fast it starts, what its docstrings claim, and no calls that are about to go."""
 
+import configparser
 import doctest
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
 import zipfile
@@ -13,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import hf_disranker
 
@@ -134,3 +139,57 @@ def test_the_citation_names_this_version():
 @pytest.mark.parametrize("file", [".pre-commit-config.yaml", *ROOT.glob(".github/**/*.yml")], ids=str)
 def test_forms_are_yaml(file):
     assert yaml.safe_load((ROOT / file).read_text())
+
+
+def test_the_sdist_contains_tests_and_docs(tmp_path):
+    folder = tmp_path / "copy"
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv*", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache"
+    )
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    code = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+    with tarfile.open(next((folder / "dist").glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("src", "recipes", "tests", "docs", "metrics", "benchmarks", ".github")
+    expected = {str(path.relative_to(folder)) for name in folders for path in (folder / name).rglob("*")}
+    expected -= {name for name in expected if ".egg-info" in name}
+    assert expected | {"Makefile", "CHANGELOG.md", "LICENSE", "constraints-lowest.txt", "mkdocs.yml"} <= names
+
+
+def workflow_jobs(name):
+    return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())["jobs"].values()
+
+
+WORKFLOWS = [path.name for path in ROOT.glob(".github/workflows/*.yml")]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_workflows_call_make_targets(workflow):
+    """The commands are those that a developer types, so that a red run can be repeated."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for job in workflow_jobs(workflow):
+        choices = job.get("strategy", {}).get("matrix", {}).get("target", [])
+        for step in (step["run"] for step in job["steps"] if "run" in step):
+            program, *words = step.replace("${{ matrix.target }}", " ".join(choices)).split()
+            called = {word for word in words if re.fullmatch("[a-z-]+", word)}
+            assert program == "make" and called and called <= targets, step
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_actions_are_pinned_by_major_version(workflow):
+    used = [step["uses"] for job in workflow_jobs(workflow) for step in job["steps"] if "uses" in step]
+    assert used and all(re.fullmatch(r"[\w-]+/[\w-]+@(release/)?v\d+", action) for action in used)
+
+
+def test_the_lowest_constraints_are_the_lower_bounds():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    lowest = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    for line in setup["options"]["install_requires"].split():
+        requirement = Requirement(line)
+        for bound in requirement.specifier:
+            assert bound.operator == ">=", f"{line}: no upper pins"
+            tested, claimed = Version(lowest[requirement.name]), Version(bound.version)
+            assert tested >= claimed and tested.release[: len(claimed.release)] == claimed.release, line

@@ -27,7 +27,7 @@ def test_the_p_value_is_the_share_of_sign_patterns():
 
 def test_agrees_with_scipy():
     difference = np.random.default_rng(3).normal(0.1, 0.5, 60)
-    options = {"permutation_type": "samples", "n_resamples": 20_000, "rng": 1}
+    options = {"permutation_type": "samples", "n_resamples": 20_000, "random_state": 1}
     expected = permutation_test((difference, np.zeros(60)), lambda a, b, axis: np.mean(a - b, axis=axis), **options)
     assert randomisation_test(difference, rounds=20_000) == pytest.approx(expected.pvalue, abs=0.015)
 

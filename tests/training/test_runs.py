@@ -58,7 +58,7 @@ def test_a_record_holds_options_data_versions_and_revision(tmp_path, monkeypatch
     text = (tmp_path / "run.json").read_text()
     record = json.loads(text)
     options = record["options"]["DistillationConfig"]
-    assert (options["learning_rate"], options["hinge_weight"], options["optim"]) == (3e-4, 0.5, "adamw_torch_fused")
+    assert (options["learning_rate"], options["hinge_weight"], options["optim"]) == (3e-4, 0.5, config.optim)
     assert "secret" not in text
     assert record["packages"]["torch"] == torch.__version__ and "transformers" in record["packages"]
     digest = hashlib.sha256(hashlib.sha256(b"abc").digest()).hexdigest()
