@@ -214,7 +214,7 @@ def test_score_and_evaluate_use_it_by_an_option(decoder, decoder_dir, judgments,
     main(["evaluate", *option, "--judgments", table, "--split", "", "--out", str(tmp_path / "lm.json")])
     main(["evaluate", "--scores", out, "--judgments", table, "--split", "", "--out", str(tmp_path / "stored.json")])
     live, stored = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("lm", "stored"))
-    assert live["ndcg@10"] == pytest.approx(stored["ndcg@10"], abs=1e-6) and live["parameters"] > 1000
+    assert live["ndcg@10"] == pytest.approx(stored["ndcg@10"], abs=1e-6) and live["about"]["parameters"] > 1000
     for stage in (["score", "--pairs", table, "--out", out], ["evaluate", "--judgments", table]):
         with pytest.raises(SystemExit, match="--gguf_file: only with --likelihood"):
             main([*stage, "--model", decoder_dir, "--gguf_file", "model.gguf"])
