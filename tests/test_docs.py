@@ -305,7 +305,7 @@ def test_commands_that_are_not_run_have_options_that_there_are(tmp_path, monkeyp
 
 
 def test_every_page_with_snippets_is_in_a_test():
-    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     for page in PAGES:
         if any(reason is None for *_, reason in blocks(page)):
             assert Path(page).name in tests or Path(page).stem in tests, f"No test runs {page}."
