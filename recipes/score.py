@@ -117,8 +117,8 @@ def make_engine(args: ScoreArguments) -> Engine:
     """Return the backend that the options name; refuse options of another one."""
     assert args.model is not None
     if args.engine != "transformers":
-        given = {"generative": args.generative, "dtype": args.dtype != "auto", "token_budget": args.token_budget}
-        given |= {"likelihood": args.likelihood, "gguf_file": args.gguf_file}
+        given = {"generative": args.generative, "dtype": args.dtype != "auto", "token_budget": bool(args.token_budget)}
+        given |= {"likelihood": args.likelihood, "gguf_file": bool(args.gguf_file)}
         if ignored := [f"--{name}" for name, is_given in given.items() if is_given]:
             raise ValueError(f"{', '.join(ignored)}: for a model in this process, not for --engine {args.engine}.")
         return HttpEngine(args.engine, args.url, args.model, concurrency=args.concurrency)
