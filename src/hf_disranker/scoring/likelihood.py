@@ -7,6 +7,7 @@ model, Sachan et al. (2022), arXiv 2204.07496. No label and no training is neede
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,9 @@ class LikelihoodEngine:
         self._suffix_ids = self._ids([self._suffix])[0]
         self._weights = describe_model(self.model, self.model.config)
         self.model = _with_exact_head(self.model.eval())
+        # transformers is renaming the argument, one family after the other.
+        parameters = inspect.signature(self.model.base_model.forward).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
 
     def describe(self) -> dict[str, Any]:
         """See `Engine`."""
@@ -156,7 +160,7 @@ class LikelihoodEngine:
         cache = DynamicCache()
         # All but the last context token, whose position predicts the first query token.
         prompts = torch.tensor([context[:-1] for context in places], device=device)
-        self.model.base_model(prompts, past_key_values=cache, use_cache=True)
+        self.model.base_model(prompts, use_cache=True, **{self._cache_name: cache})
         cache.batch_select_indices(torch.tensor([places[tuple(context)] for context, _ in rows], device=device))
         lengths = torch.tensor([len(query) for _, query in rows], device=device)
         targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(query) for _, query in rows], batch_first=True)
@@ -164,7 +168,7 @@ class LikelihoodEngine:
         last = torch.tensor([[context[-1]] for context, _ in rows], device=device)
         # Padding is on the right, where the causal mask hides it from all query tokens.
         inputs = torch.cat([last, targets[:, :-1]], dim=1)
-        logits = self.model(inputs, past_key_values=cache, use_cache=True).logits.float()
+        logits = self.model(inputs, use_cache=True, **{self._cache_name: cache}).logits.float()
         chosen = logits.gather(2, targets.unsqueeze(2)).squeeze(2) - logits.logsumexp(dim=2)
         is_query = torch.arange(targets.shape[1], device=device) < lengths.unsqueeze(1)
         return (chosen.where(is_query, 0.0).sum(dim=1) / lengths).cpu().numpy()
