@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from hf_disranker.cli import main
@@ -66,7 +67,8 @@ def by_full_text(model, tokenizer, pair, document_tokens=256):
     text = ids(f"document {document['title']}\n{document['summary']}".rstrip())[
         : len(ids("document")) + document_tokens
     ]
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    whole = tokenizer("a")["input_ids"]
+    start = whole[: whole.index(ids("a")[0])]
     context, asked = start + text + ids("\nquery:"), ids(f" {query}")
     with torch.no_grad():
         logits = model(torch.tensor([context + asked])).logits[0].log_softmax(dim=-1)
@@ -85,12 +87,17 @@ def test_score_matches_a_full_text_forward(decoder, judgments, family):
     assert engine.tokens > 57 * 8 and engine.documents_cut == 0
 
 
-def test_bos_comes_first(decoder, judgments):
+def test_a_text_starts_with_what_the_tokenizer_puts_in_front(decoder, judgments):
     model, tokenizer = decoder[0], copy.deepcopy(decoder[1])
-    tokenizer.bos_token = tokenizer.eos_token
     pairs = pair_texts(judgments[:5])
+    without = LikelihoodEngine(model, tokenizer, "lm", TEMPLATE).predict(pairs)
+    bos = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
     scores = LikelihoodEngine(model, tokenizer, "lm", TEMPLATE).predict(pairs)
     np.testing.assert_allclose(scores, [by_full_text(model, tokenizer, pair) for pair in pairs], atol=1e-5)
+    assert np.abs(scores - without).min() > 1e-3
 
 
 def test_scores_do_not_depend_on_batch_or_order(decoder, judgments):

@@ -38,7 +38,7 @@ class LikelihoodEngine:
 
     Args:
         model: Any causal language model.
-        tokenizer: Its tokenizer; its bos token, if any, starts each text.
+        tokenizer: Its tokenizer; what it puts in front of a text, such as a bos token, starts each text.
         teacher: Name of the teacher for the manifest.
         template: Text with the fields `title` and/or `summary`, and then `query` at the end.
         document_tokens: Limit of the document; tokens beyond it are cut, the text between document and query is not.
@@ -74,6 +74,9 @@ class LikelihoodEngine:
         self._document = before[:end]
         self._prefix = self._ids([before[: before.index("{")].rstrip()])[0]
         self._suffix_ids = self._ids([self._suffix])[0]
+        # Gemma needs its <bos>; SmolLM2, whose tokenizer adds none, ranks worse with one.
+        letter, whole = self._ids(["a"])[0], self.tokenizer("a")["input_ids"]
+        self._start = whole[: whole.index(letter[0])]
         self._weights = describe_model(self.model, self.model.config)
         self.model = _with_exact_head(self.model.eval())
         # transformers is renaming the argument, one family after the other.
@@ -120,8 +123,7 @@ class LikelihoodEngine:
         limit = len(self._prefix) + self.document_tokens
         ids = dict(zip(documents, self._ids(documents), strict=True))
         self.documents_cut += sum(len(ids[text]) > limit for text in texts)
-        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        contexts = {text: bos + ids[text][:limit] + self._suffix_ids for text in documents}
+        contexts = {text: self._start + ids[text][:limit] + self._suffix_ids for text in documents}
         asked = dict(zip(queries, self._ids([self._space + query for query in queries]), strict=True))
         return [contexts[text] for text in texts], [asked[query] for query, _ in pairs]
 
