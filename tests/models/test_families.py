@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from hf_disranker import DistillationConfig, DistillationTrainer, DistilledRanke
 from hf_disranker.models import student
 from hf_disranker.models.checkpoint import position_limit
 from hf_disranker.models.loading import ranker_class
+from hf_disranker.models.packing import PACKABLE
 from hf_disranker.models.teacher import family_class
 from hf_disranker.serving.export import export
 
@@ -224,6 +226,16 @@ def test_other_students_are_exported_as_cross_encoders_alone(tmp_path):
     for file_format in ("onnx", "openvino"):
         with pytest.raises(ValueError, match=f"student is a electra model: {file_format} is for BERT students"):
             export(ranker, "student", file_format, str(tmp_path / "out"), rows)
+
+
+def test_the_table_of_families_names_those_tested_here():
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "models.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    students = [row[0] for row in rows if row[1] == "student"]
+    assert students == ["bert", *QUICK_STUDENTS, *LONG_STUDENTS]
+    teachers = {row[0]: row[2] for row in rows if row[1] == "teacher"}
+    assert {*QUICK, *LONG} <= teachers.keys()
+    assert {family for family, padding in teachers.items() if padding == "skipped on CPU"} == {*PACKABLE}
 
 
 @pytest.mark.parametrize("family", ["t5", "lilt"])

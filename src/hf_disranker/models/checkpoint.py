@@ -278,7 +278,7 @@ def check_weights(name: str | os.PathLike, info: dict[str, Any], base: str | Non
     Args:
         name: Checkpoint, for the message.
         info: Loading info of `from_pretrained(..., output_loading_info=True)`.
-        base: Name of the base model, outside of which is the head that may be new; None if nothing may be new.
+        base: Name of the base model, outside of which weights may be new; None if none may.
 
     Raises:
         ValueError: If other weights are missing.
@@ -342,12 +342,9 @@ def _reserved_positions(config: PreTrainedConfig) -> int:
     """Return the positions up to the padding id, which no token has in RoBERTa and its relatives."""
     if config.model_type not in encoder_types(modeling_auto):
         return 0
-    stock: Any = getattr(
-        transformers, modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[config.model_type]
-    )
-    small = copy.deepcopy(config)
+    names = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    stock: Any = getattr(transformers, names[config.model_type])
     with torch.device("meta"):
-        modules = dict(stock(small).named_modules())
-    layers = [module for name, module in modules.items() if name.endswith("position_embeddings")]
-    padding = [layer.padding_idx for layer in layers if getattr(layer, "padding_idx", None) is not None]
-    return max(padding) + 1 if padding else 0
+        model = stock(copy.deepcopy(config))
+    layers = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
+    return max([layer.padding_idx + 1 for layer in layers if getattr(layer, "padding_idx", None) is not None] or [0])
