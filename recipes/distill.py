@@ -1,4 +1,4 @@
-"""Stage 3b: distil a teacher's scores into a BERT, with mixed Point-MSE and Margin-MSE.
+"""Stage 3b: distil a teacher's scores into an encoder such as BERT, with mixed Point-MSE and Margin-MSE.
 
     disranker distill --model bert-base-uncased --student_layers 0,2,4,6,8,10 --scores runs/scores
               --judgments judgments.parquet --out runs/student
@@ -16,7 +16,7 @@ from trl import TrlParser
 from hf_disranker.data.groups import SAMPLINGS, load_groups, sample_documents
 from hf_disranker.data.tables import usual_split
 from hf_disranker.models.checkpoint import load_config, load_tokenizer
-from hf_disranker.models.student import BertDistilledRanker
+from hf_disranker.models.student import DistilledRanker, family_class
 from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.scoring.store import teacher_of
 from hf_disranker.training.distillation import DistillationConfig, DistillationTrainer
@@ -28,7 +28,9 @@ from hf_disranker.training.runs import check_output_dir, save_run, train
 class ScriptArguments:
     """Student and data."""
 
-    model: str = field(metadata={"help": "BERT to start from: folder or Hub id.", "aliases": ["--student"]})
+    model: str = field(
+        metadata={"help": "Encoder to start from, such as BERT: folder or Hub id.", "aliases": ["--student"]}
+    )
     scores: str = field(metadata={"help": "Teacher scores: score store or table."})
     more_scores: list[str] = field(
         default_factory=list, metadata={"help": "Scores of more teachers for the same pairs, averaged with the first."}
@@ -68,7 +70,8 @@ def make_parser() -> TrlParser:
 def main(script_args: ScriptArguments, training_args: DistillationConfig) -> None:
     """Read the scores, train, evaluate, save."""
     check_output_dir(training_args, script_args.model)
-    load_config(script_args.model, revision=script_args.model_revision)  # before the tables are read
+    config = load_config(script_args.model, revision=script_args.model_revision)  # before the tables are read
+    family_class(config.model_type)
     sources = [script_args.scores, *script_args.more_scores]
     teachers = [teacher for teacher in map(teacher_of, sources) if teacher]
     source = sources if script_args.more_scores else script_args.scores
@@ -102,10 +105,10 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     save_run(trainer, (script_args, training_args), tables, measures, next_step)
 
 
-def load_student(script_args: ScriptArguments, training_args: DistillationConfig) -> BertDistilledRanker:
-    """Load the BERT to start from, with the chosen layers."""
+def load_student(script_args: ScriptArguments, training_args: DistillationConfig) -> DistilledRanker:
+    """Load the encoder to start from, with the chosen layers."""
     set_seed(training_args.seed)  # same new head in every run and process
-    student = BertDistilledRanker.from_pretrained(
+    student = DistilledRanker.from_pretrained(
         script_args.model,
         revision=script_args.model_revision,
         dtype=training_args.weights_dtype,

@@ -5,9 +5,9 @@
               --out runs/label_student
 
 `judgments` is a table with the columns query_id, query, doc_id, title, summary, label and, optionally, split. A
-decoder becomes a teacher that scores by its last token; a BERT becomes the baseline student without a teacher. With
-`--use_peft`, LoRA weights and the score head are trained and merged at the end. An interrupted run resumes from its
-last checkpoint.
+decoder becomes a teacher that scores by its last token; an encoder becomes the baseline student without a teacher.
+With `--use_peft`, LoRA weights and the score head are trained and merged at the end. An interrupted run resumes from
+its last checkpoint.
 """
 
 import logging
@@ -21,6 +21,7 @@ from hf_disranker.data.groups import load_groups
 from hf_disranker.data.tables import usual_split
 from hf_disranker.models.checkpoint import LABEL_EXPECTATION, load_config, load_tokenizer
 from hf_disranker.models.loading import load_ranker_model
+from hf_disranker.models.student import is_encoder
 from hf_disranker.models.teacher import expect_labels
 from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.training.monitor import warn_shared_queries
@@ -53,7 +54,7 @@ class ScriptArguments:
         metadata={"help": "Words of the grades from 0 up for label_expectation, one token each."},
     )
     student_layers: str | None = field(
-        default=None, metadata={"help": "Encoder layers of a BERT to keep, counted from 0, for example 0,3,6,9."}
+        default=None, metadata={"help": "Encoder layers of a student to keep, counted from 0, for example 0,3,6,9."}
     )
 
 
@@ -67,8 +68,8 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     check_output_dir(training_args, model_args.model_name_or_path)
     source, revision = model_args.model_name_or_path, model_args.model_revision
     config = load_config(source, revision=revision)  # before the tables are read
-    if script_args.student_layers and config.model_type != "bert":
-        raise ValueError(f"--student_layers is for a BERT; {source} is a {config.model_type}.")
+    if script_args.student_layers and not is_encoder(config.model_type):
+        raise ValueError(f"--student_layers is for an encoder; {source} is a {config.model_type}.")
     train_dataset, eval_dataset = load_datasets(script_args, training_args)
 
     set_seed(training_args.seed)  # same new head in every run and process
@@ -100,7 +101,7 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     measures = train(trainer)
     tables = {"judgments": script_args.judgments, "eval_judgments": script_args.eval_judgments}
     next_step = f"disranker score --model {training_args.output_dir} --pairs TABLE --out FOLDER"
-    if config.model_type == "bert":
+    if is_encoder(config.model_type):
         next_step = f"disranker evaluate --model {training_args.output_dir} --judgments {script_args.judgments}"
     save_run(trainer, (script_args, training_args, model_args), tables, measures, next_step)
 

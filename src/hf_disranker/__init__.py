@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hf_disranker.data.groups import load_groups
     from hf_disranker.data.tables import read_table
     from hf_disranker.models.ranker import Ranker
-    from hf_disranker.models.student import BertDistilledRanker
+    from hf_disranker.models.student import BertDistilledRanker, DistilledRanker
     from hf_disranker.models.teacher import LLMForLastTokenRanking
     from hf_disranker.scoring.store import ScoreStore
     from hf_disranker.training.cpt import ClickTrainer, CptConfig, click_dataset
@@ -45,7 +45,7 @@ _MODULES = {
     "training.ranking_trainer": ("RankingTrainer",),
     "training.setup": ("RankingConfig",),
     "scoring.store": ("ScoreStore",),
-    "models.student": ("BertDistilledRanker",),
+    "models.student": ("BertDistilledRanker", "DistilledRanker"),
     "models.teacher": ("LLMForLastTokenRanking",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -56,6 +56,7 @@ __all__ = [
     "CptConfig",
     "DistillationConfig",
     "DistillationTrainer",
+    "DistilledRanker",
     "LLMForLastTokenRanking",
     "RankDistillationConfig",
     "RankDistillationTrainer",

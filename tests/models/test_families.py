@@ -1,15 +1,30 @@
-"""Teachers of every decoder family: stock on disk, loaded by the Auto classes, trainable."""
+"""Teachers and students of every family: stock on disk, loaded by the Auto classes, trainable."""
 
 import dataclasses
+import pickle
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForSequenceClassification
+from datasets import Dataset
+from sentence_transformers import CrossEncoder
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from hf_disranker import LLMForLastTokenRanking
+from hf_disranker import DistillationConfig, DistillationTrainer, DistilledRanker, LLMForLastTokenRanking, Ranker
+from hf_disranker.models import student
+from hf_disranker.models.checkpoint import position_limit
+from hf_disranker.models.loading import ranker_class
+from hf_disranker.models.packing import PACKABLE
 from hf_disranker.models.teacher import family_class
+from hf_disranker.serving.export import export
 
 SIZE = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
 SIZE |= {"num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 64}
@@ -32,6 +47,10 @@ LONG += ["gpt_oss", "deepseek_v3"]
 TEXTS = [[2, 5, 6, 7, 1], [2, 8, 1], [2, 9, 10, 11, 12, 13, 1]]
 
 
+def by_weight(quick, long):
+    return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in long)]
+
+
 def batch(side):
     rows, masks = [], []
     for text in TEXTS:
@@ -49,7 +68,7 @@ def tiny_config(model_type):
     return kind(**{key: value for key, value in (SIZE | OWN.get(model_type, {})).items() if key in known})
 
 
-@pytest.mark.parametrize("family", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)])
+@pytest.mark.parametrize("family", by_weight(QUICK, LONG))
 def test_a_teacher_is_stock_on_disk_and_trains(family, tmp_path):
     config = tiny_config(family)
     torch.manual_seed(0)
@@ -73,6 +92,163 @@ def test_a_teacher_is_stock_on_disk_and_trains(family, tmp_path):
     optimizer.step()
     with torch.no_grad():
         assert teacher(**batch("right")).scores.sub(scores).abs().max() > 0
+
+
+def pair_tokenizer(types=True):
+    """Fast tokenizer of words w0 to w79 that joins pairs; its padding id is 1, as in RoBERTa."""
+    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(80))]
+    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    backend.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"] if types else ["input_ids", "attention_mask"]
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, model_max_length=62, **special)
+
+
+ENCODER = {"vocab_size": 84, "pad_token_id": 1, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3}
+ENCODER |= {"sep_token_id": 3, "embedding_size": 32, "hidden_act": "gelu", "num_key_value_heads": 2}
+TYPED = ["electra", "ernie", "albert", "nomic_bert"]
+POSITIONS = {"roberta": 62, "xlm-roberta": 62, "mpnet": 62}
+QUICK_STUDENTS = ["roberta", "electra", "modernbert"]
+LONG_STUDENTS = [
+    "xlm-roberta",
+    "distilbert",
+    "deberta-v2",
+    "albert",
+    "mpnet",
+    "ernie",
+    "eurobert",
+    "nomic_bert",
+    "gte",
+]
+PAIRS = [("w1 w2", "w3 w4 w5"), ("w1 w2", "w6"), ("w7", "w8 w9 w10 w11 w12 w13")]
+
+ONE_STEP = {"max_steps": 1, "warmup_steps": 0, "learning_rate": 0.01, "max_length": 62, "max_query_length": 8}
+ONE_STEP |= {"use_cpu": True}
+
+
+def student_config(model_type):
+    if model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        pytest.skip(f"this transformers has no {model_type} with a sequence-classification head")
+    kind = student.family_class(model_type).config_class.stock
+    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    own = {"type_vocab_size": 2 if model_type in TYPED else 0 if model_type == "deberta-v2" else 1}
+    return kind(**{key: value for key, value in (SIZE | ENCODER | own).items() if key in known})
+
+
+@pytest.mark.parametrize("family", by_weight(QUICK_STUDENTS, LONG_STUDENTS))
+def test_a_student_is_stock_on_disk_and_scores_as_stock_loaders_do(family, tmp_path):
+    config = student_config(family)
+    torch.manual_seed(0)
+    ranker = DistilledRanker.from_config(config).eval()
+    tokenizer = pair_tokenizer(family in TYPED)
+    ranker.start_at(0.5)
+    ranker.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    scores = Ranker(ranker, tokenizer).predict(PAIRS)
+    assert scores.std() > 1e-4
+    stock_class = getattr(transformers, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[family])
+    stock = stock_class.from_pretrained(tmp_path, config=type(config).from_pretrained(tmp_path)).eval()
+    assert type(stock) is stock_class
+    inputs = tokenizer(*map(list, zip(*PAIRS, strict=True)), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        np.testing.assert_allclose(stock(**inputs).logits.squeeze(-1).numpy(), scores, atol=1e-5)
+    for loader in (AutoModel, AutoModelForSequenceClassification, DistilledRanker):
+        again = loader.from_pretrained(tmp_path)
+        assert type(again) is type(ranker)
+        np.testing.assert_allclose(Ranker(again, tokenizer).predict(PAIRS), scores, atol=1e-5)
+    np.testing.assert_allclose(CrossEncoder(str(tmp_path), device="cpu").predict(PAIRS), scores, atol=1e-5)
+    assert pickle.loads(pickle.dumps(type(ranker))) is type(ranker)
+    assert position_limit(ranker.config) == POSITIONS.get(family, 64)
+
+
+@pytest.mark.parametrize("family", by_weight(QUICK_STUDENTS, LONG_STUDENTS))
+def test_a_student_starts_from_a_plain_encoder_with_fewer_layers_and_trains(family, tmp_path):
+    config = student_config(family)
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "encoder")
+    ranker = DistilledRanker.from_pretrained(tmp_path / "encoder")
+    if family == "albert":
+        with pytest.raises(ValueError, match="Cannot keep layers of a albert model: its layers are shared"):
+            ranker.keep_layers([0])
+    else:
+        ranker.keep_layers([0])
+    row = {"query_id": "1", "query": "w1 w2", "doc_ids": ["a", "b"], "titles": ["w3", "w4"]}
+    row |= {"summaries": ["w5 w6 w7", "w8"], "teacher_scores": [2.0, -1.0]}
+    trainer = DistillationTrainer(
+        model=ranker,
+        args=DistillationConfig(str(tmp_path / "run"), **ONE_STEP),
+        train_dataset=Dataset.from_list([row] * 2),
+        processing_class=pair_tokenizer(family in TYPED),
+    )
+    before = {name: weight.detach().clone() for name, weight in ranker.named_parameters()}
+    trainer.train()
+    changed = [name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])]
+    assert {name.startswith(f"{ranker.base_model_prefix}.") for name in changed} == {True, False}
+    trainer.save_model(tmp_path / "run")
+    pairs = [("w1 w2", "w3 w5 w6 w7"), ("w1 w2", "w4 w8")]
+    scores = Ranker(trainer.model, pair_tokenizer(family in TYPED)).predict(pairs)
+    np.testing.assert_allclose(Ranker(tmp_path / "run").predict(pairs), scores, atol=1e-5)
+
+
+def test_layers_that_cannot_follow_each_other_are_refused():
+    ranker = DistilledRanker.from_config(student_config("modernbert"))
+    with pytest.raises(ValueError, match=r"Cannot keep layers \[1\] of a modernbert model: keep its first layer"):
+        ranker.keep_layers([1])
+    assert ranker.config.num_hidden_layers == len(ranker.model.layers) == 2
+
+
+def test_a_student_needs_all_weights_but_the_head(tmp_path):
+    config = student_config("roberta")
+    encoder = AutoModel.from_config(config)
+    weights = encoder.state_dict()
+    lost = "encoder.layer.1.output.dense.bias"
+    encoder.save_pretrained(tmp_path, state_dict={name: value for name, value in weights.items() if name != lost})
+    with pytest.raises(ValueError, match=f"lacks 1 weights of the model, such as roberta.{lost}"):
+        DistilledRanker.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "llama", "perceiver", "modernvbert"])
+def test_other_families_cannot_be_students(family):
+    config = transformers.AutoConfig.for_model(family)
+    with torch.device("meta"), pytest.raises(ValueError, match=f"A {family} model cannot be a student: "):
+        DistilledRanker.from_config(config)
+
+
+def test_other_students_are_exported_as_cross_encoders_alone(tmp_path):
+    ranker = Ranker(DistilledRanker.from_config(student_config("electra")), pair_tokenizer())
+    rows = pd.DataFrame({"query_id": ["1"], "query": ["w1"], "title": ["w2"], "summary": ["w3"]})
+    assert export(ranker, "student", "cross-encoder", str(tmp_path / "out"), rows).max_difference < 1e-5
+    for file_format in ("onnx", "openvino"):
+        with pytest.raises(ValueError, match=f"student is a electra model: {file_format} is for BERT students"):
+            export(ranker, "student", file_format, str(tmp_path / "out"), rows)
+
+
+def test_the_table_of_families_names_those_tested_here():
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "models.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    students = [row[0] for row in rows if row[1] == "student"]
+    assert students == ["bert", *QUICK_STUDENTS, *LONG_STUDENTS]
+    teachers = {row[0]: row[2] for row in rows if row[1] == "teacher"}
+    assert {*QUICK, *LONG} <= teachers.keys()
+    assert {family for family, padding in teachers.items() if padding == "skipped on CPU"} == {*PACKABLE}
+
+
+@pytest.mark.parametrize("family", ["t5", "lilt"])
+def test_a_family_of_neither_kind_is_refused(family):
+    with pytest.raises(ValueError, match=f"A {family} model cannot be a ranker: transformers has no encoder and no"):
+        ranker_class(transformers.AutoConfig.for_model(family))
+
+
+def test_a_tokenizer_that_joins_no_pairs_is_refused():
+    tokenizer = pair_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    with pytest.raises(ValueError, match="a student needs a fast tokenizer that joins pairs of texts"):
+        Ranker(DistilledRanker.from_config(student_config("roberta")), tokenizer)
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "plbart", "ctrl", "xlnet", "roberta"])

@@ -194,7 +194,7 @@ def test_a_student_without_a_teacher_keeps_the_chosen_layers(tables, student_dir
     caplog.set_level("INFO", logger="hf_disranker")
     rest = ["--judgments", tables / "judgments.parquet", "--out", tables / "student", "--student_layers", "1"]
     rest += [*SHORT, "--max_steps", 1, "--save_strategy", "no"]
-    with pytest.raises(ValueError, match="--student_layers is for a BERT; .*decoder is a llama"):
+    with pytest.raises(ValueError, match="--student_layers is for an encoder; .*decoder is a llama"):
         run("fit_teacher", "--model", language_model, *rest)
     run("fit_teacher", "--model", student_dir, *rest)
     assert json.loads((tables / "student" / "config.json").read_text())["num_hidden_layers"] == 1

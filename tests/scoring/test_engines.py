@@ -25,9 +25,9 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    LiltConfig,
+    LiltForSequenceClassification,
     LlamaForSequenceClassification,
-    XLMRobertaConfig,
-    XLMRobertaForSequenceClassification,
 )
 
 from hf_disranker.data.candidates import Candidates
@@ -81,15 +81,15 @@ def _token_rows(ranker, judgments):
     return [row["input_ids"] for row in ranker.collator.encode(list(judgments["query"]), documents).rows]
 
 
-def test_any_sequence_classifier_with_one_label_is_a_teacher(tmp_path, tiny_student, judgments):
+def test_a_sequence_classifier_of_another_family_is_a_teacher(tmp_path, tiny_student, judgments):
     torch.manual_seed(0)
     tokenizer = tiny_student[1]
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = XLMRobertaConfig(vocab_size=len(tokenizer), num_labels=1, initializer_range=0.5, **shape)
-    model = XLMRobertaForSequenceClassification(config).eval()
-    model.save_pretrained(tmp_path / "roberta")
-    tokenizer.save_pretrained(tmp_path / "roberta")
-    engine = load_engine(str(tmp_path / "roberta"))
+    shape = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = LiltConfig(vocab_size=len(tokenizer), num_labels=1, initializer_range=0.5, **shape)
+    model = LiltForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "lilt")
+    tokenizer.save_pretrained(tmp_path / "lilt")
+    engine = load_engine(str(tmp_path / "lilt"))
     assert isinstance(engine, CrossEncoderEngine)
     steps = []
     scores = engine.predict(pair_texts(judgments), steps.append)
@@ -104,16 +104,16 @@ def test_any_sequence_classifier_with_one_label_is_a_teacher(tmp_path, tiny_stud
     assert about["engine"] == "sentence-transformers" and len(about["weights"]) == 64
     json.dumps(about)
 
-    weights = load_file(tmp_path / "roberta" / "model.safetensors")
+    weights = load_file(tmp_path / "lilt" / "model.safetensors")
     headless = {name: weights[name] for name in weights if not name.startswith("classifier")}
-    save_file(headless, tmp_path / "roberta" / "model.safetensors", {"format": "pt"})
+    save_file(headless, tmp_path / "lilt" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"no weights of a ranking head \(classifier.dense.bias, "):
-        load_engine(str(tmp_path / "roberta"))
+        load_engine(str(tmp_path / "lilt"))
 
     model.config.num_labels = 3
-    XLMRobertaForSequenceClassification(model.config).save_pretrained(tmp_path / "roberta")
+    LiltForSequenceClassification(model.config).save_pretrained(tmp_path / "lilt")
     with pytest.raises(ValueError, match="gives 3 scores for a pair; a ranker gives one"):
-        load_engine(str(tmp_path / "roberta"))
+        load_engine(str(tmp_path / "lilt"))
 
 
 def test_a_language_model_that_answers_yes_or_no_is_a_teacher(tmp_path, tiny_teacher, judgments):
@@ -491,8 +491,8 @@ def test_options_of_a_local_model_are_refused_with_a_server():
 def test_a_token_budget_is_refused_for_a_cross_encoder(tmp_path, tiny_student):
     tokenizer = tiny_student[1]
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = XLMRobertaConfig(vocab_size=len(tokenizer), num_labels=1, **shape)
-    for part in (XLMRobertaForSequenceClassification(config), tokenizer):
+    config = LiltConfig(vocab_size=len(tokenizer), num_labels=1, **shape)
+    for part in (LiltForSequenceClassification(config), tokenizer):
         part.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no token budget"):
         load_engine(str(tmp_path), token_budget=64)

@@ -92,20 +92,24 @@ class PairCollator:
         texts = list(dict.fromkeys([*queries, *documents]))
         parts = dict(zip(texts, self._whole.encode_batch_fast(texts, add_special_tokens=False), strict=True))
         room = self.max_length - self._cut.num_special_tokens_to_add(is_pair=True)
+        read = self._fields()
         rows, cut = [], 0
         for query, document in zip(queries, documents, strict=True):
             one, two = parts[query], parts[document]
             cut += len(one) + len(two) > room
             pair = self._cut.post_process(one, two)
-            rows.append({key: getattr(pair, field) for key, field in _FIELDS.items()})
+            rows.append({key: getattr(pair, field) for key, field in read.items()})
         return rows, cut
 
     def _encode_texts(self, queries: list[str], documents: list[str]) -> tuple[list[dict[str, list[int]]], int]:
         texts = [self.templates.render_text(*pair) for pair in zip(queries, documents, strict=True)]
         encodings = self._cut.encode_batch_fast(texts)
-        read = {key: field for key, field in _FIELDS.items() if key in self.tokenizer.model_input_names}
+        read = self._fields()
         rows = [{key: getattr(encoding, field) for key, field in read.items()} for encoding in encodings]
         return rows, sum(1 for encoding in encodings if encoding.overflowing)
+
+    def _fields(self) -> dict[str, str]:
+        return {key: field for key, field in _FIELDS.items() if key in self.tokenizer.model_input_names}
 
     def pad(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         """Pad rows of `encode` into tensors of shape (rows, longest)."""

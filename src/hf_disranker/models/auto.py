@@ -1,9 +1,9 @@
 """Registration with transformers' Auto classes: rankers for marked checkpoints, stock classes for all others.
 
-When transformers' Auto classes are imported, a gate replaces the config class of BERT and of every decoder that has a
-sequence-classification head, by transformers' own tables. The gate returns stock configs for unmarked checkpoints; the
-first marked one registers the ranker of its family, and `AutoModel` and the others then choose by the config's type.
-Only the public `register` methods are used.
+When transformers' Auto classes are imported, a gate replaces the config class of every encoder and every decoder that
+has a sequence-classification head, by transformers' own tables. The gate returns stock configs for unmarked
+checkpoints; the first marked one registers the ranker of its family, and `AutoModel` and the others then choose by the
+config's type. Only the public `register` methods are used.
 """
 
 from __future__ import annotations
@@ -40,6 +40,13 @@ def decoder_types(models: ModuleType) -> list[str]:
     return [model_type for model_type in found if model_type in causal and model_type not in masked]
 
 
+def encoder_types(models: ModuleType) -> list[str]:
+    """Return the model types of encoders with a sequence-classification head; see `decoder_types`."""
+    masked, generating = models.MODEL_FOR_MASKED_LM_MAPPING_NAMES, models.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    found = models.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    return [model_type for model_type in found if model_type in masked and model_type not in generating]
+
+
 def register(model_type: str) -> Any:
     """Register the ranker of a family and return its config class.
 
@@ -52,10 +59,9 @@ def register(model_type: str) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-    from hf_disranker.models.student import BertDistilledRanker
-    from hf_disranker.models.teacher import family_class
+    from hf_disranker.models import student, teacher
 
-    model: Any = BertDistilledRanker if model_type == "bert" else family_class(model_type)
+    model = (student if student.is_encoder(model_type) else teacher).family_class(model_type)
     config = model.config_class
     AutoConfig.register(model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)
@@ -101,7 +107,7 @@ class _GateType(type):
 
 def _install_gates(models: ModuleType) -> None:
     configs: Any = sys.modules["transformers.models.auto.configuration_auto"]
-    for model_type in ("bert", *decoder_types(models)):
+    for model_type in [*encoder_types(models), *decoder_types(models)]:
         # Under the stock name, by which transformers finds the model type of a config class.
         gate = _GateType(configs.CONFIG_MAPPING_NAMES[model_type], (), {"model_type": model_type})
         configs.AutoConfig.register(model_type, gate, exist_ok=True)

@@ -84,6 +84,7 @@ def model_card(config: Any, repo_id: str, facts: CardFacts | None = None, adapte
         role=marker.role,
         adapter=adapter,
         architecture=config.architecture,
+        is_bert=config.model_type == "bert",
         templates=templates,
         example=repr(templates.get("text", "").format(query="how to plot", document="numpy.histogram: bins of data")),
         max_length=marker.max_length,

@@ -14,13 +14,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto import modeling_auto
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_disranker.data.templates import STUDENT_TEMPLATES, TEACHER_TEMPLATES, Templates
+from hf_disranker.models.auto import decoder_types, encoder_types
 
 MARKER = "disranker"
 FORMAT = 1
@@ -29,8 +32,6 @@ LABEL_EXPECTATION = "label_expectation"
 RAW_LOGITS = {"activation_fn": "torch.nn.modules.linear.Identity"}
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 
-# Weights that a training stage may initialise. A BERT that was pre-trained without a pooler lacks that too.
-_HEAD = re.compile(r"(classifier|score|bert\.pooler)\.")
 # Least share of the embedding rows that a tokenizer must cover: rows are padded up by a few percent at most.
 _KNOWN_ROWS = 0.75
 
@@ -271,17 +272,20 @@ def adapter_base(name: str | os.PathLike) -> str | None:
     return json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE_MODEL"
 
 
-def check_weights(name: str | os.PathLike, info: dict[str, Any]) -> None:
-    """Check that nothing but the head of a model starts from random weights.
+def check_weights(name: str | os.PathLike, info: dict[str, Any], base: str | None = None) -> None:
+    """Check that nothing but a new head, its pooler included, starts from random weights.
 
     Args:
         name: Checkpoint, for the message.
         info: Loading info of `from_pretrained(..., output_loading_info=True)`.
+        base: Name of the base model, outside of which weights may be new; None if none may.
 
     Raises:
         ValueError: If other weights are missing.
     """
-    missing = sorted(key for key in info["missing_keys"] if not _HEAD.match(key))
+    # Many encoders are pre-trained without a pooler, which the stock classes have in the base model.
+    new = re.compile(rf"(?!{base}\.)|{base}\.pooler\.") if base else None
+    missing = sorted(key for key in info["missing_keys"] if new is None or not new.match(key))
     if missing:
         unexpected = sorted(info["unexpected_keys"])
         hint = (
@@ -302,7 +306,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         ValueError: If token ids exceed the embeddings, or most embeddings have no token.
     """
     rows = model.get_input_embeddings().num_embeddings
-    ids = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=model.config.model_type == "bert").values()
+    is_decoder = model.config.model_type in decoder_types(modeling_auto)
+    ids = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=not is_decoder).values()
     name = f"{tokenizer.name_or_path or model.config.name_or_path}: the tokenizer"
     if max(ids, default=-1) >= rows:
         raise ValueError(
@@ -329,4 +334,17 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each kind of layer
     scaled = any(kind.get("rope_type", "default") != "default" for kind in kinds)
-    return None if scaled else getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    return None if scaled or positions is None else positions - _reserved_positions(config)
+
+
+def _reserved_positions(config: PreTrainedConfig) -> int:
+    """Return the positions up to the padding id, which no token has in RoBERTa and its relatives."""
+    if config.model_type not in encoder_types(modeling_auto):
+        return 0
+    names = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    stock: Any = getattr(transformers, names[config.model_type])
+    with torch.device("meta"):
+        model = stock(copy.deepcopy(config))
+    layers = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
+    return max([layer.padding_idx + 1 for layer in layers if getattr(layer, "padding_idx", None) is not None] or [0])

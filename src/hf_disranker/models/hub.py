@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
 from hf_disranker.models.card import TEMPLATES, CardFacts, model_card, training_facts
-from hf_disranker.models.checkpoint import HUB_OPTIONS, check_weights, explain_absence, load_config
+from hf_disranker.models.checkpoint import HUB_OPTIONS, LABEL_EXPECTATION, check_weights, explain_absence, load_config
 
 MODELING_FILE = "modeling_disranker.py"
 # Loading a pickle can run code, and training_args.bin may contain secrets.
@@ -57,11 +57,11 @@ class RankerHubMixin:
         except Exception as error:  # many kinds, by version and by source
             _explain(error, name, kwargs)
             raise
-        if model.was_marked and any(key.split(".")[0] in ("classifier", "score") for key in info["missing_keys"]):
+        if model.was_marked and any(not key.startswith(f"{model.base_model_prefix}.") for key in info["missing_keys"]):
             raise ValueError(
                 f"{name} is no trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, which its config claims."
             )
-        check_weights(name, info)
+        check_weights(name, info, None if model.config.marker.head == LABEL_EXPECTATION else model.base_model_prefix)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:

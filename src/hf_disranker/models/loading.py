@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from hf_disranker.models import student, teacher
 from hf_disranker.models.checkpoint import (
     HUB_OPTIONS,
     RankerConfigMixin,
@@ -19,24 +21,29 @@ from hf_disranker.models.checkpoint import (
     load_config,
     load_tokenizer,
 )
-from hf_disranker.models.student import BertDistilledRanker
-from hf_disranker.models.teacher import LLMForLastTokenRanking, family, fit_embeddings, is_decoder, prepare_tokenizer
+from hf_disranker.models.student import DistilledRanker, is_encoder, output_layer
+from hf_disranker.models.teacher import LLMForLastTokenRanking, fit_embeddings, is_decoder, prepare_tokenizer
 
-RankerModel = BertDistilledRanker | LLMForLastTokenRanking
+RankerModel = DistilledRanker | LLMForLastTokenRanking
 
 
 def ranker_class(config: PreTrainedConfig) -> Any:
-    """Return the ranker class for a config: the student for BERT, else the teacher of its family.
+    """Return the ranker class for a config: the student of an encoder's family, the teacher of a decoder's.
 
     Raises:
         ValueError: If the family is not supported.
     """
-    return BertDistilledRanker if config.model_type == "bert" else family(config)
+    if not (is_encoder(config.model_type) or is_decoder(config.model_type)):
+        raise ValueError(
+            f"A {config.model_type} model cannot be a ranker: transformers has no encoder and no decoder of this type "
+            "with a sequence-classification head."
+        )
+    return (student if is_encoder(config.model_type) else teacher).family_class(config.model_type)
 
 
 def is_ranker(config: PreTrainedConfig) -> bool:
     """Return whether a checkpoint loads as a ranker: marked, or a stock sequence classifier of a supported family."""
-    supported = config.model_type == "bert" or is_decoder(config.model_type)
+    supported = is_encoder(config.model_type) or is_decoder(config.model_type)
     return isinstance(config, RankerConfigMixin) or (supported and is_classifier(config))
 
 
@@ -71,10 +78,10 @@ def load_ranker_model(
     given = {} if config is None else {"config": config}
     model, info = kind.from_pretrained(name, output_loading_info=True, **given, **options)
     if info["missing_keys"] and not new_head:
-        is_bert = kind is BertDistilledRanker
-        stage = "`disranker distill` trains one on a BERT" if is_bert else "`disranker fit_teacher` trains one"
+        stage = "distill" if is_encoder(model.config.model_type) else "fit_teacher"
         raise ValueError(
-            f"{name} is no trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, the ranking head; {stage}."
+            f"{name} is no trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, the ranking head; "
+            f"`disranker {stage}` trains one."
         )
     tokenizer = load_tokenizer(name, **hub) if tokenizer is None else copy.deepcopy(tokenizer)
     return model, fit_tokenizer(model, tokenizer)
@@ -84,20 +91,31 @@ def fit_tokenizer(model: RankerModel, tokenizer: PreTrainedTokenizerBase) -> Pre
     """Prepare a tokenizer for a ranker and add the embeddings that it needs; both in place, repeatable.
 
     Raises:
-        ValueError: If the tokenizer belongs to another model, or cannot end texts.
+        ValueError: If the tokenizer belongs to another model, or cannot end texts or join pairs.
     """
     marker = model.config.marker
     if marker.role == "teacher":
         fit_embeddings(model, prepare_tokenizer(tokenizer, marker.ending))
     else:
         check_vocabulary(model, tokenizer)
-        tokenizer.padding_side = "right"  # BERT counts positions from the left
+        _prepare_pairs(model, tokenizer)
     return tokenizer
+
+
+def _prepare_pairs(model: DistilledRanker, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a student's tokenizer pad on the right and return token types only to a model that reads them."""
+    if not tokenizer.is_fast or tokenizer.num_special_tokens_to_add(pair=True) == 0:
+        raise ValueError(f"{type(tokenizer).__name__}: a student needs a fast tokenizer that joins pairs of texts.")
+    tokenizer.padding_side = "right"  # absolute positions are counted from the left
+    reads_types = "token_type_ids" in inspect.signature(model.forward).parameters
+    if not reads_types or getattr(model.config, "type_vocab_size", 2) < 2:
+        names = tokenizer.model_input_names
+        tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
 
 
 def keep_head_exact(model: RankerModel) -> None:
     """Compute the head in fp32: scores in bf16 have 8 bits, so documents of a query would tie."""
-    head = getattr(model, "classifier", None) or getattr(model, "score", None)
+    head = output_layer(model) if isinstance(model, DistilledRanker) else getattr(model, "score", None)
     if head is not None and head.weight.dtype != torch.float32:
         head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
@@ -171,7 +189,7 @@ def _stage(config: PreTrainedConfig) -> str:
     """Name the stage that trains a ranker from a checkpoint of this family."""
     if is_decoder(config.model_type):
         return "disranker fit_teacher trains one."
-    if config.model_type == "bert":
+    if is_encoder(config.model_type):
         return "disranker distill trains one on a teacher's scores, disranker fit_teacher on labels."
     return "Train one first, with sentence-transformers for instance."
 

@@ -35,7 +35,7 @@ class Ranker(PairRanker):
     """Scores documents for a query with a student or a teacher. Threads can share one.
 
     Args:
-        model: A `BertDistilledRanker` or an `LLMForLastTokenRanking`; or a folder or Hub id, loaded by
+        model: A `DistilledRanker` or an `LLMForLastTokenRanking`; or a folder or Hub id, loaded by
             `from_pretrained`.
         tokenizer: The model's tokenizer, which is copied; None for a folder or Hub id.
         token_budget: Tokens of a forward pass, padding included; None for 2,048 on CPU, where more exceeds the caches

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers
 from tokenizers import processors
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hf_disranker.models.auto import decoder_types
 from hf_disranker.models.checkpoint import (
@@ -27,9 +25,11 @@ from hf_disranker.models.checkpoint import (
     check_vocabulary,
     load_config,
 )
+from hf_disranker.models.families import find_family, make_family
 from hf_disranker.models.hub import RankerHubMixin
 
 PAD_TOKEN = "<|pad|>"
+_SUFFIX = "ForLastTokenRanking"
 
 
 class TeacherConfigMixin(RankerConfigMixin):
@@ -186,38 +186,15 @@ def family_class(model_type: str) -> Any:
             f"A {model_type} model cannot be a teacher: transformers has no decoder of this type with a "
             "sequence-classification head."
         )
-    architecture = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[model_type]
-    stock: Any = getattr(transformers, architecture)
-    if getattr(stock.config_class, "is_encoder_decoder", False) or stock.config_class.model_type != model_type:
-        raise ValueError(f"A {model_type} model cannot be a teacher: {architecture} is not a plain decoder.")
-    config = type(
-        f"DisRanker{stock.config_class.__name__}",
-        (TeacherConfigMixin, stock.config_class),
-        {
-            "__module__": __name__,
-            "__doc__": stock.config_class.__doc__,
-            "model_type": model_type,
-            "stock": stock.config_class,
-            "architecture": architecture,
-        },
-    )
-    members = {"__module__": __name__, "__doc__": f"Teacher stored as {architecture}.", "config_class": config}
-    return type(_teacher_name(architecture), (LLMForLastTokenRanking, stock), members)
-
-
-def _teacher_name(architecture: str) -> str:
-    return architecture.replace("ForSequenceClassification", "ForLastTokenRanking")
+    return make_family(LLMForLastTokenRanking, TeacherConfigMixin, model_type, _SUFFIX)
 
 
 def __getattr__(name: str) -> Any:
     """Find the generated classes by name, as pickle does."""
-    for model_type in decoder_types(modeling_auto):
-        architecture = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[model_type]
-        if name == _teacher_name(architecture):
-            return family_class(model_type)
-        if name == f"DisRanker{CONFIG_MAPPING_NAMES[model_type]}":
-            return family_class(model_type).config_class
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if (found := find_family(name, decoder_types(modeling_auto), _SUFFIX)) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    kind = family_class(found[0])
+    return kind.config_class if found[1] else kind
 
 
 def _with_class(config: Any, kind: type) -> Any:

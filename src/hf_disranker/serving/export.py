@@ -87,6 +87,11 @@ def export(ranker: Ranker, source: str, file_format: str, out: str, rows: pd.Dat
     role = ranker.model.config.marker.role
     if (file_format == "vllm") != (role == "teacher"):
         raise ValueError(f"{source} is a {role}: vllm is the format for teachers, the others are for students.")
+    if file_format in ("onnx", "openvino") and not isinstance(ranker.model, BertDistilledRanker):
+        raise ValueError(
+            f"{source} is a {ranker.model.config.model_type} model: {file_format} is for BERT students; choose "
+            "cross-encoder."
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "export")
         write_checkpoint(ranker, folder, weights=file_format in ("cross-encoder", "vllm"))
@@ -139,7 +144,7 @@ def write_checkpoint(ranker: Ranker, folder: Path, weights: bool) -> None:
     collator.tokenizer.backend_tokenizer.no_padding()
     (model if weights else model.config).save_pretrained(folder)
     collator.tokenizer.save_pretrained(folder)
-    if model.config.model_type == "bert":
+    if isinstance(model, BertDistilledRanker):
         words = sorted(collator.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
         (folder / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in words), encoding="utf-8")
 

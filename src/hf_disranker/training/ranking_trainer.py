@@ -83,7 +83,7 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
     a query; evaluation reports PNR, NDCG and the loss over the whole set. Override `loss_terms` for a custom loss.
 
     Args:
-        model: `BertDistilledRanker` or `LLMForLastTokenRanking` (also inside a peft model), stock sequence classifier
+        model: `DistilledRanker` or `LLMForLastTokenRanking` (also inside a peft model), stock sequence classifier
             with one label, whose weights are shared, or folder or Hub id.
         args: Training options; None uses the defaults.
         train_dataset: Rows of `load_groups` with `labels`. A stream is repeated and sampled from a shuffle buffer, so

@@ -192,7 +192,7 @@ def _shared(model: Any) -> Any:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or not name.endswith("ForSequenceClassification"):
         raise TypeError(
-            f"A {name} is not a ranker: pass a BertDistilledRanker, an LLMForLastTokenRanking, a stock "
+            f"A {name} is not a ranker: pass a DistilledRanker, an LLMForLastTokenRanking, a stock "
             "...ForSequenceClassification with num_labels=1, or the folder or Hub id of a checkpoint."
         )
     kind = ranker_class(model.config)
