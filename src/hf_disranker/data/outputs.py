@@ -20,6 +20,12 @@ def json_in(path: str | os.PathLike[str]) -> Any:
         return None
 
 
+def made_by(path: str | os.PathLike[str], command: str) -> bool:
+    """Return True if a file is json with the name of the command as `made_by`."""
+    content = json_in(path)
+    return isinstance(content, dict) and content.get("made_by") == command
+
+
 def check_output(
     path: str | os.PathLike[str], is_ours: Callable[[Path], bool], inputs: Iterable[str | None] = ()
 ) -> None:

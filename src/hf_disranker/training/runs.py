@@ -135,14 +135,6 @@ def save_json(content: Any, path: str) -> None:
     os.replace(temporary, path)
 
 
-def refuse_foreign(path: str | None, made_by: str) -> None:
-    """Raise ValueError if the path exists and is not json that this command wrote."""
-    if path and os.path.exists(path):
-        content = json_in(path)
-        if not isinstance(content, dict) or content.get("made_by") != made_by:
-            raise ValueError(f"{path}: `{made_by}` did not write this file and does not overwrite it.")
-
-
 def save_record(output_dir: str, arguments: Sequence[Any], sources: Mapping[str, str | None]) -> None:
     """Write run.json: resolved options without tokens, fingerprints of the tables, versions and git revision."""
     options = {
