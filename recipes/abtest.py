@@ -102,11 +102,8 @@ def analyse(args: AbtestArguments, log: pd.DataFrame, users: pd.DataFrame, bucke
             for one, other in zip(main_effects, plain, strict=True)
         }
         print("Variance less by " + ", ".join(f"{share:.0%} ({name})" for name, share in reduced.items()) + ".")
-        found["cuped"] = {
-            "covariates": args.covariates,
-            "variance_reduction": reduced,
-            "without": rows(plain, buckets),
-        }
+        found["cuped"] = {"covariates": args.covariates, "variance_reduction": reduced}
+        found["cuped"]["without"] = rows(plain, buckets)
     days = log["day"].nunique() if "day" in log else None
     found["power"] = online.power(users, buckets, args.covariates, days)
     print("\nNeeded in each bucket to find the paper's effects four times out of five (and what this log can find)")
