@@ -81,7 +81,7 @@ def test_several_treatments_are_each_compared_with_the_control(run):
 def test_a_sample_ratio_mismatch_ends_without_a_conclusion(run, log, capsys):
     lost = log[(log["bucket"] == "old") | ~log["user_id"].str[-1].isin(["3", "7"])]
     lost.to_parquet("lost.parquet")
-    with pytest.raises(SystemExit, match="Nothing is concluded: users did not fall into the buckets as meant") as end:
+    with pytest.raises(SystemExit, match="Nothing is concluded: users are not split as intended") as end:
         run("abtest", "lost.parquet", "--control", "old", "--out", "abtest.json")
     assert isinstance(end.value.code, str)  # so the exit code is 1
     assert "page_ctr" not in capsys.readouterr().out
