@@ -227,7 +227,7 @@ def test_a_model_init_makes_each_training_anew(student_dir, groups, tmp_path):
 def test_what_would_be_ignored_is_refused(student_dir, groups, tmp_path, trainer_class):
     args = trainer_class.config_class(str(tmp_path), **SHORT)
     for name in ("compute_loss_func", "data_collator"):
-        with pytest.raises(TypeError, match=f"takes no .*{name}.* loss_terms"):
+        with pytest.raises(TypeError, match=f"accepts no .*{name}.* loss_terms"):
             trainer_class(student_dir, args, groups, **{name: lambda *_: 1 / 0})
     with pytest.raises(TypeError, match=f"needs args of {trainer_class.config_class.__name__}, .* TrainingArguments"):
         trainer_class(student_dir, TrainingArguments(str(tmp_path), use_cpu=True), groups)
