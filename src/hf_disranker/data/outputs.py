@@ -1,4 +1,4 @@
-"""Refuse to overwrite files that a command did not write."""
+"""Checks of output paths: no command overwrites files that it did not write."""
 
 from __future__ import annotations
 
