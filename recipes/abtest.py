@@ -1,11 +1,11 @@
-"""What an A/B test of rankers says, from its impression log.
+"""Analyse an A/B test of rankers from its impression log.
 
     disranker abtest log.parquet --control bm25
     disranker abtest log.parquet --control bm25 --slices device --covariates clicks_before --out abtest.json
 
-PageCTR, UserCTR, clicks per page and dwell time after the click: each treatment against the control with 95% interval,
-p-value and the same corrected for all measures (Holm), by the delta method over users. Users must have fallen into the
-buckets as they were meant to; if they did not, nothing is concluded and the exit code is 1.
+Compares each treatment with the control in PageCTR, UserCTR, clicks per page and dwell time after the click, with 95%
+interval and p-value (delta method over users), also after Holm correction for all measures. If the users are not split
+into the buckets as intended, nothing is concluded and the exit code is 1.
 """
 
 import json
@@ -19,11 +19,12 @@ import pandas as pd
 from trl import TrlParser
 
 from hf_disranker.data.impressions import read_log
+from hf_disranker.data.outputs import check_output, made_by
 from hf_disranker.evaluation import online
 from hf_disranker.evaluation.online import Effect, buckets_of, by_user, effects
 from hf_disranker.evaluation.significance import LEVEL
 from hf_disranker.recipes.command_line import recipe_parser
-from hf_disranker.training.runs import refuse_foreign, save_json
+from hf_disranker.training.runs import save_json
 
 MADE_BY = "disranker abtest"
 MOST_SLICES = 20
@@ -32,34 +33,35 @@ HEAD = f"{'':16}{'control':>10}{'treatment':>11}{'difference':>12}{'95% interval
 
 @dataclass
 class AbtestArguments:
-    """What is analysed."""
+    """Log, buckets and output."""
 
     log: str = field(
         metadata={"help": "Parquet, csv or jsonl with user_id, bucket, clicked, dwell_seconds [, page_id, day]."}
     )
     control: str = field(metadata={"help": "Name of the control bucket."})
-    slices: list[str] = field(default_factory=list, metadata={"help": "Columns by which the effects are also shown."})
+    slices: list[str] = field(default_factory=list, metadata={"help": "Columns to slice the effects by."})
     covariates: list[str] = field(
-        default_factory=list, metadata={"help": "Columns from before the test that reduce the variance (CUPED)."}
+        default_factory=list, metadata={"help": "Columns measured before the test, to reduce the variance (CUPED)."}
     )
     shares: list[str] = field(
-        default_factory=list, metadata={"help": "Meant share of users as BUCKET=SHARE ...; equal ones by default."}
+        default_factory=list, metadata={"help": "Intended shares of users, as BUCKET=SHARE ...; default: equal."}
     )
     exclude_mixed_users: bool = field(
-        default=False, metadata={"help": "Leave out users who are in several buckets instead of refusing the log."}
+        default=False, metadata={"help": "Drop users with several buckets instead of refusing the log."}
     )
-    out: str | None = field(default=None, metadata={"help": "Where to write all of it as json."})
+    out: str | None = field(default=None, metadata={"help": "Json file for the results."})
 
 
 def make_parser() -> TrlParser:
-    """The command line of this stage."""
+    """Return the argument parser of this stage."""
     return recipe_parser("abtest", __doc__, AbtestArguments)
 
 
 def main(args: AbtestArguments) -> dict[str, Any]:
-    """Analyse the log, print tables, write json; exits with 1 if nothing may be concluded."""
-    refuse_foreign(args.out, MADE_BY)
-    shares = meant(args.shares)
+    """Analyse the log, print tables and write json; exit with 1 if nothing can be concluded."""
+    if args.out:
+        check_output(args.out, lambda path: made_by(path, MADE_BY), [args.log])
+    shares = parse_shares(args.shares)
     log, excluded = read_log(args.log, args.slices, args.covariates, args.exclude_mixed_users)
     buckets, users = buckets_of(log, args.control), by_user(log, args.covariates)
     counts = {name: int((users["bucket"] == name).sum()) for name in buckets}
@@ -78,16 +80,16 @@ def main(args: AbtestArguments) -> dict[str, Any]:
     return found
 
 
-def meant(texts: Sequence[str]) -> dict[str, float]:
-    """The shares of --shares."""
+def parse_shares(texts: Sequence[str]) -> dict[str, float]:
+    """Parse --shares."""
     try:
         return {name: float(share) for name, share in (text.split("=") for text in texts)}
     except ValueError:
-        raise SystemExit(f"--shares takes BUCKET=SHARE, such as old=0.9 new=0.1, not {' '.join(texts)}.") from None
+        raise SystemExit(f"--shares must be BUCKET=SHARE, such as old=0.9 new=0.1, got {' '.join(texts)}.") from None
 
 
 def analyse(args: AbtestArguments, log: pd.DataFrame, users: pd.DataFrame, buckets: list[str]) -> dict[str, Any]:
-    """Everything after the check of the sample ratio, printed on the way."""
+    """Compute and print all results after the check of the sample ratio."""
     main_effects = effects(users, buckets, args.covariates)
     show("all users", main_effects)
     significant = [f"{one.name} of {one.bucket}" for one in main_effects if one.p_holm < LEVEL]
@@ -100,8 +102,8 @@ def analyse(args: AbtestArguments, log: pd.DataFrame, users: pd.DataFrame, bucke
             for one, other in zip(main_effects, plain, strict=True)
         }
         print("Variance less by " + ", ".join(f"{share:.0%} ({name})" for name, share in reduced.items()) + ".")
-        cuped = {"covariates": args.covariates, "variance_reduction": reduced, "without": rows(plain, buckets)}
-        found["cuped"] = cuped
+        found["cuped"] = {"covariates": args.covariates, "variance_reduction": reduced}
+        found["cuped"]["without"] = rows(plain, buckets)
     days = log["day"].nunique() if "day" in log else None
     found["power"] = online.power(users, buckets, args.covariates, days)
     print("\nNeeded in each bucket to find the paper's effects four times out of five (and what this log can find)")
@@ -118,7 +120,7 @@ def analyse(args: AbtestArguments, log: pd.DataFrame, users: pd.DataFrame, bucke
 
 
 def by_slice(log: pd.DataFrame, column: str, buckets: list[str], covariates: Sequence[str]) -> list[dict[str, Any]]:
-    """The effects among the rows of each value of a column, the most frequent values first."""
+    """Compute and print the effects for each value of a column, most frequent values first."""
     found = []
     values = log.groupby(column)["user"].nunique().sort_values(ascending=False, kind="stable")
     for value in values.index[:MOST_SLICES]:
@@ -135,17 +137,17 @@ def by_slice(log: pd.DataFrame, column: str, buckets: list[str], covariates: Seq
 
 
 def rows(found: Sequence[Effect], buckets: Sequence[str]) -> list[dict[str, Any]]:
-    """Effects for json; `bucket` is named where there are several treatments."""
+    """Convert effects for json; `bucket` is left out if there is only one treatment."""
     return [{k: v for k, v in asdict(one).items() if k != "bucket" or len(buckets) > 2} for one in found]
 
 
 def spread(one: Effect) -> float:
-    """Width of the interval on the scale of the log ratio, which goes like the standard error."""
+    """Return the width of the interval of the log ratio, which is proportional to the standard error."""
     return math.log1p(one.interval[1]) - math.log1p(one.interval[0])
 
 
 def show(title: str, found: Sequence[Effect]) -> None:
-    """A table of effects."""
+    """Print a table of effects."""
     print(f"\n{title}\n{HEAD}")
     for one in found:
         interval = "[{:+.2%}, {:+.2%}]".format(*one.interval)
@@ -156,7 +158,7 @@ def show(title: str, found: Sequence[Effect]) -> None:
 
 
 def show_days(days: Mapping[str, Sequence[Effect]], trends: Sequence[Mapping[str, Any]]) -> None:
-    """Relative differences day by day, and whether they change."""
+    """Print the relative differences by day and their trends."""
     columns = next(iter(days.values()))
     print(f"\n{'day':16}" + "".join(f"{one.name:>17}" for one in columns))
     print(" " * 16 + "".join(f"{one.bucket:>17}" for one in columns))

@@ -11,6 +11,7 @@ workers can share a run: `accelerate launch -m hf_disranker.recipes.score ...` o
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trl import TrlParser
@@ -27,20 +28,24 @@ from hf_disranker.scoring.likelihood import (
 from hf_disranker.scoring.run import ScoringRun, verify
 from hf_disranker.scoring.store import ScoreStore
 
+LIKELIHOOD_OPTIONS = ("likelihood_template", "document_tokens", "gguf_file")
+LOCAL_OPTIONS = ("generative", "dtype", "token_budget", "likelihood", *LIKELIHOOD_OPTIONS)
+SERVER_OPTIONS = ("url", "concurrency")
+
 
 @dataclass(kw_only=True)
 class LikelihoodArguments:
     """Scoring by query likelihood, without labels."""
 
     likelihood: bool = field(
-        default=False, metadata={"help": "If true, any causal language model scores by log P(query | document)."}
+        default=False, metadata={"help": "If true, score by log P(query | document) under any causal language model."}
     )
     likelihood_template: str = field(
         default=DEFAULT_TEMPLATE,
-        metadata={"help": "Text with title and summary, and the query at the end; \\n is a line."},
+        metadata={"help": "Text with title and summary, and the query at the end; \\n is a line break."},
     )
     document_tokens: int = field(
-        default=DEFAULT_DOCUMENT_TOKENS, metadata={"help": "Limit of the document, with --likelihood."}
+        default=DEFAULT_DOCUMENT_TOKENS, metadata={"help": "Maximum tokens of a document, with --likelihood."}
     )
     gguf_file: str | None = field(default=None, metadata={"help": "GGUF file of the model, with --likelihood."})
 
@@ -57,16 +62,16 @@ class ScoreArguments(LikelihoodArguments):
     token_budget: int | None = field(default=None, metadata={"help": "Tokens per forward pass; default: by device."})
     shard_rows: int = field(default=10_000, metadata={"help": "Pairs per shard, the most a crash can lose."})
     engine: str = field(default="transformers", metadata={"help": f"transformers, or a server: {', '.join(SERVERS)}."})
-    url: str = field(default="http://localhost:8000", metadata={"help": "Where the server listens."})
-    concurrency: int = field(default=8, metadata={"help": "Requests to the server under way at a time."})
+    url: str = field(default="http://localhost:8000", metadata={"help": "Base URL of the server."})
+    concurrency: int = field(default=8, metadata={"help": "Concurrent requests to the server."})
     num_shards: int = field(default=1, metadata={"help": "Jobs that share the run."})
-    shard_index: int = field(default=0, metadata={"help": "Which of them this is, from 0."})
-    reuse: str | None = field(default=None, metadata={"help": "Store whose scores hold where the texts are the same."})
-    status: str | None = field(default=None, metadata={"help": "Only tell how far the run in this folder is."})
+    shard_index: int = field(default=0, metadata={"help": "Number of this job, from 0."})
+    reuse: str | None = field(default=None, metadata={"help": "Store to copy scores from for equal texts."})
+    status: str | None = field(default=None, metadata={"help": "Only report the progress of the run in this folder."})
     verify: bool = field(default=False, metadata={"help": "Only score a sample of `out` again and compare."})
     tolerance: float = field(
         default=0.05,
-        metadata={"help": "With verify: the largest difference allowed, in standard deviations of the stored scores."},
+        metadata={"help": "With verify: maximum difference, in standard deviations of the stored scores."},
     )
     generative: bool = field(
         default=False, metadata={"help": "The model is a causal language model that answers yes or no."}
@@ -79,7 +84,7 @@ def make_parser() -> TrlParser:
 
 
 def main(args: ScoreArguments) -> None:
-    """Score what the store does not hold yet, or tell what it holds."""
+    """Score the pairs missing from the store, or report on it."""
     if args.status:
         print(ScoreStore(args.status).status())
         return
@@ -101,7 +106,7 @@ def main(args: ScoreArguments) -> None:
     worker = args.shard_index * processes + int(os.environ.get("RANK", 0))
     done = ScoringRun(engine, candidates, store, args.shard_rows, reuse).run(worker, args.num_shards * processes)
     ranker = getattr(engine, "ranker", None)
-    cut = f"; {ranker.documents_cut} documents and {ranker.queries_cut} queries were cut" if ranker else ""
+    cut = f"; {ranker.documents_cut} documents and {ranker.queries_cut} queries were truncated" if ranker else ""
     print(f"Scored {done} of {len(candidates)} pairs into {args.out}{cut}.")
 
 
@@ -114,12 +119,13 @@ def check(engine: Engine, store: ScoreStore, tolerance: float) -> None:
 
 
 def make_engine(args: ScoreArguments) -> Engine:
-    """Return the backend that the options name; refuse options of another one."""
+    """Create the scoring backend; refuse options of other backends."""
     assert args.model is not None
-    if args.engine != "transformers":
-        defaults = {"generative": False, "dtype": "auto", "token_budget": None, "likelihood": False, "gguf_file": None}
-        if ignored := [f"--{name}" for name, default in defaults.items() if getattr(args, name) != default]:
-            raise ValueError(f"{', '.join(ignored)}: for a model in this process, not for --engine {args.engine}.")
+    is_server = args.engine != "transformers"
+    if ignored := changed(args, LOCAL_OPTIONS if is_server else SERVER_OPTIONS):
+        kind = "a model in this process" if is_server else "a server"
+        raise ValueError(f"{', '.join(ignored)}: for {kind}, not for --engine {args.engine}.")
+    if is_server:
         return HttpEngine(args.engine, args.url, args.model, concurrency=args.concurrency)
     if is_likelihood(args, args.generative):
         return load_from(args, args.model, args.dtype, args.token_budget)
@@ -138,11 +144,14 @@ def is_likelihood(args: LikelihoodArguments, generative: bool) -> bool:
     """Return whether to score by query likelihood; refuse options that do not go together."""
     if args.likelihood and generative:
         raise ValueError("--likelihood and --generative are two ways to score: choose one.")
-    defaults = {"likelihood_template": DEFAULT_TEMPLATE, "document_tokens": DEFAULT_DOCUMENT_TOKENS, "gguf_file": None}
-    given = [f"--{name}" for name, default in defaults.items() if getattr(args, name) != default]
-    if given and not args.likelihood:
-        raise ValueError(f"{', '.join(given)}: only with --likelihood.")
+    if not args.likelihood and (ignored := changed(args, LIKELIHOOD_OPTIONS)):
+        raise ValueError(f"{', '.join(ignored)}: only with --likelihood.")
     return args.likelihood
+
+
+def changed(args: LikelihoodArguments, names: Sequence[str]) -> list[str]:
+    """Return the options among `names` that differ from their defaults."""
+    return [f"--{name}" for name in names if getattr(args, name) != args.__dataclass_fields__[name].default]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Simulated searchers: click logs of A/B tests and interleavings whose true effect is known.
+"""Simulated click logs of A/B tests and interleavings with a known effect.
 
     control, treatment = (graded(run, "judgments.parquet") for run in ("bm25.run", "student.run"))
     ab_log({"bm25": control, "student": treatment}, users=20_000).to_parquet("log.parquet")
     print(true_measures(control), true_measures(treatment))
 
-Two click models over judged documents. `position` (examination hypothesis): place k is looked at with probability
-`EXAMINED[k]`, whatever stands above it, and a document that is looked at is clicked by its grade. `cascade` (Craswell,
-Zoeter, Taylor and Ramsey 2008): documents are read from the top, each clicked by its grade, until the first click.
-Users differ: some click more readily, some read longer, some come often. That is why pages of one user are alike.
+There are two click models on judged documents. `position` (examination hypothesis): rank k is examined at probability
+`EXAMINED[k]`, independently of other documents, and an examined document is clicked with a probability that depends on
+its grade. `cascade` (Craswell, Zoeter, Taylor and Ramsey 2008): documents are examined from the top until the first
+click. Users differ in click rate, dwell time and number of pages, so the pages of a user are correlated.
 """
 
 import zlib
@@ -20,17 +20,17 @@ import pandas as pd
 from hf_disranker.data.trec import read_judgments, read_run
 
 Model = Literal["position", "cascade"]
-# By grade, the last one for all above: probability of a click once looked at, and mean seconds after it.
+# By grade, the last for all higher ones: click probability of an examined document, and mean dwell time in seconds.
 ATTRACTION, SECONDS = np.array([0.04, 0.12, 0.3]), np.array([15.0, 45.0, 75.0])
 EXAMINED = 1 / np.sqrt(np.arange(1, 101))
-# Kinds of users, equally frequent, by how much more readily they click; and how many pages a user sees.
+# Factors on the click probability by kind of user, equally frequent; numbers of pages per user, and their frequencies.
 READINESS = np.array([0.2, 0.8, 2.0])
 PAGES, PAGES_SHARE = np.array([1, 2, 4, 8, 30]), np.array([0.4, 0.25, 0.2, 0.1, 0.05])
 PAGES_BEFORE = 10
 
 
 def graded(run: str, judgments: str, split: str = "dev", depth: int = 10) -> pd.DataFrame:
-    """Grades of the first documents of a run, a row for each query: 0 if nobody judged one, -1 past the end."""
+    """Return the grades of a run's first documents, a row per query: 0 for unjudged ones, -1 beyond its end."""
     rows = read_run(run).sort_values("teacher_score", ascending=False, kind="stable")
     judged = read_judgments(judgments, split)[["query_id", "doc_id", "label"]]
     rows = rows.assign(place=rows.groupby("query_id").cumcount()).query("place < @depth")
@@ -41,7 +41,7 @@ def graded(run: str, judgments: str, split: str = "dev", depth: int = 10) -> pd.
 def true_measures(
     control: pd.DataFrame, treatment: pd.DataFrame | None = None, share: float = 1.0, model: Model = "position"
 ) -> dict[str, float]:
-    """The measures' values in an endless log of pages of which a share shows the treatment's ranking."""
+    """Compute the expected measures if a share of the pages shows the treatment's ranking."""
     pages = np.zeros((3, len(READINESS)))  # clicked pages, clicks and seconds per page, by kind of user
     for grades, weight in ((control, 1.0 - share), (treatment if treatment is not None else control, share)):
         clicks = _probabilities(grades.to_numpy(), model)
@@ -66,21 +66,21 @@ def ab_log(
     documents: bool = False,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The log of an A/B test over the queries that all rankings have.
+    """Simulate the log of an A/B test over the queries of the control, which all rankings must have.
 
     Args:
-        rankings: What `graded` gives, by bucket; the first is the control.
-        users: In all buckets together, who fall into each with the same probability.
-        model: How they click.
-        share: The share of a treatment's pages that shows its ranking, the others the control's; one for each day
-            gives an effect that changes.
-        days: Length of the test.
-        documents: A row for each shown document and a page_id instead of a row for each page.
-        seed: Of all draws.
+        rankings: Results of `graded` by bucket; the first is the control.
+        users: Number of users, split at random over the buckets.
+        model: Click model.
+        share: Share of a treatment's pages with its own ranking instead of the control's; a sequence has one value per
+            day, for an effect that changes.
+        days: Number of days.
+        documents: If True, write a row per shown document, with a page_id, instead of a row per page.
+        seed: Random seed.
 
     Returns:
-        Columns user_id, bucket, query_id, day, device, clicks_before (in as many pages from before the test for every
-        user), clicked, dwell_seconds.
+        Columns user_id, bucket, query_id, day, device, clicks_before (on the same number of pages before the test for
+        every user), clicked and dwell_seconds.
     """
     rng = np.random.default_rng(seed)
     names, control = [*rankings], next(iter(rankings.values()))
@@ -105,15 +105,15 @@ def ab_log(
 def interleaved_log(
     lists: pd.DataFrame, judgments: str, users: int, split: str = "dev", model: Model = "position", seed: int = 0
 ) -> pd.DataFrame:
-    """The log of an interleaving: a row for each shown document; a user's drafts follow from the user's id.
+    """Simulate the log of an interleaving, with a row per shown document; user ids determine the drafts.
 
     Args:
-        lists: What `draft_lists` made.
-        judgments: The grades.
-        users: Who search.
-        split: Of the judgments.
-        model: How they click.
-        seed: Of all draws.
+        lists: Result of `draft_lists`.
+        judgments: Judgments as in `read_judgments`.
+        users: Number of users.
+        split: Split of the judgments.
+        model: Click model.
+        seed: Random seed.
     """
     rng = np.random.default_rng(seed)
     judged = read_judgments(judgments, split).set_index(["query_id", "doc_id"])["label"]
@@ -136,7 +136,7 @@ def interleaved_log(
 
 
 def _visitors(users: int, rng: np.random.Generator, buckets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bucket and kind of each user, and whose each page is."""
+    """Draw the bucket and kind of each user, and the user of each page."""
     pages = rng.choice(PAGES, size=users, p=PAGES_SHARE)
     kind = rng.integers(len(READINESS), size=users)
     return rng.integers(buckets, size=users), kind, np.repeat(np.arange(users), pages)
@@ -147,18 +147,18 @@ def _grade(grades: np.ndarray) -> np.ndarray:
 
 
 def _probabilities(grades: np.ndarray, model: Model) -> np.ndarray:
-    """Of a click on each place, in the cascade once it is reached; shape (kinds of users, *grades.shape)."""
-    looked = EXAMINED[: grades.shape[-1]] if model == "position" else 1.0
+    """Return click probabilities, in a cascade given examination, shape (kinds of users, *grades.shape)."""
+    examined = EXAMINED[: grades.shape[-1]] if model == "position" else 1.0
     attraction = np.where(grades >= 0, ATTRACTION[_grade(grades)], 0)
-    return np.minimum(READINESS.reshape(-1, *[1] * grades.ndim) * attraction * looked, 0.95)
+    return np.minimum(READINESS.reshape(-1, *[1] * grades.ndim) * attraction * examined, 0.95)
 
 
 def _clicks(
     grades: np.ndarray, kind: np.ndarray, patience: np.ndarray, model: Model, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Clicks and seconds on the documents of pages, shape (pages, depth)."""
-    looked = EXAMINED[: grades.shape[1]] if model == "position" else 1.0
-    chance = READINESS[kind][:, None] * np.where(grades >= 0, ATTRACTION[_grade(grades)], 0) * looked
+    """Draw clicks and dwell times in seconds on the documents of pages, both of shape (pages, depth)."""
+    examined = EXAMINED[: grades.shape[1]] if model == "position" else 1.0
+    chance = READINESS[kind][:, None] * np.where(grades >= 0, ATTRACTION[_grade(grades)], 0) * examined
     clicks = rng.random(grades.shape) < np.minimum(chance, 0.95)
     if model == "cascade":
         clicks &= np.cumsum(clicks, axis=1) == 1

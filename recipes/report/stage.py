@@ -7,13 +7,12 @@
 The page uses no scripts and no external resources. All evaluations must be of the same judgments.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl import TrlParser
 
-from hf_disranker.data.outputs import check_output
+from hf_disranker.data.outputs import check_output, json_in, made_by
 from hf_disranker.evaluation.rankings import load_evaluations
 from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.recipes.report.page import is_report, write_report
@@ -37,9 +36,9 @@ def make_parser() -> TrlParser:
 def main(args: ReportArguments) -> None:
     """Load the evaluations and write the report."""
     check_output(args.out, is_report, args.runs)
-    abtest = json.loads(Path(args.abtest).read_text(encoding="utf-8")) if args.abtest else None
-    if abtest is not None and (not isinstance(abtest, dict) or abtest.get("made_by") != "disranker abtest"):
+    if args.abtest and not made_by(args.abtest, "disranker abtest"):
         raise SystemExit(f"{args.abtest} was not written by `disranker abtest --out`.")
+    abtest = json_in(args.abtest) if args.abtest else None
     write_report(load_evaluations(args.runs), Path(args.out), args.texts, abtest=abtest)
     print(f"{args.out}: {Path(args.out).stat().st_size / 1024:.0f} KiB")
 

@@ -319,11 +319,11 @@ def test_lists_are_the_same_whenever_they_are_made_and_fair_in_pairs(runs):
 
 def test_queries_that_one_run_lacks_are_counted(runs, caplog):
     draft_lists(*runs, depth=4)
-    assert "1 queries that only one of" in caplog.text
+    assert "1 queries of only one of" in caplog.text
 
 
 def test_runs_that_share_nothing_and_odd_sizes_are_refused(runs, tmp_path):
-    with pytest.raises(ValueError, match="share no query"):
+    with pytest.raises(ValueError, match="have no query in common"):
         draft_lists(runs[0], run_file(tmp_path / "c.run", {"q9": "a"}))
     for depth, drafts in ((3, 2), (4, 3), (0, 2)):
         with pytest.raises(ValueError, match="even numbers"):
@@ -359,10 +359,10 @@ def test_a_click_on_what_the_list_does_not_hold_is_refused(tmp_path):
     with pytest.raises(TableError, match=r"'doc_id': 1 row\(s\) are not on the list of their query_id.*row 1: 'y'"):
         read_credit(str(tmp_path / "log.csv"), LISTS)
     log.assign(draft=0, user_id=["u", None]).to_csv(tmp_path / "log.csv", index=False)
-    with pytest.raises(TableError, match=r"'user_id': 1 row\(s\) hold nothing. First: row 1: None"):
+    with pytest.raises(TableError, match=r"'user_id': 1 row\(s\) have no value. First: row 1: None"):
         read_credit(str(tmp_path / "log.csv"), LISTS)
     log.assign(draft=0, clicked=[-1, 0]).to_csv(tmp_path / "log.csv", index=False)
-    with pytest.raises(TableError, match=r"'clicked': 1 row\(s\) hold no number of clicks"):
+    with pytest.raises(TableError, match=r"'clicked': 1 row\(s\) have no number of clicks"):
         read_credit(str(tmp_path / "log.csv"), LISTS)
 
 

@@ -81,7 +81,7 @@ def test_several_treatments_are_each_compared_with_the_control(run):
 def test_a_sample_ratio_mismatch_ends_without_a_conclusion(run, log, capsys):
     lost = log[(log["bucket"] == "old") | ~log["user_id"].str[-1].isin(["3", "7"])]
     lost.to_parquet("lost.parquet")
-    with pytest.raises(SystemExit, match="Nothing is concluded: users did not fall into the buckets as meant") as end:
+    with pytest.raises(SystemExit, match="Nothing is concluded: users are not split as intended") as end:
         run("abtest", "lost.parquet", "--control", "old", "--out", "abtest.json")
     assert isinstance(end.value.code, str)  # so the exit code is 1
     assert "page_ctr" not in capsys.readouterr().out
@@ -129,7 +129,7 @@ def test_mixed_users_are_refused_or_left_out_by_name(run, log):
 @pytest.mark.parametrize("content", ["my notes", '{"made_by": "me"}', "[]"])
 def test_a_file_of_somebody_else_is_not_overwritten(run, log, content):
     Path("notes.json").write_text(content)
-    with pytest.raises(SystemExit, match="notes.json: `disranker abtest` did not write this file"):
+    with pytest.raises(SystemExit, match="notes.json exists and was not written by this command"):
         run("abtest", "log.parquet", "--control", "old", "--out", "notes.json")
     assert Path("notes.json").read_text() == content
 
@@ -167,14 +167,14 @@ def test_lists_are_made_and_clicks_on_them_read_back(run, rankings):
 
 def test_interleave_refuses_what_is_not_its_own(run, rankings):
     lists = ["--a", "bad.run", "--b", "good.run", "--out"]
-    with pytest.raises(SystemExit, match="did not write this file"):
+    with pytest.raises(SystemExit, match="was not written by this command"):
         run("interleave", *lists, "judgments.parquet")
     run("interleave", *lists, "lists.parquet")
     run("interleave", *lists, "lists.parquet")
     for options in ([], ["--a", "bad.run"], ["--lists", "lists.parquet"], ["--a", "bad.run", "--b", "good.run"]):
         with pytest.raises(SystemExit, match="Name --a, --b and --out to make lists, or --lists and --log"):
             run("interleave", *options)
-    with pytest.raises(SystemExit, match="judgments.parquet: `disranker interleave` did not make these lists"):
+    with pytest.raises(SystemExit, match="judgments.parquet: not lists of `disranker interleave`"):
         run("interleave", "--lists", "judgments.parquet", "--log", "judgments.parquet")
 
 

@@ -488,6 +488,12 @@ def test_options_of_a_local_model_are_refused_with_a_server():
             make_engine(ScoreArguments(model="t", engine="vllm", **given))
 
 
+def test_options_of_a_server_are_refused_for_a_local_model():
+    for given in ({"url": "http://host:8000"}, {"concurrency": 4}, {"url": "http://host:8000", "concurrency": 4}):
+        with pytest.raises(ValueError, match=f"^--{', --'.join(given)}: for a server, not for --engine transformers"):
+            make_engine(ScoreArguments(model="t", **given))
+
+
 def test_a_token_budget_is_refused_for_a_cross_encoder(tmp_path, tiny_student):
     tokenizer = tiny_student[1]
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

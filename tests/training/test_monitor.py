@@ -45,7 +45,7 @@ def test_a_new_student_and_a_small_target_scale_do_not_warn(caplog):
 
 def test_equal_scores_warn_at_once(caplog):
     LossMonitor(2.0).check(10, {"score_spread": 0.0})
-    assert "Step 10: The model gives all documents of a query the same score" in lines(caplog)[0]
+    assert "Step 10: The model scores all documents of a query equally" in lines(caplog)[0]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -130,7 +130,7 @@ def test_clicks_are_learned_in_fp32_by_a_model_that_pads_with_its_end(plain_llam
         assert trainer.model.get_input_embeddings().num_embeddings == len(trainer.processing_class) == words + 1
     trainer.train()
     assert state_of(tokenizer) == before
-    with pytest.raises(TypeError, match="ClickTrainer takes args of CptConfig"):
+    with pytest.raises(TypeError, match="ClickTrainer needs args of CptConfig"):
         ClickTrainer(plain_llama, TrainingArguments(str(tmp_path)), rows)
     with pytest.raises(ValueError, match="max_length 65 is beyond the 64 positions"):
         ClickTrainer(plain_llama, CptConfig(str(tmp_path), max_length=65, **SETTINGS), rows)
@@ -227,9 +227,9 @@ def test_a_model_init_makes_each_training_anew(student_dir, groups, tmp_path):
 def test_what_would_be_ignored_is_refused(student_dir, groups, tmp_path, trainer_class):
     args = trainer_class.config_class(str(tmp_path), **SHORT)
     for name in ("compute_loss_func", "data_collator"):
-        with pytest.raises(TypeError, match=f"takes no .*{name}.* loss_terms"):
+        with pytest.raises(TypeError, match=f"accepts no .*{name}.* loss_terms"):
             trainer_class(student_dir, args, groups, **{name: lambda *_: 1 / 0})
-    with pytest.raises(TypeError, match=f"takes args of {trainer_class.config_class.__name__}, .* TrainingArguments"):
+    with pytest.raises(TypeError, match=f"needs args of {trainer_class.config_class.__name__}, .* TrainingArguments"):
         trainer_class(student_dir, TrainingArguments(str(tmp_path), use_cpu=True), groups)
     for name, value in (("remove_unused_columns", True), ("label_names", ["labels"]), ("label_smoothing_factor", 0.1)):
         with pytest.raises(ValueError, match=f"{name} must stay"):
@@ -259,7 +259,7 @@ def test_rows_of_another_kind_are_refused(student_dir, groups, tmp_path):
     args = RankingConfig(str(tmp_path), **SHORT)
     for rows, error, message in (
         ("judgments.parquet", TypeError, "train_dataset is the path 'judgments.parquet': read it by load_groups"),
-        (DatasetDict(train=groups), TypeError, r"holds several sets, \['train'\]: choose one"),
+        (DatasetDict(train=groups), TypeError, r"contains several sets, \['train'\]: choose one"),
         (Dataset.from_dict({"query": ["a"], "label": [1]}), ValueError, "train_dataset lacks the columns .'doc_ids'"),
     ):
         with pytest.raises(error, match=message):

@@ -86,7 +86,7 @@ def _average(sources: Sequence[Source], split: str | None, corpus: Source | None
     return tables[0].assign(teacher_score=mean_scores(tables).to_numpy(np.float32))
 
 
-def mean_scores(tables: Sequence[pd.DataFrame], scales: Sequence[tuple[float, float]] | None = None) -> pd.Series:
+def mean_scores(tables: Sequence[pd.DataFrame], scales: Sequence[Sequence[float]] | None = None) -> pd.Series:
     """Average the scores of several teachers, matched by query_id and doc_id.
 
     Args:

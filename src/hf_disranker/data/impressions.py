@@ -1,15 +1,15 @@
-"""Impression logs of search: what was shown and clicked, added up in batches as they are read.
+"""Impression logs of search, aggregated in batches as they are read.
 
-Parquet (a file or a folder), csv or jsonl; a row is a page, or a document of the page that `page_id` names.
+Formats are parquet (a file or a folder), csv and jsonl. A row is a result page or, with `page_id`, a document of it.
 
-| column        | holds                                                                                |
-|---------------|--------------------------------------------------------------------------------------|
-| user_id       | who was randomised                                                                   |
-| bucket        | which ranker the user saw; one for each user                                         |
-| clicked       | clicks on the row: a number, true or false                                           |
-| dwell_seconds | seconds on the clicked documents together; nothing where it is not known             |
-| page_id       | optional: names the page of a user; rows of one page are one page                    |
-| day           | optional: a date, a timestamp, or the number of a day                                |
+| column        | content                                                           |
+|---------------|-------------------------------------------------------------------|
+| user_id       | unit of randomisation                                             |
+| bucket        | ranker that the user saw; one per user                            |
+| clicked       | clicks on the row: a number, true or false                        |
+| dwell_seconds | total time on the clicked documents; null if unknown              |
+| page_id       | optional: page of the user; its rows are counted as one page      |
+| day           | optional: date, timestamp or number of the day                    |
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def read_log(
     """Sum an impression log by user; memory grows with users and pages, not with rows.
 
     Args:
-        source: Path of a log as above.
-        slices: Columns that are equal for all rows of a page.
-        covariates: Numbers from before the test, equal for all rows of a user.
-        exclude_mixed: Leave out users who are in several buckets instead of refusing the log.
+        source: Path of a log; see the module docstring.
+        slices: Columns with one value per page.
+        covariates: Numeric columns measured before the test, with one value per user.
+        exclude_mixed: If True, drop users with several buckets instead of refusing the log.
 
     Returns:
-        A row for each user, day and combination of slices with user (a number), bucket, day if there is one, slices,
-        covariates, pages, clicked_pages, clicks, timed_clicks and seconds; and how many users were left out.
+        A row per user, day and combination of slices, with user (int), bucket, day (if any), slices, covariates,
+        pages, clicked_pages, clicks, timed_clicks and seconds; and the number of dropped users.
 
     Raises:
-        TableError: A column is missing or holds what it must not; the message names source, column and first rows.
+        TableError: If a column is missing or has an invalid value; the message shows the first rows.
     """
     log = _open(source, ["user_id", "bucket", "clicked", "dwell_seconds", *slices, *covariates])
     page, day = ([name] if name in log.schema.names else [] for name in ("page_id", "day"))
@@ -73,17 +73,17 @@ def read_log(
 
 
 def read_credit(source: str, lists: pd.DataFrame) -> pd.DataFrame:
-    """Who won each page of an interleaving: the ranker whose picks got more clicks.
+    """Compute the winner of each page of an interleaving: the ranker whose documents got more clicks.
 
     Args:
         source: Log with user_id, query_id, draft, doc_id, clicked [, page_id]; a row is a shown document.
-        lists: What `online.draft_lists` made.
+        lists: Result of `online.draft_lists`.
 
     Returns:
-        A row for each page with user_id and credit: 1 if the second ranker won, -1 if the first did, 0 for a tie.
+        A row per page with user_id and credit: 1 if the second ranker won, -1 if the first did, 0 for a tie.
 
     Raises:
-        TableError: A row's document is not on its list, or a column is missing or holds what it must not.
+        TableError: If a document is not on its list, a column is missing, or a value is invalid.
     """
     log = _open(source, ["user_id", "query_id", "draft", "doc_id", "clicked"])
     page = ["user_id", "query_id", "draft", *(["page_id"] if "page_id" in log.schema.names else [])]
@@ -94,8 +94,8 @@ def read_credit(source: str, lists: pd.DataFrame) -> pd.DataFrame:
         for first, rows in _batches(log, [*page, "doc_id", "clicked"], source):
             clicks, where = _numbers(rows["clicked"]), (source, first)
             for name in page:
-                _refuse(rows, name, _missing(rows[name]), "hold nothing", where)
-            _refuse(rows, "clicked", ~(clicks >= 0), "hold no number of clicks", where)
+                _refuse(rows, name, _missing(rows[name]), "have no value", where)
+            _refuse(rows, "clicked", ~(clicks >= 0), "have no number of clicks", where)
             shown = pd.MultiIndex.from_frame(rows.select(key).to_pandas().astype(str))
             picks = team.reindex(shown).to_numpy(np.float64)
             _refuse(rows, "doc_id", np.isnan(picks), "are not on the list of their query_id and draft", where)
@@ -106,14 +106,14 @@ def read_credit(source: str, lists: pd.DataFrame) -> pd.DataFrame:
 
 
 def _open(source: str, required: Sequence[str]) -> pa.dataset.Dataset:
-    """A log on disk, checked for its columns."""
+    """Open a log and check its columns."""
     kind = "parquet" if os.path.isdir(source) else _FORMATS.get(Path(source).suffix)
     if kind is None or not os.path.exists(source):
         raise TableError(f"{source}: {'no such file or folder' if kind else 'a log is .parquet, .csv or .jsonl'}.")
     try:
         log = pa.dataset.dataset(source, format=kind)
         names = log.schema.names
-        if kind == "csv":  # as text: the first rows do not say what the others hold
+        if kind == "csv":  # as text: types inferred from the first rows may not fit the rest
             types = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True)
             parse = pa.csv.ParseOptions(newlines_in_values=True)
             log = pa.dataset.dataset(source, format=pa.dataset.CsvFileFormat(parse, convert_options=types))
@@ -128,11 +128,11 @@ def _open(source: str, required: Sequence[str]) -> pa.dataset.Dataset:
 
 
 def _batches(log: pa.dataset.Dataset, columns: Iterable[str], source: str) -> Iterator[tuple[int, pa.Table]]:
-    """(number of the first row, rows) of each batch."""
+    """Yield (number of the first row, rows) for each batch."""
     first = 0
     try:
         for batch in log.to_batches(columns=list(dict.fromkeys(columns))):
-            # Categories as their values: every batch may number them anew.
+            # Decode categories, whose codes may differ between batches.
             plain = [part.dictionary_decode() if pa.types.is_dictionary(part.type) else part for part in batch.columns]
             yield first, pa.table(plain, names=batch.schema.names)
             first += len(batch)
@@ -143,7 +143,7 @@ def _batches(log: pa.dataset.Dataset, columns: Iterable[str], source: str) -> It
 
 
 def _refuse(rows: pa.Table, name: str, bad: np.ndarray, what: str, where: tuple[str, int]) -> None:
-    """Raise a `TableError` with the first bad rows; `where` is the source and the number of the first row."""
+    """Raise TableError with the first bad rows; `where` is the source and the number of the first row."""
     if bad.any():
         (source, first), places = where, np.flatnonzero(bad)[:SHOWN_ROWS]
         shown = "; ".join(f"row {first + place}: {rows[name][place].as_py()!r:.100}" for place in places)
@@ -151,26 +151,26 @@ def _refuse(rows: pa.Table, name: str, bad: np.ndarray, what: str, where: tuple[
 
 
 def _events(rows: pa.Table, first: int, source: str, covariates: Sequence[str]) -> pa.Table:
-    """Rows with their keys as they are grouped, and clicks, timed_clicks and seconds."""
+    """Validate rows; return their grouping keys, clicks, timed_clicks and seconds."""
     where, found = (source, first), {}
     for name in rows.column_names:
         column = rows[name]
         if name in ("user_id", "bucket", "page_id", "day"):
-            _refuse(rows, name, _missing(column), "hold nothing", where)
+            _refuse(rows, name, _missing(column), "have no value", where)
         if name in ("clicked", "dwell_seconds", *covariates):
             found[name] = _numbers(column)
-            _refuse(rows, name, ~np.isfinite(found[name]) & ~_missing(column), "hold no finite number", where)
+            _refuse(rows, name, ~np.isfinite(found[name]) & ~_missing(column), "have no finite number", where)
         elif name == "day":
             texts = (column.cast(pa.date32()) if pa.types.is_temporal(column.type) else column).cast(pa.string())
             readable = pc.match_substring_regex(texts, r"^(\d{1,8}$|\d{4}-\d\d-\d\d)").to_numpy()
-            _refuse(rows, name, ~readable, "hold no date, timestamp or number of a day", where)
-            found[name] = pc.utf8_lpad(pc.utf8_slice_codeunits(texts, 0, 10), 10)  # so that text sorts like numbers
+            _refuse(rows, name, ~readable, "have no date, timestamp or number of a day", where)
+            found[name] = pc.utf8_lpad(pc.utf8_slice_codeunits(texts, 0, 10), 10)  # text sorts like numbers
         else:
             found[name] = column if name in ("user_id", "page_id") else column.cast(pa.string()).fill_null("(none)")
     clicks, seconds = found.pop("clicked"), found.pop("dwell_seconds")
-    _refuse(rows, "clicked", ~((clicks >= 0) & (clicks == np.floor(clicks))), "hold no number of clicks", where)
-    _refuse(rows, "dwell_seconds", seconds < 0, "hold a negative time", where)
-    _refuse(rows, "dwell_seconds", (seconds > 0) & (clicks == 0), "hold a time without a click", where)
+    _refuse(rows, "clicked", ~((clicks >= 0) & (clicks == np.floor(clicks))), "have no number of clicks", where)
+    _refuse(rows, "dwell_seconds", seconds < 0, "have a negative time", where)
+    _refuse(rows, "dwell_seconds", (seconds > 0) & (clicks == 0), "have a time without a click", where)
     found |= {name: pa.array(found[name], from_pandas=True) for name in covariates}
     timed = np.where(np.isnan(seconds), 0, clicks)
     return pa.table(found | {"clicks": clicks, "timed_clicks": timed, "seconds": np.nan_to_num(seconds)})
@@ -181,7 +181,7 @@ def _missing(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """Values as float64; true is 1, false is 0, what is no number is nan."""
+    """Convert to float64; true is 1, false is 0, anything but a number is nan."""
     try:
         return column.cast(pa.float64()).to_numpy()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -190,24 +190,24 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _check_users(table: pd.DataFrame, covariates: Sequence[str], source: str) -> None:
-    """Raise a `TableError` for covariates that change within a user, and for days that are none."""
+    """Raise TableError for a covariate with several values per user, or a column `day` without days."""
     for name in covariates:
         if table[name].isna().all():
-            raise TableError(f"{source}: column '{name}' holds no number.")
+            raise TableError(f"{source}: column '{name}' has no number.")
         if several := int((table.groupby("user")[name].nunique(dropna=False) > 1).sum()):
-            raise TableError(f"{source}: column '{name}': {several:,} user(s) have several values; it takes one each.")
+            raise TableError(f"{source}: column '{name}': {several:,} user(s) have several values.")
     if "day" in table and (days := table["day"].nunique()) > _MOST_DAYS:
-        raise TableError(f"{source}: column 'day' has {days:,} values; it takes dates, timestamps or numbers of days.")
+        raise TableError(f"{source}: column 'day' has {days:,} values; days are dates, timestamps or numbers.")
 
 
 def _with_pages(rows: pa.Table) -> pa.Table:
-    """The same with every row as a page."""
+    """Count each row as a page."""
     clicks = rows["clicks"].to_numpy()
     return rows.append_column("pages", [np.ones(len(clicks))]).append_column("clicked_pages", [(clicks > 0) * 1.0])
 
 
 def _add_up(parts: Iterable[pa.Table], keys: Sequence[str]) -> pa.Table:
-    """Add up tables by keys as they come; a day that is no key becomes the first one."""
+    """Sum a stream of tables by keys; a `day` that is not a key becomes the first day."""
     keys, rows, limit = list(dict.fromkeys(keys)), 0, _PENDING_ROWS
     waiting: list[pa.Table] = []
 

@@ -1,4 +1,4 @@
-"""Refuse to overwrite files that a command did not write."""
+"""Checks of output paths: no command overwrites files that it did not write."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ def json_in(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, OSError):
         return None
+
+
+def made_by(path: str | os.PathLike[str], command: str) -> bool:
+    """Return True if a file is json with the name of the command as `made_by`."""
+    content = json_in(path)
+    return isinstance(content, dict) and content.get("made_by") == command
 
 
 def check_output(

@@ -214,7 +214,7 @@ class _Rows:
 
     @cached_property
     def pooled(self) -> _Rows:
-        """The rows as documents of a single query."""
+        """Rows as documents of a single query."""
         return _sort(self.labels, self.scores, np.zeros_like(self.query), self.retrieved)
 
     def sum(self, values: NDArray[Any]) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""A/B tests and interleaving of rankers, from their logs. Users were randomised, so users are the unit of every test.
+"""A/B tests and interleaving of rankers, from logs. Users are randomised, so they are the unit of every test.
 
 | measure         | numerator                           | denominator                    |
 |-----------------|-------------------------------------|--------------------------------|
@@ -32,17 +32,24 @@ MEASURES = {
     "clicks_per_page": ("clicks", "pages"),
     "dwell": ("seconds", "timed_clicks"),
 }
-PAPER = {"page_ctr": 0.0047, "user_ctr": 0.0058, "dwell": 0.012}  # the effects that the paper found
+PAPER = {"page_ctr": 0.0047, "user_ctr": 0.0058, "dwell": 0.012}  # effects reported by the paper
 MISMATCH_LEVEL = 0.001
-ENOUGH_USERS = 200  # in a bucket; below, the normal approximation is not to be trusted
+ENOUGH_USERS = 200  # per bucket; below, the normal approximation is unreliable
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A treatment `bucket` against the control in one measure; nan where nothing defines a value.
+    """Effect of a treatment on a measure, relative to the control; nan where undefined.
 
-    `control` and `treatment` are the measure's values, adjusted if there are covariates; `interval` is the 95%
-    interval of `relative_difference`; `p_holm` is corrected for all effects of one call.
+    Args:
+        name: Key of `MEASURES`.
+        bucket: Bucket of the treatment.
+        control: Value of the control, adjusted for covariates if there are any.
+        treatment: Value of the treatment, likewise adjusted.
+        relative_difference: treatment / control - 1.
+        interval: 95% interval of the relative difference.
+        p: Two-sided p-value.
+        p_holm: p-value corrected for all effects of the call.
     """
 
     name: str
@@ -56,7 +63,7 @@ class Effect:
 
 
 def buckets_of(log: pd.DataFrame, control: str) -> list[str]:
-    """The buckets of a log, the control first."""
+    """Return the buckets of a log, the control first; TableError unless there is a control and a treatment."""
     found = sorted(log["bucket"].unique())
     if control not in found or len(found) < 2:
         raise TableError(f"The buckets are {', '.join(found)}: an A/B test needs the control '{control}' and another.")
@@ -64,25 +71,38 @@ def buckets_of(log: pd.DataFrame, control: str) -> list[str]:
 
 
 def sample_ratio(users: Mapping[str, int], shares: Mapping[str, float] | None = None) -> float:
-    """P-value of the chi-square test that users fell into the buckets in the meant shares, by default equal ones."""
-    meant = np.array([shares.get(name, 0) if shares else 1 for name in users])
-    if shares and (shares.keys() != users.keys() or meant.min() <= 0):
-        raise ValueError(f"Give a share above 0 for each of the buckets {', '.join(users)} and for no other.")
-    return float(chisquare([*users.values()], meant / meant.sum() * sum(users.values())).pvalue)
+    """Return the p-value of the chi-square test for a sample ratio mismatch.
+
+    Args:
+        users: Number of users by bucket.
+        shares: Intended share by bucket, in any unit; None for equal shares.
+
+    Raises:
+        ValueError: If the shares are not positive, or are of other buckets.
+    """
+    intended = np.array([shares.get(name, 0) if shares else 1 for name in users])
+    if shares and (shares.keys() != users.keys() or intended.min() <= 0):
+        raise ValueError(f"Give a share above 0 for each of the buckets {', '.join(users)}, and for these only.")
+    return float(chisquare([*users.values()], intended / intended.sum() * sum(users.values())).pvalue)
 
 
 def refusal(users: Mapping[str, int], p: float) -> str | None:
-    """Why nothing may be concluded from these users and the p-value of their sample ratio; None if it may."""
+    """Return the reason not to conclude anything from a test, or None.
+
+    Args:
+        users: Number of users by bucket.
+        p: p-value of `sample_ratio`.
+    """
     if p < MISMATCH_LEVEL:
         counts = ", ".join(f"{name} {count:,}" for name, count in users.items())
-        return f"users did not fall into the buckets as meant ({counts}; p = {p:.1e}): assignment or logging is broken"
+        return f"users are not split as intended ({counts}; p = {p:.1e}): assignment or logging is broken"
     if min(users.values()) < ENOUGH_USERS:
         return f"a bucket has fewer than {ENOUGH_USERS} users"
     return None
 
 
 def by_user(log: pd.DataFrame, covariates: Sequence[str] = ()) -> pd.DataFrame:
-    """One row for each user, its number the index."""
+    """Sum a log of `impressions.read_log` to a row per user, indexed by user."""
     sums = dict.fromkeys(("pages", "clicked_pages", "clicks", "timed_clicks", "seconds"), "sum")
     users = log.groupby("user").agg(dict.fromkeys(("bucket", *covariates), "first") | sums)
     return users.assign(users=1, clicked=users["clicked_pages"] > 0)
@@ -91,9 +111,10 @@ def by_user(log: pd.DataFrame, covariates: Sequence[str] = ()) -> pd.DataFrame:
 def log_ratios(
     users: pd.DataFrame, buckets: Sequence[str], name: str, covariates: Sequence[str] = ()
 ) -> list[tuple[float, pd.Series]]:
-    """The log of a measure in each bucket, and each user's influence on it; these squared add up to its variance.
+    """Compute the log of a measure in each bucket, and the influence of each user on it.
 
-    Covariates are regressed out by one slope for all buckets; a user without a value counts as the mean.
+    The variance is the sum of the squared influences. Covariates are regressed out with a common slope for all
+    buckets; missing values are replaced by the mean.
 
     Source: delta method, Deng, Knoblich and Lu 2018, arXiv 1803.06336; CUPED, Deng, Xu, Kohavi and Walker 2013.
     """
@@ -118,13 +139,13 @@ def log_ratios(
 
 
 def effects(users: pd.DataFrame, buckets: Sequence[str], covariates: Sequence[str] = ()) -> list[Effect]:
-    """Every treatment against the control in every measure.
+    """Compare every treatment with the control in every measure.
 
-    The interval is the normal one of the log ratio, as in scipy's `relative_risk`.
+    Intervals are normal intervals of the log ratio, as in scipy's `relative_risk`.
 
     Args:
-        users: As from `by_user`. With a row for each page it is the naive test, whose intervals are too narrow.
-        buckets: The control first.
+        users: Result of `by_user`. Rows of pages instead would be the naive test, whose intervals are too narrow.
+        buckets: Names of the buckets, the control first.
         covariates: Columns of `users`.
     """
     found = []
@@ -138,7 +159,7 @@ def effects(users: pd.DataFrame, buckets: Sequence[str], covariates: Sequence[st
 
 
 def _effect(name: str, bucket: str, control: float, treatment: float, error: float) -> Effect:
-    """An effect from the two log values and the standard error of their difference."""
+    """Build an effect from the two log values and the standard error of their difference."""
     values = float(np.exp(control)), float(np.exp(treatment))
     if not np.isfinite([control, treatment]).all():
         return Effect(name, bucket, *values, np.nan, (np.nan, np.nan), np.nan)
@@ -149,12 +170,13 @@ def _effect(name: str, bucket: str, control: float, treatment: float, error: flo
 
 
 def novelty(log: pd.DataFrame, buckets: Sequence[str]) -> tuple[dict[str, list[Effect]], list[dict[str, Any]]]:
-    """The effects of each day, and whether they grow or fade.
+    """Compute the effects by day, and their trends.
 
-    The trend is the slope of the log ratio over the days, which weigh by their precision. Its error is by user too.
+    A trend is the slope of the log ratio over the days, weighted by precision, with a standard error over users.
 
     Returns:
-        The effects by day; for each measure and treatment {name, bucket, per_day, interval, p}, from three days on.
+        The effects by day; and, with three days or more, a trend {name, bucket, per_day, interval, p} per measure and
+        treatment.
     """
     days = {str(day).strip(): by_user(part) for day, part in log.groupby("day")}
     trends = []
@@ -183,17 +205,17 @@ def novelty(log: pd.DataFrame, buckets: Sequence[str]) -> tuple[dict[str, list[E
 def power(
     users: pd.DataFrame, buckets: Sequence[str], covariates: Sequence[str] = (), days: int | None = None
 ) -> list[dict[str, Any]]:
-    """What it takes on traffic like this to find the paper's effects four times out of five, two-sided at 5%.
+    """Compute the sample size to detect the paper's effects with power 0.8, two-sided at 5%.
 
     Args:
-        users: As from `by_user`.
-        buckets: The control first.
+        users: Result of `by_user`.
+        buckets: Names of the buckets, the control first.
         covariates: Columns of `users`.
-        days: How many days the log holds.
+        days: Number of days of the log.
 
     Returns:
-        For each measure {name, detectable, effect, users, days}: the relative difference that this log can find, the
-        paper's effect, users needed for it in each bucket, days if they keep coming as they did; None if unknown.
+        Per measure {name, detectable, effect, users, days}: the relative difference that this log can detect, the
+        paper's effect, and the users per bucket and days at the same traffic to detect it; None if unknown.
     """
     found, sides = [], norm.ppf(1 - LEVEL / 2) + norm.ppf(0.8)
     for name in MEASURES:
@@ -209,15 +231,15 @@ def power(
 
 
 def team_draft(first: Sequence[str], second: Sequence[str], flips: Sequence[int]) -> dict[str, int]:
-    """Draft one list from two rankings: in each round both pick their best document that is left, in random order.
+    """Draft a list from two rankings: in each round both pick their best remaining document, in random order.
 
     Args:
-        first: Document ids of one ranker, best first.
-        second: Those of the other.
-        flips: For each round who picks first: 0 or 1.
+        first: Document ids of the first ranker, best first.
+        second: Document ids of the second ranker, best first.
+        flips: Ranker that picks first in each round: 0 or 1.
 
     Returns:
-        The shown documents in order with who picked them, 0 or 1; it ends where one ranking does.
+        The ranker, 0 or 1, that picked each document, in the order of the list; it ends with the shorter ranking.
 
     Source: Radlinski, Kurup and Joachims 2008, "How does clickthrough data reflect retrieval quality?"
     """
@@ -232,32 +254,32 @@ def team_draft(first: Sequence[str], second: Sequence[str], flips: Sequence[int]
 
 
 def draft_lists(first: str, second: str, depth: int = 10, drafts: int = 16) -> pd.DataFrame:
-    """Lists for every query that two runs rank, the same whenever they are made.
+    """Draft lists for the queries of two runs, reproducibly.
 
-    Draft 2k + 1 is draft 2k with every flip turned, so neither ranker has more first picks.
+    Draft 2k + 1 is draft 2k with all flips inverted, so that both rankers have the same number of first picks.
 
     Args:
         first: TREC run or table of scores.
-        second: Another.
-        depth: Documents in a list.
-        drafts: Lists for each query.
+        second: TREC run or table of scores.
+        depth: Documents per list.
+        drafts: Lists per query.
 
     Returns:
-        Columns query_id, draft, rank from 1, doc_id, team (0: the first run's pick, 1: the second's).
+        Columns query_id, draft, rank (from 1), doc_id and team: 0 for a pick of the first run, 1 of the second.
 
     Raises:
-        ValueError: Depth or drafts are not even, or the runs share no query.
+        ValueError: If depth or drafts are not even, or the runs have no query in common.
     """
     if depth < 2 or depth % 2 or drafts < 2 or drafts % 2:
-        raise ValueError(f"depth and drafts are even numbers, not {depth} and {drafts}.")
+        raise ValueError(f"depth and drafts must be even numbers, got {depth} and {drafts}.")
     runs = [
         read_run(source).sort_values("teacher_score", ascending=False, kind="stable") for source in (first, second)
     ]
     one, other = (run.groupby("query_id")["doc_id"].agg(list) for run in runs)
     if not len(both := one.index.intersection(other.index)):
-        raise ValueError(f"{first} and {second} share no query.")
+        raise ValueError(f"{first} and {second} have no query in common.")
     if alone := len(one) + len(other) - 2 * len(both):
-        logger.warning("%d queries that only one of %s and %s ranks get no list.", alone, first, second)
+        logger.warning("%d queries of only one of %s and %s have no list.", alone, first, second)
     rows = []
     for query in both:
         for draft in range(drafts):
@@ -268,12 +290,15 @@ def draft_lists(first: str, second: str, depth: int = 10, drafts: int = 16) -> p
 
 
 def preference(pages: pd.DataFrame) -> dict[str, Any]:
-    """Whether users prefer the second ranker, from what `read_credit` gives.
+    """Test whether users prefer the second ranker.
+
+    Args:
+        pages: Result of `impressions.read_credit`.
 
     Returns:
-        users, pages, first_wins, second_wins and ties (of pages); difference, the share of pages that the second
-        ranker won less that of the first, with its 95% interval and p by user (delta method); p_sign of the sign test
-        over users.
+        Numbers of users, pages, first_wins, second_wins and ties; difference, the share of pages won by the second
+        ranker minus that of the first, with 95% interval and p over users (delta method); p_sign of the sign test over
+        users.
     """
     users, wins = pages.groupby("user_id")["credit"].agg(["sum", "size"]), pages["credit"].value_counts()
     difference = users["sum"].sum() / len(pages)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import bootstrap as scipy_bootstrap
 from scipy.stats import norm
 
 LEVEL = 0.05
@@ -20,7 +17,6 @@ ENOUGH_QUERIES = 200
 # Where BM25 reaches this value, there is too little room for differences between rankers.
 NEARLY_SOLVED = 0.9
 _BLOCKS = 10_000
-_BATCH = 100  # resamples at a time: 100 x 10,000 queries are 8 MB
 _CHUNK = 1000  # sign patterns at a time: 1,000 x 10,000 queries are 80 MB
 
 Interval = tuple[float, float]
@@ -81,36 +77,25 @@ def bootstrap(
     top = np.asarray(numerator, np.float64)
     bottom = np.broadcast_to(np.asarray(denominator, np.float64), top.shape)
     defined = ~np.isnan(top + bottom)
-    return _percentiles(_resampled_ratios(top[defined], bottom[defined], rounds, seed), confidence)
+    ratios = _resampled_ratios(top[defined], bottom[defined], rounds, seed)
+    ratios = ratios[~np.isnan(ratios)]
+    if not ratios.size:
+        return math.nan, math.nan
+    tail = (1 - confidence) / 2
+    # No interpolation: it is undefined between a number and inf.
+    return float(np.quantile(ratios, tail, method="lower")), float(np.quantile(ratios, 1 - tail, method="higher"))
 
 
 def _resampled_ratios(top: np.ndarray, bottom: np.ndarray, rounds: int, seed: int) -> np.ndarray:
-    """Return sum(top) / sum(bottom) of bootstrap resamples, shape (rounds,)."""
+    """Return sum(top) / sum(bottom) of bootstrap resamples, shape (rounds,); empty without queries."""
     generator = np.random.default_rng(seed)
     if top.size > _BLOCKS:
         # Resample sums over random blocks of queries: the total has the same spread at a lower cost.
         order, starts = generator.permutation(top.size), np.linspace(0, top.size, _BLOCKS, False).astype(int)
         top, bottom = (np.add.reduceat(values[order], starts) for values in (top, bottom))
-    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy warns of resamples of 0 / 0
-        if top.size < 2:  # scipy needs two observations
-            return top / bottom
-        resampled = scipy_bootstrap(
-            (top, bottom),
-            _ratio_of_sums,
-            n_resamples=rounds,
-            batch=_BATCH,
-            paired=True,
-            vectorized=True,
-            method="percentile",
-            random_state=generator,  # called `rng` since scipy 1.15
-        )
-    # Not scipy's own interval, which is nan if any resample is.
-    return np.asarray(resampled.bootstrap_distribution)
-
-
-def _ratio_of_sums(top: np.ndarray, bottom: np.ndarray, axis: int = -1) -> Any:
-    return top.sum(axis=axis) / bottom.sum(axis=axis)
+    draws = (generator.integers(top.size, size=top.size) for _ in range(rounds if top.size else 0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.array([top[draw].sum() / bottom[draw].sum() for draw in draws])
 
 
 def randomisation_test(difference: ArrayLike, *, rounds: int = 10_000, seed: int = 0) -> float:
@@ -236,12 +221,3 @@ def changed_tops(scores_a: ArrayLike, scores_b: ArrayLike, groups: ArrayLike, k:
     changed = np.zeros(ordered[-1] + 1, bool)
     changed[ordered[(a != b) & (rank < k)]] = True
     return float(changed.mean())
-
-
-def _percentiles(draws: np.ndarray, confidence: float) -> Interval:
-    draws = draws[~np.isnan(draws)]
-    if not draws.size:
-        return math.nan, math.nan
-    tail = (1 - confidence) / 2
-    # No interpolation: it is undefined between a number and inf.
-    return float(np.quantile(draws, tail, method="lower")), float(np.quantile(draws, 1 - tail, method="higher"))

@@ -1,4 +1,4 @@
-"""Query likelihood: score a document by the probability that a language model gives the query after it.
+"""Query likelihood: score a document by the probability of the query after it under a language model.
 
 Ponte and Croft (1998), "A language modeling approach to information retrieval"; with a pretrained causal language
 model, Sachan et al. (2022), arXiv 2204.07496. No label and no training is needed.

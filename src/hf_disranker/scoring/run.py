@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from hf_disranker.data.candidates import TEXT_COLUMNS, Candidates
 from hf_disranker.data.collators import prefetch_map
+from hf_disranker.data.groups import mean_scores
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import pair_texts
 from hf_disranker.scoring.engines import Engine
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 MAX_CHARACTERS = 500_000
 # So many pairs without a single score are a broken teacher, not bad rows.
 _MANY = 10
-_KEY = ["query_id", "doc_id"]
 
 
 @dataclass
@@ -300,19 +300,11 @@ def _common_manifest(stores: Sequence[ScoreStore], ignoring: Collection[str]) ->
 
 def _averaged_shard(tables: Sequence[pa.Table], scales: Sequence[Sequence[float]]) -> tuple[pa.Table, pa.Table]:
     """Return the rows of the first table with the mean score, and those that another table lacks."""
-    columns = []
-    for table, (mean, std) in zip(tables, scales, strict=True):
-        scores = table.select([*_KEY, "teacher_score"]).to_pandas().set_index(_KEY)["teacher_score"]
-        columns.append((scores.astype(np.float64) - mean) / std)
-    average = mean_scores(columns)
+    columns = ["query_id", "doc_id", "teacher_score"]
+    average = mean_scores([table.select(columns).to_pandas() for table in tables], scales)
     complete = pa.array(average.notna().to_numpy())
     place = tables[0].column_names.index("teacher_score")
     rows = tables[0].set_column(place, "teacher_score", pa.array(average.to_numpy(np.float32))).filter(complete)
     dropped = tables[0].drop_columns("teacher_score").filter(pc.invert(complete))
     reasons = pa.array(["not scored by every teacher"] * len(dropped), pa.string())
     return rows, dropped.append_column("reason", reasons)
-
-
-def mean_scores(columns: Sequence[pd.Series]) -> pd.Series:
-    """Average scores by (query_id, doc_id) in the order of the first column; NaN where one column lacks the pair."""
-    return pd.concat([column.reindex(columns[0].index) for column in columns], axis=1).mean(axis=1, skipna=False)

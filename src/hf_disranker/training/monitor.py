@@ -39,7 +39,7 @@ def check_columns(groups: Any, name: str) -> None:
     if isinstance(groups, str | os.PathLike):
         raise TypeError(f"{name} is the path {os.fspath(groups)!r}: read it by load_groups.")
     if isinstance(groups, Mapping):
-        raise TypeError(f"{name} holds several sets, {sorted(groups)}: choose one.")
+        raise TypeError(f"{name} contains several sets, {sorted(groups)}: choose one.")
     columns = getattr(groups, "column_names", None)
     missing = [column for column in _GROUP_COLUMNS if columns is not None and column not in columns]
     if missing:
@@ -161,7 +161,7 @@ class LossMonitor:
             return
         # Logged numbers have four decimals.
         if spread <= 1e-4:
-            self._warn(step, "The model gives all documents of a query the same score")
+            self._warn(step, "The model scores all documents of a query equally")
         elif spread < _COLLAPSED * min(self.highest, self.target_spread):
             self._warn(step, f"The scores within a query collapse: spread {spread}, down from {self.highest}")
 

@@ -53,20 +53,12 @@ def resume_point(output_dir: str) -> str | None:
     Incomplete checkpoints of a killed run are removed: checkpoint rotation would count them as the newest.
     """
     while os.path.isdir(output_dir) and (checkpoint := get_last_checkpoint(output_dir)):
-        if _is_complete(checkpoint):
+        if json_in(Path(checkpoint, "trainer_state.json")):  # written last
             logger.warning("Resuming from %s; remove it or choose another --out to start from scratch.", checkpoint)
             return checkpoint
         logger.warning("%s is incomplete, from a killed run: removed.", checkpoint)
         shutil.rmtree(checkpoint, ignore_errors=True)  # several processes may remove it at once
     return None
-
-
-def _is_complete(checkpoint: str) -> bool:
-    """Return whether the trainer state, which is written last, can be read."""
-    try:
-        return bool(json.loads(Path(checkpoint, "trainer_state.json").read_text()))
-    except (OSError, ValueError):
-        return False
 
 
 def train(trainer: Any) -> dict[str, float]:
@@ -133,14 +125,6 @@ def save_json(content: Any, path: str) -> None:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
     os.replace(temporary, path)
-
-
-def refuse_foreign(path: str | None, made_by: str) -> None:
-    """Raise ValueError if the path exists and is not json that this command wrote."""
-    if path and os.path.exists(path):
-        content = json_in(path)
-        if not isinstance(content, dict) or content.get("made_by") != made_by:
-            raise ValueError(f"{path}: `{made_by}` did not write this file and does not overwrite it.")
 
 
 def save_record(output_dir: str, arguments: Sequence[Any], sources: Mapping[str, str | None]) -> None:

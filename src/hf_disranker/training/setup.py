@@ -129,7 +129,7 @@ def check_arguments(trainer: str, model: Any, model_init: Any, optimizers: Any, 
     """
     if any(argument is not None for argument in refused):
         raise TypeError(
-            f"{trainer} takes no data_collator and no compute_loss_func: a batch is whole queries, rendered by the "
+            f"{trainer} accepts no data_collator and no compute_loss_func: a batch is whole queries, rendered by the "
             "model's templates. Override loss_terms for a custom loss."
         )
     if (model is None) == (model_init is None):
@@ -148,7 +148,7 @@ def resolve_arguments(args: Any, kind: Any, trainer: str, has_eval_dataset: bool
     args = kind() if args is None else args
     if not isinstance(args, kind):
         raise TypeError(
-            f"{trainer} takes args of {kind.__name__}, which extends TrainingArguments; got {type(args).__name__}."
+            f"{trainer} needs args of {kind.__name__}, which extends TrainingArguments; got {type(args).__name__}."
         )
     if args.evaluates_by_default:
         args.eval_strategy = IntervalStrategy.EPOCH if has_eval_dataset else IntervalStrategy.NO
