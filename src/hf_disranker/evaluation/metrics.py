@@ -125,14 +125,11 @@ def by_query(
             None is for re-ranking: all documents are ranked, and such a query is nan.
 
     Returns:
-        Columns of shape (queries,):
-
-        - "concordant", "discordant", "tied": numbers of document pairs with label_i > label_j and score_i > score_j,
-          score_i < score_j, or equal scores;
-        - "pair_accuracy": concordant share of the concordant and discordant pairs;
-        - "ndcg@k";
-        - "mrr": 1 / rank of the first relevant document (label >= 1); among equal scores the lowest label ranks first;
-        - "map": mean precision at the ranks of the relevant documents, with equal scores as in "mrr".
+        Columns of shape (queries,): "concordant", "discordant" and "tied" are numbers of document pairs with label_i >
+        label_j and score_i > score_j, score_i < score_j or equal scores; "pair_accuracy" is the concordant share of the
+        concordant and discordant pairs; "ndcg@k"; "mrr" is 1 / rank of the first relevant document (label >= 1), where
+        among equal scores the lowest label ranks first; "map" is the mean precision at the ranks of the relevant
+        documents, with equal scores as in "mrr".
     """
     if retrieved is None:
         return _by_query(_read(labels, scores, groups), ks)
@@ -148,14 +145,11 @@ def evaluate(
     Takes O(rows * (log rows + distinct labels)) time and O(rows) memory.
 
     Returns:
-        Python numbers:
-
-        - "pnr" (concordant / discordant, inf without discordant pairs), "pair_accuracy", "concordant", "discordant",
-          "tied": over the pairs of all queries;
-        - "pair_accuracy_per_query", "ndcg@k", "mrr", "map": means over the queries that define them;
-        - "auc", "cross_query_pair_accuracy": comparisons of scores across queries. AUC is the probability that a
-          document with label >= 1 scores higher than one with label 0, ties counting half;
-        - "queries", "queries_without_relevant", "documents": counts.
+        Python numbers. "pnr" (concordant / discordant, inf without discordant pairs), "pair_accuracy", "concordant",
+        "discordant" and "tied" are over the pairs of all queries; "pair_accuracy_per_query", "ndcg@k", "mrr" and "map"
+        are means over the queries that define them; "auc" and "cross_query_pair_accuracy" compare scores across
+        queries, AUC being the probability that a document with label >= 1 scores higher than one with label 0, ties
+        counting half; "queries", "queries_without_relevant" and "documents" are counts.
 
     Source: Zou et al. 2021, arXiv 2105.11108, for PNR; counting over all queries (micro) is our choice. Mann and
         Whitney 1947 for AUC, equal to sklearn.metrics.roc_auc_score.

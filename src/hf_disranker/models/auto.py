@@ -24,27 +24,9 @@ def install() -> None:
     if os.environ.get("HF_DISRANKER_NO_AUTO") == "1":
         return
     if _MODELS in sys.modules:
-        _install_gates(sys.modules[_MODELS])
+        _install_gates()
     else:
         sys.meta_path.insert(0, _AfterImport())
-
-
-def decoder_types(models: ModuleType) -> list[str]:
-    """Return the model types of decoders with a sequence-classification head.
-
-    Args:
-        models: The module `transformers.models.auto.modeling_auto`.
-    """
-    causal, masked = models.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, models.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    found = models.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    return [model_type for model_type in found if model_type in causal and model_type not in masked]
-
-
-def encoder_types(models: ModuleType) -> list[str]:
-    """Return the model types of encoders with a sequence-classification head; see `decoder_types`."""
-    masked, generating = models.MODEL_FOR_MASKED_LM_MAPPING_NAMES, models.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-    found = models.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    return [model_type for model_type in found if model_type in masked and model_type not in generating]
 
 
 def register(model_type: str) -> Any:
@@ -105,9 +87,11 @@ class _GateType(type):
         return kind.from_dict(config_dict, **kwargs)
 
 
-def _install_gates(models: ModuleType) -> None:
+def _install_gates() -> None:
+    from hf_disranker.models.families import decoder_types, encoder_types
+
     configs: Any = sys.modules["transformers.models.auto.configuration_auto"]
-    for model_type in [*encoder_types(models), *decoder_types(models)]:
+    for model_type in [*encoder_types(), *decoder_types()]:
         # Under the stock name, by which transformers finds the model type of a config class.
         gate = _GateType(configs.CONFIG_MAPPING_NAMES[model_type], (), {"model_type": model_type})
         configs.AutoConfig.register(model_type, gate, exist_ok=True)
@@ -131,4 +115,4 @@ class _AfterImport(MetaPathFinder, Loader):
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         sys.meta_path.remove(self)
-        _install_gates(module)
+        _install_gates()

@@ -23,7 +23,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_disranker.data.templates import STUDENT_TEMPLATES, TEACHER_TEMPLATES, Templates
-from hf_disranker.models.auto import decoder_types, encoder_types
+from hf_disranker.models.families import decoder_types, encoder_types
 
 MARKER = "disranker"
 FORMAT = 1
@@ -306,7 +306,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         ValueError: If token ids exceed the embeddings, or most embeddings have no token.
     """
     rows = model.get_input_embeddings().num_embeddings
-    is_decoder = model.config.model_type in decoder_types(modeling_auto)
+    is_decoder = model.config.model_type in decoder_types()
     ids = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=not is_decoder).values()
     name = f"{tokenizer.name_or_path or model.config.name_or_path}: the tokenizer"
     if max(ids, default=-1) >= rows:
@@ -340,7 +340,7 @@ def position_limit(config: PreTrainedConfig) -> int | None:
 
 def _reserved_positions(config: PreTrainedConfig) -> int:
     """Return the positions up to the padding id, which no token has in RoBERTa and its relatives."""
-    if config.model_type not in encoder_types(modeling_auto):
+    if config.model_type not in encoder_types():
         return 0
     names = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     stock: Any = getattr(transformers, names[config.model_type])

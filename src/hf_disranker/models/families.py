@@ -7,7 +7,25 @@ from typing import Any
 
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+
+def decoder_types() -> list[str]:
+    """Return the model types of decoders with a sequence-classification head."""
+    causal, masked = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return [kind for kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES if kind in causal and kind not in masked]
+
+
+def encoder_types() -> list[str]:
+    """Return the model types of encoders with a sequence-classification head."""
+    masked, generating = MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    found = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    return [kind for kind in found if kind in masked and kind not in generating]
 
 
 def make_family(base: Any, mixin: Any, model_type: str, suffix: str) -> Any:

@@ -10,11 +10,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
 
-from hf_disranker.models.auto import encoder_types
 from hf_disranker.models.checkpoint import HUB_OPTIONS, RankerConfigMixin, RankerOutput, load_config
-from hf_disranker.models.families import find_family, make_family
+from hf_disranker.models.families import encoder_types, find_family, make_family
 from hf_disranker.models.hub import RankerHubMixin
 from hf_disranker.models.packing import Unpadded
 
@@ -185,7 +183,7 @@ class BertDistilledRanker(DistilledRanker, BertForSequenceClassification):
 
 def is_encoder(model_type: str) -> bool:
     """Return whether transformers has a sequence-classification head for this encoder family."""
-    return model_type in encoder_types(modeling_auto)
+    return model_type in encoder_types()
 
 
 @functools.cache
@@ -209,7 +207,7 @@ def family_class(model_type: str) -> Any:
 
 def __getattr__(name: str) -> Any:
     """Find the generated classes by name, as pickle does."""
-    if (found := find_family(name, encoder_types(modeling_auto), _SUFFIX)) is None:
+    if (found := find_family(name, encoder_types(), _SUFFIX)) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     kind = family_class(found[0])
     return kind.config_class if found[1] else kind

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
-from hf_disranker.models.auto import decoder_types
 from hf_disranker.models.checkpoint import (
     HUB_OPTIONS,
     LABEL_EXPECTATION,
@@ -25,7 +24,7 @@ from hf_disranker.models.checkpoint import (
     check_vocabulary,
     load_config,
 )
-from hf_disranker.models.families import find_family, make_family
+from hf_disranker.models.families import decoder_types, find_family, make_family
 from hf_disranker.models.hub import RankerHubMixin
 
 PAD_TOKEN = "<|pad|>"
@@ -171,7 +170,7 @@ def family(config: PreTrainedConfig) -> Any:
 
 def is_decoder(model_type: str) -> bool:
     """Return whether transformers has a sequence-classification head for this decoder family."""
-    return model_type in decoder_types(modeling_auto)
+    return model_type in decoder_types()
 
 
 @functools.cache
@@ -191,7 +190,7 @@ def family_class(model_type: str) -> Any:
 
 def __getattr__(name: str) -> Any:
     """Find the generated classes by name, as pickle does."""
-    if (found := find_family(name, decoder_types(modeling_auto), _SUFFIX)) is None:
+    if (found := find_family(name, decoder_types(), _SUFFIX)) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     kind = family_class(found[0])
     return kind.config_class if found[1] else kind
