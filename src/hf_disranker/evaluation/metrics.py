@@ -126,7 +126,7 @@ def by_query(
 
     Returns:
         Columns of shape (queries,): "concordant", "discordant" and "tied" are numbers of document pairs with label_i >
-        label_j and score_i > score_j, score_i < score_j or equal scores; "pair_accuracy" is the concordant share of the
+        label_j and score_i > score_j, score_i < score_j or equal scores; "pair_accuracy" is the concordant share of
         concordant and discordant pairs; "ndcg@k"; "mrr" is 1 / rank of the first relevant document (label >= 1), where
         among equal scores the lowest label ranks first; "map" is the mean precision at the ranks of the relevant
         documents, with equal scores as in "mrr".
