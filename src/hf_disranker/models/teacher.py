@@ -92,12 +92,12 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
         hub_options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         base = adapter_base(name) if name is not None and os.path.isdir(name) else None
         config = kwargs.get("config") or load_config(base or name, **hub_options)
-        return family(config).from_pretrained(name, *args, **kwargs)
+        return family_class(config.model_type).from_pretrained(name, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> LLMForLastTokenRanking:
         """Return a teacher with random weights; raises ValueError for a family that is not supported."""
-        return family(config)(config)
+        return family_class(config.model_type)(config)
 
     @property
     def decoder(self) -> Any:
@@ -161,11 +161,6 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
             logits = cap * (logits / cap).tanh()
         grades = torch.tensor(marker.grades, dtype=torch.float32, device=logits.device)
         return (logits.softmax(dim=1) @ grades).unsqueeze(1)
-
-
-def family(config: PreTrainedConfig) -> Any:
-    """Return the teacher class for a config; raises ValueError for a family that is not supported."""
-    return family_class(config.model_type)
 
 
 def is_decoder(model_type: str) -> bool:
@@ -251,7 +246,7 @@ def expect_labels(
     tokens = [ids[-1] for ids in after]
     if any(ids[:-1] != before for ids in after) or len(set(tokens)) < len(labels):
         raise ValueError(f"Each of the labels {list(labels)} must be one token after {ending!r}; choose other words.")
-    config = family(config).config_class.mark(config)
+    config = family_class(config.model_type).config_class.mark(config)
     config.update_marker(head=LABEL_EXPECTATION, label_tokens=tokens, grades=list(range(len(labels))), ending=ending)
     prepare_tokenizer(tokenizer, ending)
     return config
