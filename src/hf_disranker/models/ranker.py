@@ -7,10 +7,11 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,6 @@ from hf_disranker.data.collators import Encoded, PairCollator, budget_batches, p
 from hf_disranker.models.base import Pair, PairRanker, check_batch_size, listed
 from hf_disranker.models.checkpoint import check_length, position_limit
 from hf_disranker.models.loading import RankerModel, fit_tokenizer, keep_head_exact, load_ranker_model
-from hf_disranker.models.memory import score_in_halves
 from hf_disranker.models.packing import PACKABLE, PACKED, pack
 from hf_disranker.models.teacher import LLMForLastTokenRanking
 
@@ -29,6 +29,8 @@ DEFAULT_MAX_QUERY_LENGTH = 64
 # Pairs tokenised at a time: enough to sort by length, few enough not to delay the first forward pass.
 _CHUNK = 4096
 _COUNTING = threading.Lock()
+
+Row = TypeVar("Row")
 
 
 class Ranker(PairRanker):
@@ -225,3 +227,28 @@ def pair_collator(model: RankerModel, tokenizer: PreTrainedTokenizerBase) -> Pai
     check_length(model.config, max_length)
     max_query_length = marker.max_query_length or min(DEFAULT_MAX_QUERY_LENGTH, max_length // 2)
     return PairCollator(tokenizer, marker.templates, max_length, max_query_length)
+
+
+def score_in_halves(
+    score: Callable[[Sequence[Row]], np.ndarray], rows: Sequence[Row], reduce: Callable[[Sequence[Row]], None]
+) -> np.ndarray:
+    """Score rows together, or in halves if they do not fit into memory.
+
+    Args:
+        score: Scores a batch, shape (rows,).
+        rows: Rows of the batch.
+        reduce: Called with the rows that did not fit, to make later batches smaller.
+
+    Raises:
+        RuntimeError: If a single row does not fit, or for any other error of the forward pass.
+    """
+    try:
+        return score(rows)
+    except RuntimeError as error:
+        if len(rows) == 1 or not should_reduce_batch_size(error):
+            raise
+    # Outside the handler, whose traceback keeps the tensors of the failed pass alive.
+    torch.cuda.empty_cache()
+    reduce(rows)
+    half = len(rows) // 2
+    return np.concatenate([score_in_halves(score, part, reduce) for part in (rows[:half], rows[half:])])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import requests
@@ -22,8 +22,7 @@ from urllib3.util import Retry
 from hf_disranker.data.templates import STUDENT_TEMPLATES
 from hf_disranker.models.checkpoint import load_config
 from hf_disranker.models.loading import check_head, check_labels, check_loaded_head, is_ranker
-from hf_disranker.models.memory import score_in_halves
-from hf_disranker.models.ranker import Ranker
+from hf_disranker.models.ranker import Ranker, score_in_halves
 from hf_disranker.scoring.provenance import describe_model, describe_module, tokenizer_digest, versions
 
 logger = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class Engine(Protocol):
         """Describe everything that affects the scores, for the manifest: weights, config, tokenizer, templates ..."""
 
     def predict(self, pairs: Sequence[Pair], callback: Callback | None = None) -> np.ndarray:
-        """Score (query, {"title", "summary"}) pairs.
+        """Score (query, {"title", "summary"}) pairs; raise an exception if none can be scored.
 
         Args:
             pairs: Pairs to score.
@@ -51,20 +50,12 @@ class Engine(Protocol):
 
         Returns:
             Raw logits in the order of the pairs, shape (len(pairs),), float32; NaN for a pair that cannot be scored.
-
-        Raises:
-            Exception: If no pair can be scored.
         """
 
 
 @dataclass
 class RankerEngine:
-    """Backend for a `Ranker`.
-
-    Args:
-        ranker: The teacher.
-        teacher: Name of the teacher for the manifest.
-    """
+    """Backend for a `Ranker`; `teacher` is its name in the manifest."""
 
     ranker: Ranker
     teacher: str
@@ -97,12 +88,8 @@ class RankerEngine:
 class CrossEncoderEngine:
     """Backend for any reranker of sentence-transformers: one label, or a language model that answers yes or no.
 
-    Its input is the query, and title and summary of the document as one string.
-
-    Args:
-        model: The `CrossEncoder`.
-        teacher: Name of the teacher for the manifest.
-        batch_size: Pairs per forward pass; halved when the GPU runs out of memory.
+    Its input is the query, and title and summary of the document as one string. `teacher` is the name in the manifest;
+    `batch_size`, the pairs per forward pass, is halved when the GPU runs out of memory.
 
     Raises:
         ValueError: If the model has more than one label.
@@ -188,31 +175,20 @@ def process_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-@dataclass(frozen=True)
-class Server:
-    """Request and response format of a kind of server.
-
-    Args:
-        path: Path of the endpoint.
-        query: Request field of the query.
-        documents: Request field of the documents.
-        options: Further request fields, which ask for raw scores.
-        results: Response field of the list of results; None if the response is that list.
-        score: Field of the score in a result.
-    """
+class Server(NamedTuple):
+    """Request and response format of a kind of server."""
 
     path: str
-    query: str
+    query: str  # request fields of the query and the documents
     documents: str
-    options: dict[str, Any]
-    results: str | None
-    score: str
+    options: dict[str, Any]  # further request fields, which ask for raw scores
+    results: str | None  # response field of the list of results; None if the response is that list
+    score: str  # field of the score in a result
 
 
+_VLLM_OPTIONS = {"use_activation": False, "truncate_prompt_tokens": -1}
 SERVERS = {
-    "vllm": Server(
-        "/score", "text_1", "text_2", {"use_activation": False, "truncate_prompt_tokens": -1}, "data", "score"
-    ),
+    "vllm": Server("/score", "text_1", "text_2", _VLLM_OPTIONS, "data", "score"),
     "tei": Server("/rerank", "query", "texts", {"raw_scores": True, "truncate": True}, None, "score"),
     "infinity": Server("/rerank", "query", "documents", {"raw_scores": True}, "results", "relevance_score"),
 }
@@ -264,11 +240,7 @@ class HttpEngine:
         return {"teacher": self.model} | unknown | known
 
     def predict(self, pairs: Sequence[Pair], callback: Callback | None = None) -> np.ndarray:
-        """See `Engine`.
-
-        Raises:
-            OSError: If the server is down, refuses the request, or returns something other than scores.
-        """
+        """See `Engine`; raises OSError if the server is down, refuses the request, or returns no scores."""
         scores = np.full(len(pairs), np.nan, np.float32)
         documents = [STUDENT_TEMPLATES.render_document(**document) for _, document in pairs]
         batches = []
@@ -301,11 +273,7 @@ class HttpEngine:
         return scores or [math.nan]
 
     def _read(self, response: requests.Response, documents: int) -> list[float] | None:
-        """Read the scores of a response, NaN where not a number; None for an error or an incomplete list.
-
-        Raises:
-            OSError: If it is not a response of such a server.
-        """
+        """Read the scores of a response, NaN where not a number; None for an error or an incomplete list."""
         if not response.ok:
             raise OSError(f"{response.url} returned {response.status_code}: {response.text:.200}")
         server = SERVERS[self.server]

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_disranker.models.checkpoint import load_config
-from hf_disranker.models.memory import score_in_halves
+from hf_disranker.models.ranker import score_in_halves
 from hf_disranker.scoring.engines import Callback, Pair, process_device
 from hf_disranker.scoring.provenance import describe_model, tokenizer_digest, versions
 

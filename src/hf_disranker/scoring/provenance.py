@@ -23,41 +23,39 @@ _MARKER_IRRELEVANT = {"format", "templates", "max_length", "max_query_length", "
 
 
 def describe_model(model: torch.nn.Module, config: PreTrainedConfig) -> dict[str, Any]:
-    """Describe a model for a manifest: weights, config and dtype, and the revision as a hint."""
-    return {
-        "revision": getattr(config, "_commit_hash", None),
-        "weights": weights_digest(model),
-        "config": relevant_config(config),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-    }
-
-
-def describe_module(module: Any) -> list[Any]:
-    """Describe a module of sentence-transformers; config and tokenizer of its model are described separately."""
-    if isinstance(module, Transformer):
-        return [type(module).__name__, _plain(module.processing_kwargs)]
-    return [type(module).__name__, _plain(getattr(module, "get_config_dict", dict)())]
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """Return the SHA-256 of all weights, sorted by name."""
+    """Describe a model for a manifest: SHA-256 of the weights, config, dtype, and the revision as a hint."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return {
+        "revision": getattr(config, "_commit_hash", None),
+        "weights": digest.hexdigest(),
+        "config": _relevant_config(config),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def _relevant_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the config fields that can change a score and differ from their defaults.
+
+    Defaults are left out, so that a field added by a later version of transformers is not a difference.
+    """
+    fields = {key: value for key, value in config.to_dict().items() if key not in _IRRELEVANT and key[0] != "_"}
+    if MARKER in fields:
+        fields[MARKER] = {key: value for key, value in fields[MARKER].items() if key not in _MARKER_IRRELEVANT}
+    defaults = {} if getattr(config, "has_no_defaults_at_init", False) else type(config)().to_dict()
+    defaults.pop("model_type", None)  # Llama and Mistral give their weights the same names
+    return _plain({key: value for key, value in fields.items() if key not in defaults or value != defaults[key]})
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, *more: Any) -> str:
-    """Return the SHA-256 of everything that maps text to ids: vocabulary, normalizer, post-processor, special tokens.
+    """Return the SHA-256 of everything that maps text to ids, and of further data such as a chat template.
 
-    Args:
-        tokenizer: Fast or slow tokenizer; truncation and padding, which calls set, are left out.
-        more: Further json-friendly data that affects the ids, such as a chat template.
+    Truncation and padding of a fast tokenizer, which calls set, are left out.
     """
     if tokenizer.is_fast:
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        backend |= {"truncation": None, "padding": None}
+        backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     else:
         backend = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
     names = ("padding_side", "truncation_side", "model_input_names")
@@ -65,18 +63,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, *more: Any) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def relevant_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the config fields that can change a score and differ from their defaults, as json-friendly data.
-
-    Defaults are left out, so that a field added by a later version of transformers is not a difference.
-    """
-    fields = {key: value for key, value in config.to_dict().items() if key not in _IRRELEVANT and key[0] != "_"}
-    if MARKER in fields:
-        marker = fields[MARKER]
-        fields[MARKER] = {key: marker[key] for key in marker if key not in _MARKER_IRRELEVANT}
-    defaults = {} if getattr(config, "has_no_defaults_at_init", False) else type(config)().to_dict()
-    defaults.pop("model_type", None)  # Llama and Mistral give their weights the same names
-    return _plain({key: value for key, value in fields.items() if key not in defaults or value != defaults[key]})
+def describe_module(module: Any) -> list[Any]:
+    """Describe a module of sentence-transformers; config and tokenizer of its model are described separately."""
+    if isinstance(module, Transformer):
+        return [type(module).__name__, _plain(module.processing_kwargs)]
+    return [type(module).__name__, _plain(getattr(module, "get_config_dict", dict)())]
 
 
 def _plain(content: Any) -> Any:
