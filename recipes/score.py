@@ -66,7 +66,6 @@ class ScoreArguments(LikelihoodArguments):
     concurrency: int = field(default=8, metadata={"help": "Concurrent requests to the server."})
     num_shards: int = field(default=1, metadata={"help": "Jobs that share the run."})
     shard_index: int = field(default=0, metadata={"help": "Number of this job, from 0."})
-    reuse: str | None = field(default=None, metadata={"help": "Store to copy scores from for equal texts."})
     status: str | None = field(default=None, metadata={"help": "Only report the progress of the run in this folder."})
     verify: bool = field(default=False, metadata={"help": "Only score a sample of `out` again and compare."})
     tolerance: float = field(
@@ -98,13 +97,10 @@ def main(args: ScoreArguments) -> None:
         return
     candidates = Candidates(args.pairs, args.corpus)
     candidates.check()  # before the model loads
-    reuse = ScoreStore(args.reuse) if args.reuse else None
-    if reuse:
-        reuse.scored_shards()  # also refused before the model loads
     engine = make_engine(args)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # of accelerate launch
     worker = args.shard_index * processes + int(os.environ.get("RANK", 0))
-    done = ScoringRun(engine, candidates, store, args.shard_rows, reuse).run(worker, args.num_shards * processes)
+    done = ScoringRun(engine, candidates, store, args.shard_rows).run(worker, args.num_shards * processes)
     ranker = getattr(engine, "ranker", None)
     cut = f"; {ranker.documents_cut} documents and {ranker.queries_cut} queries were truncated" if ranker else ""
     print(f"Scored {done} of {len(candidates)} pairs into {args.out}{cut}.")

@@ -32,7 +32,7 @@ def test_any_slice_is_that_of_the_whole_table(files, candidates, corpus):
     assert part.schema == rows.read(0, 1).schema
 
 
-@pytest.mark.parametrize("kind", ["frame", "jsonl", "csv", "url", "files"])
+@pytest.mark.parametrize("kind", ["frame", "jsonl", "csv", "url"])
 def test_every_kind_of_source_gives_the_same_rows_and_digest(kind, tmp_path, files, candidates, corpus):
     if kind == "jsonl":
         candidates.to_json(tmp_path / "c.jsonl", orient="records", lines=True)
@@ -40,7 +40,7 @@ def test_every_kind_of_source_gives_the_same_rows_and_digest(kind, tmp_path, fil
         candidates.to_csv(tmp_path / "c.csv", index=False)
     if kind == "url":
         candidates.to_parquet(f"memory://{tmp_path.name}.parquet", index=False)
-    paths = {"frame": candidates, "url": f"memory://{tmp_path.name}.parquet", "files": [str(files)]}
+    paths = {"frame": candidates, "url": f"memory://{tmp_path.name}.parquet"}
     rows = Candidates(paths.get(kind, tmp_path / f"c.{kind}"), corpus)
     assert rows.read(50, 57)["doc_id"].to_pylist() == candidates["doc_id"][50:].tolist()
     assert rows.read(50, 57)["summary"].to_pylist() == corpus["summary"][50:].tolist()

@@ -1,13 +1,11 @@
-"""Merging stores of one teacher and averaging several teachers."""
+"""Averaging the scores of several teachers."""
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
 
 from hf_disranker.data.groups import load_groups
-from hf_disranker.data.schema import TableError
-from hf_disranker.scoring.run import average, merge
+from hf_disranker.scoring.run import average
 from hf_disranker.scoring.store import ScoreStore, teacher_of
 
 
@@ -25,39 +23,6 @@ def stored(tmp_path, judgments):
         return store
 
     return stored
-
-
-def test_merged_stores_hold_all_pairs_in_order(stored, judgments, tmp_path):
-    scores = np.arange(57) / 8
-    parts = [
-        stored("may", judgments[:30], scores[:30], weights="w"),
-        stored("june", judgments[30:], scores[30:], 7, weights="w"),
-    ]
-    merged = merge(parts, tmp_path / "all", shard_rows=25)
-    assert merged.missing() == 0 and merged.shards() == {0, 1, 2} and merged.manifest()["pairs"] == 57
-    read = merged.read()
-    assert (
-        read["doc_id"].tolist() == judgments["doc_id"].tolist() and read["teacher_score"].tolist() == scores.tolist()
-    )
-    assert merged.summary().scored == 57 and merged.manifest()["weights"] == "w"
-    (tmp_path / "all" / "part-000001.parquet").unlink()  # as if it had been cut off
-    pd.testing.assert_frame_equal(merge(parts, tmp_path / "all", shard_rows=25).read(), read)
-
-
-def test_merge_refuses_different_teachers(stored, judgments, tmp_path):
-    parts = [stored("may", judgments[:30], np.zeros(30), weights="w"), stored("june", judgments[30:], np.zeros(27))]
-    with pytest.raises(ValueError, match="do not go together.\n  weights: 'w' there, 'june' now"):
-        merge(parts, tmp_path / "all")
-    other = stored("july", judgments[30:], np.zeros(27), weights="w", tokenizer="t", config={"rms_norm_eps": 0.1})
-    with pytest.raises(ValueError, match="do not go together.\n  config: not known there, .*\n  tokenizer: not known"):
-        merge([parts[0], other], tmp_path / "all")
-    twice = [parts[0], stored("again", judgments[29:], np.zeros(28), weights="w")]
-    with pytest.raises(TableError, match=r"1 row\(s\) repeat a \(query_id, doc_id\) .* First: row 30"):
-        merge(twice, tmp_path / "all")
-    (tmp_path / "may" / "part-000002.parquet").unlink()
-    with pytest.raises(ValueError, match="may still lacks the scores of 10 pairs: finish it first"):
-        merge(parts[:1], tmp_path / "all")
-    assert not (tmp_path / "all").exists()
 
 
 def test_average_of_teachers_with_different_scales(stored, judgments, tmp_path):

@@ -28,7 +28,7 @@ from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import pair_texts
 from hf_disranker.models.ranker import Ranker
 from hf_disranker.scoring.engines import RankerEngine, load_engine
-from hf_disranker.scoring.provenance import weights_digest
+from hf_disranker.scoring.provenance import describe_model
 from hf_disranker.scoring.run import MAX_CHARACTERS, ScoringRun, verify
 from hf_disranker.scoring.store import ScoreStore
 
@@ -43,8 +43,8 @@ def engine(teacher_ranker):
     return RankerEngine(teacher_ranker, "teacher")
 
 
-def run(engine, pairs, store, shard_rows=10, reuse=None, worker=(0, 1)):
-    return ScoringRun(engine, Candidates(pairs), store, shard_rows, reuse).run(*worker)
+def run(engine, pairs, store, shard_rows=10, worker=(0, 1)):
+    return ScoringRun(engine, Candidates(pairs), store, shard_rows).run(*worker)
 
 
 class Stub:
@@ -116,10 +116,10 @@ def test_the_manifest_tells_weights_apart(engine, judgments, store):
     run(engine, judgments, store)
     weights = store.manifest()["weights"]
     other = copy.deepcopy(engine.ranker.model)
-    assert weights_digest(other) == weights
+    assert describe_model(other, other.config)["weights"] == weights
     with torch.no_grad():
         other.score.weight[0, 0] += 1e-3
-    assert weights_digest(other) != weights
+    assert describe_model(other, other.config)["weights"] != weights
 
 
 def changed(engine):
@@ -134,7 +134,6 @@ def test_a_changed_tokenizer_or_config_is_another_teacher(engine, judgments, sto
     (tmp_path / "scores" / "part-000002.parquet").unlink()
     for use in (
         lambda other: run(other, judgments, store),
-        lambda other: run(other, judgments, ScoreStore(tmp_path / "new"), reuse=store),
         lambda other: verify(other, store),
     ):
         with pytest.raises(ValueError, match=r"another \w+[^\n]*\n  tokenizer: '\w{64}' there, '\w{64}' now$"):
@@ -143,7 +142,7 @@ def test_a_changed_tokenizer_or_config_is_another_teacher(engine, judgments, sto
     other.config.rms_norm_eps = 1e-3
     with pytest.raises(ValueError, match="\n  config.rms_norm_eps: default there, 0.001 now$"):
         run(RankerEngine(Ranker(other, engine.ranker.collator.tokenizer), "teacher"), judgments, store)
-    assert 2 not in store.shards() and not (tmp_path / "new" / "manifest.json").exists()
+    assert 2 not in store.shards()
 
 
 def test_a_manifest_without_config_or_tokenizer_is_refused(engine, judgments, store, tmp_path):
@@ -154,7 +153,6 @@ def test_a_manifest_without_config_or_tokenizer_is_refused(engine, judgments, st
     )
     for use in (
         lambda: run(engine, judgments, store),
-        lambda: run(engine, judgments, ScoreStore(tmp_path / "new"), reuse=store),
         lambda: verify(engine, store),
     ):
         with pytest.raises(ValueError, match=r"\n  config: not known there, .*\n  tokenizer: not known there, .*$"):
@@ -223,26 +221,6 @@ def test_the_log_tells_who_scored_what(judgments, store, tmp_path):
 # Scores that are there
 
 
-def test_only_new_and_changed_texts_are_scored_again(judgments, store, tmp_path):
-    old = ScoreStore(tmp_path / "old")
-    run(Stub(), judgments[:50], old)
-    rows = judgments[::-1].reset_index(drop=True).assign(doc_id=lambda rows: "new-" + rows["doc_id"])
-    rows.loc[20, "summary"] = "changed text"
-    engine = Stub(lambda pair: len(pair[1]["summary"]))
-    run(engine, rows, store, reuse=old)
-    assert len(engine.asked) == 7 + 1 and "changed text" in str(engine.asked)
-    assert store.read()["teacher_score"].tolist() == [len(text) for text in rows["summary"]]
-    assert store.summary().reused == 49 and "reused     49" in store.status()
-
-
-def test_scores_of_another_teacher_are_not_taken_over(engine, judgments, store, tmp_path):
-    old = ScoreStore(tmp_path / "old")
-    run(Stub(), judgments, old)
-    with pytest.raises(ValueError, match="old contains the scores of another teacher.\n  config: not known there"):
-        run(engine, judgments, store, reuse=old)
-    assert not store.is_store()
-
-
 def test_verify_finds_a_changed_score(engine, judgments, store, tmp_path):
     run(engine, judgments, store)
     assert verify(engine, store) < 1e-5
@@ -276,13 +254,10 @@ def test_verify_ends_with_an_error_beyond_the_tolerance(engine, teacher_dir, jud
     assert capsys.readouterr().out == 2 * told
 
 
-def test_a_store_without_scores_has_none_to_verify_or_reuse(judgments, store, tmp_path):
+def test_a_store_without_scores_has_none_to_verify(store):
     store.open({"format": 2, **Stub().describe(), "pairs": 1, "shard_rows": 1})
     with pytest.raises(ValueError, match="scores contains no scores yet"):
         verify(Stub(), store)
-    with pytest.raises(ValueError, match="scores contains no scores yet"):
-        run(Stub(), judgments, ScoreStore(tmp_path / "new"), reuse=store)
-    assert not (tmp_path / "new").exists()
 
 
 # Progress

@@ -148,11 +148,11 @@ def test_a_pair_that_gets_its_score_at_last_leaves_the_quarantine(store, rows):
 def test_the_footers_add_up(store, judgments):
     scores = np.random.default_rng(0).normal(2, 3, 57).astype(np.float32)
     store.open({**MANIFEST, "pairs": 57, "shard_rows": 20})
-    for shard, reused in enumerate((3, 0, 4)):
+    for shard in range(3):
         part = slice(20 * shard, 20 * shard + 20)
-        store.write(shard, judgments[part].assign(teacher_score=scores[part]), None, reused)
+        store.write(shard, judgments[part].assign(teacher_score=scores[part]))
     summary = store.summary()
-    assert (summary.scored, summary.reused, summary.quarantined) == (57, 7, {})
+    assert (summary.scored, summary.quarantined) == (57, {})
     assert summary.mean == pytest.approx(scores.mean(), abs=1e-6)
     assert summary.std == pytest.approx(scores.std(), abs=1e-6)
 
@@ -167,7 +167,7 @@ def test_the_status_tells_progress_rate_and_failures(store, rows):
         f"{store.path}: 0 of 5 pairs, 0.0%",
         "teacher    runs/teacher, engine not known",
     ]
-    store.write(0, rows[:2], None, reused=1)
+    store.write(0, rows[:2])
     store.log(0, record(0, 100.0, 110.0))
     store.log(1, {"error": "no memory"})
     store.log(2, {"error": "no disk"})
@@ -178,7 +178,6 @@ def test_the_status_tells_progress_rate_and_failures(store, rows):
         "rate       0.4 pairs/s, 8 tokens/s, 00:05 to go",
         "last       shard 2 by worker 1 of 2",
         "scores     3, mean -0.167, std 0.624",
-        "reused     1",
         "quarantine 1: empty document",
         "failed     shard 1: no memory",
     ]
@@ -229,22 +228,22 @@ def test_a_folder_without_manifest_has_no_status(tmp_path):
 
 
 def test_summary_matches_hand_example():
-    summary = Summary.of(np.array([1.0, 3.0], np.float32), {"empty document": 1}, 1)
-    assert summary == Summary(2, 2.0, 1.0, {"empty document": 1}, 1)
+    summary = Summary.of(np.array([1.0, 3.0], np.float32), {"empty document": 1})
+    assert summary == Summary(2, 2.0, 1.0, {"empty document": 1})
 
 
 def test_summaries_of_parts_add_up_to_the_whole():
     generator = np.random.default_rng(0)
     parts = [generator.normal(at, 1 + at, size).astype(np.float32) for at, size in enumerate((500, 2000, 0, 3000))]
     whole = np.concatenate(parts)
-    summary = Summary.add([Summary.of(part, {"a": 1} if at else {}, at) for at, part in enumerate(parts)])
-    assert (summary.scored, summary.quarantined, summary.reused) == (5500, {"a": 3}, 1 + 3)
+    summary = Summary.add([Summary.of(part, {"a": 1} if at else {}) for at, part in enumerate(parts)])
+    assert (summary.scored, summary.quarantined) == (5500, {"a": 3})
     assert summary.mean == pytest.approx(whole.mean(dtype=np.float64), abs=1e-9)
     assert summary.std == pytest.approx(whole.std(dtype=np.float64), abs=1e-9)
 
 
 def test_summary_of_nothing_is_empty():
-    assert Summary.add([]) == Summary.add([Summary.of(np.array([]), {}, 0)]) == Summary()
+    assert Summary.add([]) == Summary.add([Summary.of(np.array([]), {})]) == Summary()
 
 
 def test_rate_adds_up_workers():

@@ -25,6 +25,7 @@ from hf_disranker.data.tables import (
 )
 
 TEXT_COLUMNS = ("query", "title", "summary")
+_TABLE = "candidates"
 # Rows checked at a time.
 _CHUNK = 100_000
 
@@ -33,26 +34,23 @@ class Candidates:
     """Pairs to score. Parquet stays on disk, except for one row group and the corpus.
 
     Args:
-        source: As in `read_table`, or a list of such. Sources other than parquet are loaded whole.
+        source: As in `read_table`. Sources other than parquet are loaded whole.
         corpus: Source of the texts if the rows have ids only; loaded into memory.
-        table: Schema of the rows: candidates or scores.
 
     Raises:
         FileNotFoundError, TableError: As in `read_table`, for errors visible before the rows are read.
     """
 
-    def __init__(self, source: Source | list[str], corpus: Source | None = None, table: str = "candidates") -> None:
-        sources = source if isinstance(source, list) else [source]
-        self.name = ", ".join(source_name(one) for one in sources)
-        self._schema = table
-        self._parts = [part for one in sources for part in _parts(one, table)]
+    def __init__(self, source: Source, corpus: Source | None = None) -> None:
+        self.name = source_name(source)
+        self._parts = list(_parts(source))
         self._starts = np.cumsum([0, *(rows for rows, _ in self._parts)])
         self._held: tuple[int, pa.Table] | None = None
         self._digest = ""
         if not len(self):
-            raise TableError(f"{self.name}: the {table} table has no rows.")
+            raise TableError(f"{self.name}: the candidates table has no rows.")
         self._texts: pa.Table | None = None
-        check_names(self._part(0).column_names, table, self.name)
+        check_names(self._part(0).column_names, _TABLE, self.name)
         if not has_texts(self._part(0).column_names):
             texts = read_texts(corpus, self.name)
             self._texts, self._corpus_ids = _arrow(texts), pd.Index(texts["doc_id"])
@@ -98,7 +96,7 @@ class Candidates:
             _update(digests, rows)
             ids = rows.select(["query_id", "doc_id"]).to_pandas()
             keys[start : start + _CHUNK] = pd.util.hash_pandas_object(ids, index=False)
-        _refuse_repeated(keys, f"{self.name}: {self._schema} table")
+        _refuse_repeated(keys, f"{self.name}: {_TABLE} table")
         if self._texts is not None:
             _update(digests, self._texts.rename_columns({name: f"corpus {name}" for name in self._texts.column_names}))
         whole = "".join(f"{name} {digest.hexdigest()}\n" for name, digest in sorted(digests.items()))
@@ -120,10 +118,10 @@ class Candidates:
         return self._held[1]
 
     def _validated(self, rows: pa.Table, start: int) -> pa.Table:
-        schema = TABLES[self._schema]
+        schema = TABLES[_TABLE]
         known = [name for name in schema.required + schema.optional if name in rows.column_names]
         frame = rows.select(known).to_pandas().set_axis(range(start, start + len(rows)))  # row numbers in errors
-        frame = validate(frame, self._schema, self.name)
+        frame = validate(frame, _TABLE, self.name)
         if self._texts is not None:
             corpus_rows(frame["doc_id"], self._corpus_ids, self.name)
         for name, column in zip(known, _arrow(frame).columns, strict=True):
@@ -131,11 +129,11 @@ class Candidates:
         return rows
 
 
-def _parts(source: Source, table: str) -> Iterator[tuple[int, Callable[[], pa.Table]]]:
+def _parts(source: Source) -> Iterator[tuple[int, Callable[[], pa.Table]]]:
     """Yield the length and reader of each row group; a source other than parquet is one part."""
     files = parquet_files(source)
     if not files:
-        rows = pa.Table.from_pandas(read_table(source, table, texts=False), preserve_index=False)
+        rows = pa.Table.from_pandas(read_table(source, _TABLE, texts=False), preserve_index=False)
         yield len(rows), lambda: rows
     for path in files:
         fs, _ = locate(os.fspath(source))  # type: ignore[arg-type]

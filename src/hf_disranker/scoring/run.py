@@ -1,4 +1,4 @@
-"""Stage 3a: score candidates shard by shard; verify, merge and average score stores."""
+"""Stage 3a: score candidates shard by shard; verify and average score stores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +43,12 @@ class ScoringRun:
         candidates: Pairs to score.
         store: Store that the scores are written to.
         shard_rows: Pairs per shard, which is the most work that a crash can lose.
-        reuse: Store whose scores are copied for pairs with the same texts, or None; 12 bytes of memory per pair.
     """
 
     engine: Engine
     candidates: Candidates
     store: ScoreStore
     shard_rows: int = 10_000
-    reuse: ScoreStore | None = None
 
     def run(self, rank: int = 0, world_size: int = 1) -> int:
         """Check the whole input, then score this worker's shards that are missing.
@@ -59,13 +57,15 @@ class ScoringRun:
         run; any other failure ends the run.
 
         Returns:
-            Number of pairs in the shards that were completed, including reused and quarantined pairs.
+            Number of pairs in the shards that were completed, quarantined pairs included.
 
         Raises:
             TableError: If the input breaks its contract, or no pair of a shard of 10 or more got a score.
-            ValueError: If the store belongs to another run, or the scores to reuse to another teacher.
+            ValueError: If the store belongs to another run.
         """
-        known = self._open()
+        manifest = {"format": 2, **self.engine.describe(), "pairs": len(self.candidates)}
+        manifest |= {"input": self.candidates.check(), "shard_rows": self.shard_rows, "hf_disranker": __version__}
+        self.store.open(manifest)
         complete = self.store.shards()
         shards = range(rank, -(-len(self.candidates) // self.shard_rows), world_size)
         missing = [shard for shard in shards if shard not in complete]
@@ -75,7 +75,7 @@ class ScoringRun:
             for shard, rows in prefetch_map(self._read, missing):
                 before = bar.n
                 try:
-                    record = self._score(shard, rows, known, bar)
+                    record = self._score(shard, rows, bar)
                 except Exception as error:
                     bar.update(before - bar.n)
                     self._log(shard, {"error": str(error)})
@@ -90,33 +90,30 @@ class ScoringRun:
             raise TableError("\n".join([f"{len(failures)} shard(s) failed; run again for them.", *failures]))
         return done
 
-    def _open(self) -> pd.Series | None:
-        """Open the store; return the scores to reuse by the hash of a pair's texts."""
-        manifest = {"format": 2, **self.engine.describe(), "pairs": len(self.candidates)}
-        manifest |= {"input": self.candidates.check(), "shard_rows": self.shard_rows, "hf_disranker": __version__}
-        if self.reuse and (lines := differences(self.reuse.manifest(), manifest, INPUT)):
-            raise ValueError("\n".join([f"{self.reuse.path} contains the scores of another teacher.", *lines]))
-        known = _scores_by_text(self.reuse) if self.reuse else None
-        self.store.open(manifest)
-        return known
-
-    def _score(
-        self, shard: int, rows: pa.Table | TableError, known: pd.Series | None, bar: tqdm[Any]
-    ) -> dict[str, Any]:
-        """Score and store one shard; return its log record."""
-        if isinstance(rows, TableError):
-            raise rows
-        started, tokens = time.time(), self.engine.tokens
-        scored, quarantined, reused = score_shard(self.engine, rows, known, bar.update)
-        self.store.write(shard, scored, quarantined, reused)
-        record = {"shard": shard, "pairs": len(rows), "tokens": self.engine.tokens - tokens}
-        return record | {"started": started, "ended": time.time()}
-
     def _read(self, shard: int) -> tuple[int, pa.Table | TableError]:
         try:
             return shard, self.candidates.read(shard * self.shard_rows, (shard + 1) * self.shard_rows)
         except TableError as error:
             return shard, error
+
+    def _score(self, shard: int, rows: pa.Table | TableError, bar: tqdm[Any]) -> dict[str, Any]:
+        """Score and store one shard, rows without a score in quarantine; return its log record."""
+        if isinstance(rows, TableError):
+            raise rows
+        started, tokens = time.time(), self.engine.tokens
+        frame = rows.select(TEXT_COLUMNS).to_pandas()
+        reasons, scores = _unreadable(frame), np.full(len(rows), np.nan, np.float32)
+        if len(todo := np.flatnonzero(reasons == "")):
+            scores[todo] = self.engine.predict(pair_texts(frame.iloc[todo]), bar.update)
+            reasons[todo[~np.isfinite(scores[todo])]] = "the teacher gave no finite score"
+            if len(todo) >= _MANY and (reasons[todo] != "").all():
+                raise TableError(f"The teacher gave no finite score for any of {len(todo)} pairs.")
+        good = reasons == ""
+        scored = rows.filter(pa.array(good)).append_column("teacher_score", pa.array(scores[good], pa.float32()))
+        quarantined = rows.filter(pa.array(~good)).append_column("reason", pa.array(reasons[~good], pa.string()))
+        self.store.write(shard, scored, quarantined)
+        record = {"shard": shard, "pairs": len(rows), "tokens": self.engine.tokens - tokens}
+        return record | {"started": started, "ended": time.time()}
 
     def _log(self, shard: int, record: dict[str, Any]) -> None:
         """Write the log; without it the run continues, since the disk may be full of the shard itself."""
@@ -127,51 +124,12 @@ class ScoringRun:
 
 
 def _progress_bar(pairs: int) -> tqdm[Any]:
-    """Progress of the first worker of a machine; in a log file it is printed once a minute."""
+    """Return the progress bar of a machine's first worker; in a log file it is printed once a minute."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     # With miniters=1 a shard that failed may move the bar back.
     return tqdm(
         total=pairs, unit=" pairs", mininterval=0.1 if sys.stderr.isatty() else 60, miniters=1, disable=not first
     )
-
-
-def score_shard(
-    engine: Engine,
-    rows: pa.Table,
-    known: pd.Series | None = None,
-    callback: Callable[[int], None] | None = None,
-) -> tuple[pa.Table, pa.Table, int]:
-    """Score the rows of one shard.
-
-    Args:
-        engine: Engine that computes the scores.
-        rows: Candidates table with texts.
-        known: Scores to reuse, by the hash of a pair's texts.
-        callback: Called with the number of pairs scored since the last call.
-
-    Returns:
-        The rows with the column `teacher_score`, the rows without a score with the column `reason`, and the number
-        of reused scores.
-
-    Raises:
-        TableError: If none of 10 or more readable rows got a score, which is not a fault of the rows.
-    """
-    frame = rows.select(TEXT_COLUMNS).to_pandas()
-    reasons = _unreadable(frame)
-    scores = np.full(len(rows), np.nan, np.float32)
-    if known is not None:
-        scores = known.reindex(_text_hashes(frame)).to_numpy(np.float32, copy=True)
-    reused = (reasons == "") & np.isfinite(scores)
-    todo = np.flatnonzero((reasons == "") & ~reused)
-    if len(todo):
-        scores[todo] = engine.predict(pair_texts(frame.iloc[todo]), callback)
-        reasons[todo[~np.isfinite(scores[todo])]] = "the teacher gave no finite score"
-        if len(todo) >= _MANY and (reasons[todo] != "").all():
-            raise TableError(f"The teacher gave no finite score for any of {len(todo)} pairs.")
-    good = reasons == ""
-    quarantined = rows.filter(pa.array(~good)).append_column("reason", pa.array(reasons[~good], pa.string()))
-    scored = rows.filter(pa.array(good)).append_column("teacher_score", pa.array(scores[good], pa.float32()))
-    return scored, quarantined, int(reused.sum())
 
 
 def _unreadable(frame: pd.DataFrame) -> np.ndarray:
@@ -183,29 +141,8 @@ def _unreadable(frame: pd.DataFrame) -> np.ndarray:
     return reasons
 
 
-def _scores_by_text(store: ScoreStore) -> pd.Series:
-    """Read all scores of a store, indexed by the hash of a pair's texts; ValueError if there are none."""
-    parts = []
-    for shard in store.scored_shards():
-        rows = store.rows(shard)
-        hashes = _text_hashes(rows.select(TEXT_COLUMNS).to_pandas())
-        parts.append(pd.Series(rows["teacher_score"].to_numpy(), index=hashes))
-    scores = pd.concat(parts)
-    return scores[~scores.index.duplicated()]
-
-
-def _text_hashes(frame: pd.DataFrame) -> np.ndarray:
-    return pd.util.hash_pandas_object(frame[list(TEXT_COLUMNS)], index=False).to_numpy()
-
-
 def verify(engine: Engine, store: ScoreStore, pairs: int = 256, seed: int = 0) -> float:
-    """Score a sample of a store again.
-
-    Args:
-        engine: Teacher of the store.
-        store: Store with at least one complete shard.
-        pairs: Number of pairs, drawn from at most 8 shards.
-        seed: Seed of the sample.
+    """Score a sample of a store again, drawn from at most 8 shards.
 
     Returns:
         The largest absolute difference from the stored scores; inf if a pair has no finite score now.
@@ -216,7 +153,8 @@ def verify(engine: Engine, store: ScoreStore, pairs: int = 256, seed: int = 0) -
     if lines := differences(store.manifest(), {"format": 2, **engine.describe()}, INPUT):
         raise ValueError("\n".join([f"{store.path} contains the scores of another teacher.", *lines]))
     generator = np.random.default_rng(seed)
-    shards = store.scored_shards()
+    if not (shards := sorted(store.shards())):
+        raise ValueError(f"{store.path} contains no scores yet.")
     sampled = generator.choice(shards, min(8, len(shards)), replace=False)
     largest = 0.0
     for shard in sampled:
@@ -226,29 +164,6 @@ def verify(engine: Engine, store: ScoreStore, pairs: int = 256, seed: int = 0) -
         difference = np.abs(scores - rows["teacher_score"].to_numpy())
         largest = max(largest, float(np.where(np.isfinite(difference), difference, np.inf).max(initial=0)))
     return largest
-
-
-def merge(stores: Sequence[ScoreStore], path: str | os.PathLike[str], shard_rows: int = 100_000) -> ScoreStore:
-    """Merge stores of one teacher over different inputs, such as months or markets.
-
-    Args:
-        stores: Finished stores without a pair in common; their quarantines are not merged.
-        path: Path of the new store; an interrupted merge resumes.
-        shard_rows: Pairs per shard of the new store.
-
-    Raises:
-        ValueError: If a store is not finished, or has another teacher; the message lists the differences.
-        TableError: If two stores contain the same pair.
-    """
-    manifest = _common_manifest(stores, INPUT)
-    rows = Candidates([store.path for store in stores], table="scores")
-    merged = ScoreStore(path)
-    merged.open({**manifest, "pairs": len(rows), "input": rows.check(), "shard_rows": shard_rows})
-    complete = merged.shards()
-    for shard, start in enumerate(range(0, len(rows), shard_rows)):
-        if shard not in complete:
-            merged.write(shard, rows.read(start, start + shard_rows))
-    return merged
 
 
 def average(stores: Sequence[ScoreStore], path: str | os.PathLike[str], standardise: bool = True) -> ScoreStore:
@@ -265,12 +180,16 @@ def average(stores: Sequence[ScoreStore], path: str | os.PathLike[str], standard
     """
     manifests = [store.manifest() for store in stores]
     about_teacher = set().union(*manifests) - INPUT
-    common = _common_manifest(stores, about_teacher)
+    for store in stores:
+        if missing := store.missing():
+            raise ValueError(f"{store.path} still lacks the scores of {missing} pairs: finish it first.")
+        if lines := differences(manifests[0], store.manifest(), about_teacher):
+            raise ValueError("\n".join([f"{stores[0].path} and {store.path} do not go together.", *lines]))
     summaries = [store.summary() for store in stores]
     scales = [[one.mean, one.std or 1.0] if standardise else [0.0, 1.0] for one in summaries]
     averaged = ScoreStore(path)
     averaged.open(
-        common
+        {key: manifests[0][key] for key in INPUT if key in manifests[0]}
         | {
             "teacher": " + ".join(str(one["teacher"]) for one in manifests),
             "revision": None,
@@ -285,17 +204,6 @@ def average(stores: Sequence[ScoreStore], path: str | os.PathLike[str], standard
             dropped = pa.concat_tables([before, dropped], promote_options="default")
         averaged.write(shard, rows, dropped)
     return averaged
-
-
-def _common_manifest(stores: Sequence[ScoreStore], ignoring: Collection[str]) -> dict[str, Any]:
-    """Return what the manifests of finished stores share; ValueError if they differ in more than what is ignored."""
-    first = stores[0].manifest()
-    for store in stores:
-        if missing := store.missing():
-            raise ValueError(f"{store.path} still lacks the scores of {missing} pairs: finish it first.")
-        if lines := differences(first, store.manifest(), ignoring):
-            raise ValueError("\n".join([f"{stores[0].path} and {store.path} do not go together.", *lines]))
-    return {key: value for key, value in first.items() if key not in ignoring}
 
 
 def _averaged_shard(tables: Sequence[pa.Table], scales: Sequence[Sequence[float]]) -> tuple[pa.Table, pa.Table]:

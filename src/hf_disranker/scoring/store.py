@@ -15,7 +15,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -47,35 +47,28 @@ _RECENT = 50
 
 @dataclass
 class Summary:
-    """Statistics of the scores of one or more shards.
+    """Number of scores of one or more shards, their mean and standard deviation (0 without scores).
 
-    Args:
-        scored: Number of pairs with a score.
-        mean: Mean score, in float64; 0 without scores.
-        std: Standard deviation of the scores, in float64; 0 without scores.
-        quarantined: Number of pairs without a score, by reason.
-        reused: Number of scores copied from another store.
+    `quarantined` counts the pairs without a score by reason.
     """
 
     scored: int = 0
     mean: float = 0.0
     std: float = 0.0
     quarantined: dict[str, int] = field(default_factory=dict)
-    reused: int = 0
 
     @classmethod
-    def of(cls, scores: np.ndarray, quarantined: dict[str, int], reused: int) -> Summary:
-        """Summarise the scores of one shard, shape (pairs,)."""
+    def of(cls, scores: np.ndarray, quarantined: dict[str, int]) -> Summary:
+        """Summarise the scores of one shard, shape (pairs,), in float64."""
         if not len(scores):
             return cls(quarantined=quarantined)
         values = scores.astype(np.float64)
-        return cls(len(values), float(values.mean()), float(values.std()), quarantined, reused)
+        return cls(len(values), float(values.mean()), float(values.std()), quarantined)
 
     @classmethod
     def add(cls, parts: Sequence[Summary]) -> Summary:
         """Combine the summaries of several shards."""
-        quarantined = sum((Counter(part.quarantined) for part in parts), Counter())
-        total = cls(quarantined=dict(quarantined), reused=sum(part.reused for part in parts))
+        total = cls(quarantined=dict(sum((Counter(part.quarantined) for part in parts), Counter())))
         counts, means, stds = (np.array([getattr(part, name) for part in parts]) for name in ("scored", "mean", "std"))
         if counts.sum():
             total.scored, total.mean = int(counts.sum()), float(np.average(means, weights=counts))
@@ -142,22 +135,13 @@ class ScoreStore:
         names = (name for name in self._names() if name.startswith("part-") and name.endswith(".parquet"))
         return {int(name[5:-8]) for name in names}
 
-    def scored_shards(self) -> list[int]:
-        """Return the sorted numbers of the complete shards; raise ValueError if there is none."""
-        if not (shards := sorted(self.shards())):
-            raise ValueError(f"{self.path} contains no scores yet.")
-        return shards
-
-    def write(
-        self, shard: int, rows: pd.DataFrame | pa.Table, quarantined: pa.Table | None = None, reused: int = 0
-    ) -> None:
+    def write(self, shard: int, rows: pd.DataFrame | pa.Table, quarantined: pa.Table | None = None) -> None:
         """Store a shard, atomically.
 
         Args:
             shard: Number of the shard.
             rows: Rows of a scores table.
             quarantined: Pairs of the shard without a score, with the reason in the column `reason`.
-            reused: Number of the scores that were copied from another store.
         """
         rows = pa.Table.from_pandas(rows, preserve_index=False) if isinstance(rows, pd.DataFrame) else rows
         reasons: dict[str, int] = {}
@@ -168,7 +152,7 @@ class ScoreStore:
             self._put(path, _parquet(quarantined))
         elif self._fs.exists(f"{self._root}/{path}"):  # left by an interrupted attempt
             self._fs.rm(f"{self._root}/{path}")
-        footer = json.dumps(asdict(Summary.of(rows["teacher_score"].to_numpy(), reasons, reused)))
+        footer = json.dumps(asdict(Summary.of(rows["teacher_score"].to_numpy(), reasons)))
         self._put(_name(shard), _parquet(rows.replace_schema_metadata({_FOOTER: footer})))
 
     def log(self, shard: int, record: dict[str, Any]) -> None:
@@ -190,7 +174,8 @@ class ScoreStore:
         footers = []
         for shard in sorted(self.shards()):
             with self._fs.open(f"{self._root}/{_name(shard)}", "rb") as file:
-                footers.append(Summary(**json.loads(pq.read_metadata(file).metadata[_FOOTER])))
+                footer = json.loads(pq.read_metadata(file).metadata[_FOOTER])
+            footers.append(Summary(**{one.name: footer[one.name] for one in fields(Summary)}))
         return Summary.add(footers)
 
     def failures(self) -> dict[int, str]:
@@ -214,8 +199,6 @@ class ScoreStore:
             lines.append(f"last       shard {last['shard']} by worker {last['worker']}")
         if summary.scored:
             lines.append(f"scores     {summary.scored:,}, mean {summary.mean:.3f}, std {summary.std:.3f}")
-        if summary.reused:
-            lines.append(f"reused     {summary.reused:,}")
         lines += [f"quarantine {count:,}: {reason}" for reason, count in sorted(summary.quarantined.items())]
         lines += [f"failed     shard {shard}: {error}" for shard, error in self.failures().items()]
         return "\n".join(lines)
