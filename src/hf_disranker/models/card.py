@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +13,8 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
 
+from hf_disranker.data.tables import is_hub_id
+
 TEMPLATES = Path(__file__).parent / "templates"
 MEASURES = {"pnr": "PNR", "ndcg@5": "NDCG@5", "ndcg@10": "NDCG@10", "mrr": "MRR"}
 # Baselines that every student should be compared with.
@@ -22,7 +23,6 @@ _GENERAL = (
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("warmup_steps", "weight_decay", "lr_scheduler_type", "optim", "bf16", "seed"),
 )
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass
@@ -35,8 +35,8 @@ class CardFacts:
             pairs_per_s); the published model first.
         dataset: Judgments that `results` were measured on.
         data: For each data set a mapping with use, name, rows and fingerprint.
-        losses: Weight by name.
-        hyperparameters: Value by name.
+        losses: Weights by name.
+        hyperparameters: Values by name.
     """
 
     base_model: str | None = None
@@ -48,22 +48,19 @@ class CardFacts:
 
 
 def model_card(config: Any, repo_id: str, facts: CardFacts | None = None, adapter: bool = False) -> ModelCard:
-    """Write the model card of a ranker.
+    """Write the model card of a ranker, with the metadata of the Hub.
 
     Args:
         config: Its marked config.
         repo_id: Hub id of its repository.
         facts: Facts about its training; None for a card that says they were not recorded.
         adapter: If True, LoRA weights for `facts.base_model` are published.
-
-    Returns:
-        Card with the metadata pipeline_tag, library_name, base_model, datasets and model-index.
     """
     facts, marker = facts or CardFacts(), config.marker
     student = marker.role == "student"
     name = repo_id.split("/")[-1]
-    base_model = facts.base_model if is_hub_id(facts.base_model) else None
-    sources = dict.fromkeys(found["name"] for found in facts.data if is_hub_id(found["name"]))
+    base_model = facts.base_model if _is_public(facts.base_model) else None
+    sources = dict.fromkeys(found["name"] for found in facts.data if _is_public(found["name"]))
     card_data = ModelCardData(
         base_model=base_model,
         datasets=list(sources) or None,
@@ -139,13 +136,12 @@ def _measured(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _data(use: str, groups: Any) -> dict[str, Any]:
     name = groups.info.dataset_name
-    shown = name if is_hub_id(name) else "not published"
+    shown = name if _is_public(name) else "not published"
     return {"use": use, "name": shown, "rows": len(groups), "fingerprint": groups._fingerprint}
 
 
-def is_hub_id(name: str | None) -> bool:
-    """Return whether a name has the form owner/name and is no local path."""
-    return bool(name and _HUB_ID.fullmatch(name) and not os.path.exists(name))
+def _is_public(name: str | None) -> bool:
+    return bool(name) and is_hub_id(str(name))
 
 
 def _teacher(teacher: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -153,7 +149,7 @@ def _teacher(teacher: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not teacher:
         return None
     name = str(teacher["id"])
-    shown = name if is_hub_id(name) else f"{os.path.basename(name.rstrip('/'))} (not published)"
+    shown = name if _is_public(name) else f"{os.path.basename(name.rstrip('/'))} (not published)"
     return {"id": shown, "revision": teacher.get("revision")}
 
 
@@ -162,7 +158,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-ranking",
-            dataset_type=facts.dataset if is_hub_id(facts.dataset) else "judgments",
+            dataset_type=facts.dataset if _is_public(facts.dataset) else "judgments",
             dataset_name=facts.dataset,
             metric_type=measure,
             metric_name=title,
@@ -174,9 +170,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, str]:
-    shown = {name.replace("@", "_"): _number(row.get(name), 4) for name in MEASURES}
-    return shown | {"name": str(row["name"]), "speed": _number(row.get("pairs_per_s"), 0)}
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
+    digits = dict.fromkeys(MEASURES, 4) | {"pairs_per_s": 0}
+    values = {name: row.get(name) for name in digits}
+    shown = {name: "-" if value is None else f"{value:,.{digits[name]}f}" for name, value in values.items()}
+    return {name.replace("@", "_"): text for name, text in shown.items()} | {"name": str(row["name"])}

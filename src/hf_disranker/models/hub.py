@@ -55,7 +55,7 @@ class RankerHubMixin:
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         except Exception as error:  # many kinds, by version and by source
-            _explain(error, name, kwargs)
+            _raise_plainly(error, name, kwargs)
             raise
         if model.was_marked and any(not key.startswith(f"{model.base_model_prefix}.") for key in info["missing_keys"]):
             raise ValueError(
@@ -96,10 +96,10 @@ class RankerHubMixin:
             facts: Facts for the model card; None keeps an existing card.
             private: Visibility of a new repository; None for private teachers and the account's default for students.
             revision: Branch, created if it does not exist.
-            commit_message: Message of the commit.
+            commit_message: As in `PreTrainedModel.push_to_hub`, like the following.
             token: Token for the Hub.
             create_pr: If True, open a pull request.
-            max_shard_size: As in `save_pretrained`.
+            max_shard_size: Maximum size of a file of weights.
 
         Raises:
             PushError: If the push fails.
@@ -112,16 +112,9 @@ class RankerHubMixin:
                 tokenizer.save_pretrained(folder)
             if remote_code:
                 write_remote_code(folder, type(self).__name__)
+            target: dict[str, Any] = {"private": private, "revision": revision, "token": token}
             return push_folder(
-                folder,
-                repo_id,
-                self.config,
-                private=private,
-                revision=revision,
-                facts=facts,
-                commit_message=commit_message,
-                token=token,
-                create_pr=create_pr,
+                folder, repo_id, self.config, facts=facts, commit_message=commit_message, create_pr=create_pr, **target
             )
 
 
@@ -151,9 +144,8 @@ class TrainerHubMixin:
         """
         if self.is_world_process_zero():  # type: ignore[attr-defined]
             repo_id = self.hub_model_id or model_name or Path(self.args.output_dir).name
-            card = model_card(
-                self.model.config, repo_id, training_facts(self, results), adapter=_is_adapter(self.model)
-            )
+            adapter = hasattr(self.model, "peft_config")
+            card = model_card(self.model.config, repo_id, training_facts(self, results), adapter)
             card.save(Path(self.args.output_dir, "README.md"))
 
     def push_to_hub(
@@ -167,10 +159,10 @@ class TrainerHubMixin:
         token: str | None = None,
         **_: Any,
     ) -> CommitInfo | None:
-        """Save and push model, tokenizer and card; call it on every process.
+        """Save and push model, tokenizer and card in one commit; call it on every process.
 
         Args:
-            commit_message: Message of the commit.
+            commit_message: As in `Trainer.push_to_hub`.
             results: As in `create_model_card`.
             remote_code: As in `RankerHubMixin.push_to_hub`.
             private: Visibility of a new repository; None for `hub_private_repo`, and private for a teacher.
@@ -182,7 +174,7 @@ class TrainerHubMixin:
         """
         trainer: Any = self
         token = token or self.args.hub_token
-        if not _is_adapter(self.model):
+        if not hasattr(self.model, "peft_config"):
             check_padding(self.model.config)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -193,30 +185,9 @@ class TrainerHubMixin:
         self.create_model_card(results=results)
         if remote_code:
             write_remote_code(self.args.output_dir, type(trainer.accelerator.unwrap_model(self.model)).__name__)
-        return push_folder(
-            self.args.output_dir,
-            str(self.hub_model_id),
-            self.model.config,
-            revision=revision or self.args.hub_revision,
-            commit_message=commit_message,
-            token=token,
-        )
-
-
-def publish(trainer: Any, model: Any, tokenizer: Any) -> CommitInfo:
-    """Push the model that a recipe saved, LoRA weights merged, to its trainer's repository."""
-    return model.push_to_hub(
-        trainer.hub_model_id,
-        tokenizer=tokenizer,
-        facts=training_facts(trainer),
-        commit_message="End of training",
-        revision=trainer.args.hub_revision,
-        token=trainer.args.hub_token,
-    )
-
-
-def _is_adapter(model: Any) -> bool:
-    return hasattr(model, "peft_config")
+        revision, repo_id = revision or self.args.hub_revision, str(self.hub_model_id)
+        options: dict[str, Any] = {"revision": revision, "commit_message": commit_message, "token": token}
+        return push_folder(self.args.output_dir, repo_id, self.model.config, **options)
 
 
 def check_padding(config: Any) -> None:
@@ -254,21 +225,9 @@ def push_folder(  # noqa: PLR0913
     token: str | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
-    """Push a saved ranker: all files and a card in one commit, no pickles.
+    """Push a folder of `save_pretrained`: all files and a card in one commit, no pickles.
 
-    Args:
-        folder: Folder of `save_pretrained`.
-        repo_id: Hub id, owner/name, or the name alone for your own account.
-        config: Config of the ranker.
-        private: Visibility of a new repository; None for private teachers.
-        revision: Branch, created if it does not exist; None for the main branch.
-        facts: Facts for the card; None keeps an existing card.
-        commit_message: Message of the commit.
-        token: Token for the Hub.
-        create_pr: If True, open a pull request.
-
-    Raises:
-        PushError: If the push fails.
+    `config` is that of the ranker; other arguments and errors as in `RankerHubMixin.push_to_hub`.
     """
     api = HfApi(token=token)
     if private is None and config.marker.role == "teacher":
@@ -278,8 +237,11 @@ def push_folder(  # noqa: PLR0913
         if revision and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if not Path(folder, "README.md").exists():
-            card = _card_there(api, repo_id, revision) if facts is None else None
-            (card or model_card(config, repo_id, facts)).save(Path(folder, "README.md"))
+            if facts is None and api.file_exists(repo_id, "README.md", revision=revision):
+                card = ModelCard.load(api.hf_hub_download(repo_id, "README.md", revision=revision))
+            else:
+                card = model_card(config, repo_id, facts)
+            card.save(Path(folder, "README.md"))
         # Loaders would apply an adapter that was pushed during training to the merged weights again.
         stale = [*_PICKLES, *([] if Path(folder, "adapter_config.json").exists() else ["adapter_*"])]
         return api.upload_folder(
@@ -293,12 +255,6 @@ def push_folder(  # noqa: PLR0913
         )
 
 
-def _card_there(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None:
-    if not api.file_exists(repo_id, "README.md", revision=revision):
-        return None
-    return ModelCard.load(api.hf_hub_download(repo_id, "README.md", revision=revision))
-
-
 @contextlib.contextmanager
 def pushing(api: HfApi, repo_id: str, revision: str | None, repo_type: str = "model") -> Iterator[None]:
     """Turn any failure of a push into a PushError that names the revision on the Hub and what to do."""
@@ -308,32 +264,24 @@ def pushing(api: HfApi, repo_id: str, revision: str | None, repo_type: str = "mo
         wrong_call = isinstance(error, TypeError | ValueError | LookupError | AttributeError)
         if isinstance(error, PushError) or (wrong_call and not isinstance(error, HfHubHTTPError)):
             raise
-        reason = str(error.__cause__ or error)
-        shown = _without_token(reason, api.token)
+        reason, branch = str(error.__cause__ or error), revision or "main"
+        secret = ((api.token if isinstance(api.token, str) else get_token()) or "").strip()
+        shown = reason.replace(secret, "***") if secret else reason
         why = shown.splitlines()[0] if shown else type(error).__name__
-        branch = revision or "main"
         try:
             head = api.repo_info(repo_id, revision=revision, repo_type=repo_type)
             state = f"{branch} of {repo_id} is at {head.sha} and loads as before"
         except Exception:  # unreachable or missing
             state = f"the previous content of {branch} of {repo_id} loads as before"
-        hint = "check the token (`hf auth login`) and its right to write, then " if _refused(error) else ""
+        refused = isinstance(error, HfHubHTTPError) and getattr(error.response, "status_code", None) in (401, 403)
+        hint = "check the token (`hf auth login`) and its right to write, then " if refused else ""
         raise PushError(
             f"The push to {repo_id} failed ({why}). A push is one commit, which was not made: {state}. "
             f"To continue, {hint}push again; uploaded files are not sent twice."
         ) from (error if shown == reason else None)  # a traceback shows the text of the cause as well
 
 
-def _refused(error: Exception) -> bool:
-    return isinstance(error, HfHubHTTPError) and getattr(error.response, "status_code", None) in (401, 403)
-
-
-def _without_token(text: str, token: str | bool | None) -> str:
-    secret = ((token if isinstance(token, str) else get_token()) or "").strip()
-    return text.replace(secret, "***") if secret else text
-
-
-def _explain(error: Exception, name: str | os.PathLike, kwargs: dict[str, Any]) -> None:
+def _raise_plainly(error: Exception, name: str | os.PathLike, kwargs: dict[str, Any]) -> None:
     """Raise a plain error for a known cause of an error of transformers; return for any other."""
     if name is None:  # loaded from a state dict
         return
@@ -351,17 +299,17 @@ def _explain(error: Exception, name: str | os.PathLike, kwargs: dict[str, Any]) 
                 "with the tokenizer."
             ) from error
         raise ValueError(f"The weights of {name} do not fit what its config claims: {error}") from error
-    files = _files(name, kwargs) if kwargs["use_safetensors"] and isinstance(error, OSError) else []
+    files = _file_names(name, kwargs) if kwargs["use_safetensors"] and isinstance(error, OSError) else []
     pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))]
     if pickles and not any(file.endswith(".safetensors") for file in files):
         raise OSError(
-            f"{name} holds its weights as {pickles[0]} and not as safetensors. Refused, since reading a pickle can "
+            f"{name} has its weights as {pickles[0]} and not as safetensors. Refused, since reading a pickle can "
             "run code. If you trust it: load it with use_safetensors=False, and save_pretrained writes safetensors."
         ) from error
     explain_absence(name, error)
 
 
-def _files(name: str | os.PathLike, kwargs: dict[str, Any]) -> list[str]:
+def _file_names(name: str | os.PathLike, kwargs: dict[str, Any]) -> list[str]:
     if os.path.isdir(name):
         return os.listdir(name)
     try:

@@ -26,7 +26,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_disranker.data.files import beir_files
 from hf_disranker.data.outputs import check_output_folder, json_in
 from hf_disranker.data.tables import parquet_files
-from hf_disranker.models.hub import TrainerHubMixin, publish
+from hf_disranker.models.card import training_facts
+from hf_disranker.models.hub import TrainerHubMixin
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,14 @@ def save_run(
         save_json(measures, f"{out}/{measures_name}")
     save_record(out, arguments, sources)
     if trainer.args.push_to_hub and isinstance(trainer, TrainerHubMixin):
-        publish(trainer, model, tokenizer)
+        model.push_to_hub(
+            trainer.hub_model_id,
+            tokenizer=tokenizer,
+            facts=training_facts(trainer),
+            commit_message="End of training",
+            revision=trainer.args.hub_revision,
+            token=trainer.args.hub_token,
+        )
     logger.info("Model saved to %s. Next: %s", out, next_step)
 
 
