@@ -14,12 +14,15 @@ across queries. `disranker compare` and `disranker report` read the files of --o
 """
 
 import logging
+import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from trl import TrlParser
 
 from hf_disranker.data.bm25 import bm25_scores
@@ -36,10 +39,6 @@ from hf_disranker.evaluation.evaluate import best_passages, describe, join_run, 
 from hf_disranker.evaluation.rankings import (
     Evaluation,
     check_evaluation_output,
-    differences,
-    read_expected,
-    slices_text,
-    table_text,
 )
 from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.recipes.score import LikelihoodArguments, is_likelihood, load_from
@@ -169,6 +168,62 @@ def check(args: EvaluateArguments, rows: pd.DataFrame) -> None:
         rows = best_passages(rows, args.max_over)
     one = rows[rows["query_id"] == rows["query_id"].iloc[rows["label"].argmax()]]
     Evaluation.of("check", one.reset_index(drop=True), args.measures, args.by)
+
+
+def table_text(measures: Mapping[str, Any]) -> str:
+    """Format the measures and their intervals, a line each."""
+    numbers = {name: value for name, value in measures.items() if isinstance(value, float | int)}
+    return "\n".join(
+        f"{name:>26} {value:12.4f}{_interval(measures, name)}"
+        if isinstance(value, float)
+        else f"{name:>26} {value:12d}"
+        for name, value in numbers.items()
+    )
+
+
+def _interval(measures: Mapping[str, Any], name: str) -> str:
+    """Format the 95% interval of a measure; empty if it has none."""
+    low, high = measures["intervals"].get(name, (None, None))
+    return "" if low is None or high is None else f"  [{low:.4f}, {high:.4f}]"
+
+
+def slices_text(column: str, found: Mapping[str, Any]) -> str:
+    """Format NDCG@10 by slice, a line each."""
+    lines = [f"\n{column:>26}  queries  ndcg@10"]
+    for value, measures in found.items():
+        shown = f"{measures['ndcg@10']:.4f}" if measures["ndcg@10"] is not None else "-"
+        few = "  (few queries)" if measures["few"] else ""
+        lines.append(f"{value:>26} {measures['queries']:8d}   {shown}{_interval(measures, 'ndcg@10')}{few}")
+    return "\n".join(lines)
+
+
+def read_expected(path: str) -> dict[str, float | None]:
+    """Load expected measures for `differences` from yaml; TableError if a value is not a number."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            expected = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise TableError(f"{path}: is not yaml: {' '.join(str(error).split())}") from error
+    if not isinstance(expected, dict):
+        raise TableError(f"{path}: there are no measures.")
+    for name, value in expected.items():
+        if value is not None and not isinstance(value, float | int):
+            raise TableError(f"{path}: {name} is {value!r}, not a number.")
+    return expected
+
+
+def differences(measures: Mapping[str, Any], expected: Mapping[str, float | None]) -> list[str]:
+    """List measures that differ from the expected ones by more than `tolerance` (relative, by default 0.01)."""
+    expected = dict(expected)
+    tolerance = expected.pop("tolerance", None)
+    tolerance = 0.01 if tolerance is None else tolerance
+    lines = []
+    for name, wanted in expected.items():
+        found: Any = measures.get(name)
+        same = found is wanted if found is None or wanted is None else math.isclose(found, wanted, rel_tol=tolerance)
+        if not same:
+            lines.append(f"  {name}: expected {wanted}, found {found} (tolerance {tolerance:.1%})")
+    return lines
 
 
 if __name__ == "__main__":

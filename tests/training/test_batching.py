@@ -8,7 +8,7 @@ from two_processes import ragged_groups
 
 from hf_disranker.data.collators import GroupCollator, budget_batches, prefetch_map, runs_within
 from hf_disranker.models.ranker import pair_collator
-from hf_disranker.training.batching import BudgetStream, TokenBudgetSampler, budget_groups, group_lengths
+from hf_disranker.training.batching import BudgetStream, TokenBudgetSampler, group_lengths
 
 
 @pytest.fixture
@@ -16,12 +16,12 @@ def collate(tiny_student):
     return GroupCollator(pair_collator(*tiny_student))
 
 
-def test_budget_groups_match_hand_example():
+def test_batches_of_groups_match_hand_example():
     sizes, lengths = np.array([2, 1, 3, 1, 9]), np.array([10, 30, 10, 20, 5])
     # 30 x 1; then 20 x (1 + 2) = 60; then 10 x 3 (with 9 x 10 it would be 120); 9 x 5 = 45
-    batches = budget_groups(sizes, lengths, token_budget=60)
+    batches = budget_batches(lengths, 60, sizes)
     assert [batch.tolist() for batch in batches] == [[1, 3], [0, 2], [4]]
-    assert [batch.tolist() for batch in budget_groups(sizes, lengths, 1)] == [[1], [3], [0], [2], [4]]
+    assert [batch.tolist() for batch in budget_batches(lengths, 1, sizes)] == [[1], [3], [0], [2], [4]]
 
 
 def test_every_query_is_seen_once_within_the_budget_and_in_another_order_each_epoch(collate):

@@ -13,10 +13,9 @@ from sentence_transformers.cross_encoder.evaluation import CrossEncoderReranking
 from sentence_transformers.cross_encoder.losses import MarginMSELoss
 
 from hf_disranker import BertDistilledRanker, Ranker, load_groups
-from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import pair_texts
 from hf_disranker.evaluation.metrics import by_query, query_mean
-from hf_disranker.training.sentence_transformers import PointMarginMSELoss, from_n_tuples, to_n_tuples
+from hf_disranker.training.sentence_transformers import PointMarginMSELoss, to_n_tuples
 
 TEXTS = ["json load read a document", "histogram of numbers", "open a file"]
 
@@ -162,26 +161,6 @@ def test_too_few_documents_are_counted_or_refused(scored, caplog):
         to_n_tuples(groups, documents=8)
     with pytest.raises(ValueError, match="at least 2"):
         to_n_tuples(groups, documents=1)
-
-
-def test_rows_come_back_from_n_tuples(scored):
-    groups = load_groups(scored)
-    again = from_n_tuples(to_n_tuples(groups, documents=3))
-    expected = {}
-    for group in groups:
-        texts = [f"{title} {summary}" for title, summary in zip(group["titles"], group["summaries"], strict=True)]
-        expected.setdefault(group["query"], {}).update(zip(texts, group["teacher_scores"], strict=True))
-    found = {g["query"]: dict(zip(g["summaries"], g["teacher_scores"], strict=True)) for g in again}
-    assert found == expected
-
-
-def test_what_is_no_n_tuple_is_refused():
-    margins = Dataset.from_list([{"query": "q", "positive": "a", "negative": "b", "label": [0.5]}])
-    with pytest.raises(ValueError, match="a score for each document"):
-        from_n_tuples(margins)
-    twice = [{"query": "q", "positive": "a", "negative": "b", "label": [0.5, score]} for score in (0.1, 0.2)]
-    with pytest.raises(TableError, match="repeat a .query_id, doc_id"):
-        from_n_tuples(Dataset.from_list(twice))
 
 
 def test_mteb_evaluates_a_student(cross_encoder, student_ranker):

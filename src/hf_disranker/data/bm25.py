@@ -53,14 +53,8 @@ def with_random_documents(
 ) -> pd.DataFrame:
     """Add random documents of the corpus to each query's candidates, as easy negatives.
 
-    Args:
-        candidates: A candidates table.
-        corpus: Columns doc_id, title, summary.
-        per_query: Number of documents to draw per query; those that are candidates already are not added.
-        seed: Random seed.
-
-    Returns:
-        The candidates table with the drawn rows after each query's own; other columns are missing there.
+    Of the `per_query` drawn documents, those that are candidates already are not added. The others follow the query's
+    own rows, with missing values in columns other than the texts.
     """
     queries = candidates.drop_duplicates("query_id")[["query_id", "query"]].reset_index(drop=True)
     drawn = queries.loc[queries.index.repeat(per_query)]
@@ -74,11 +68,7 @@ def with_random_documents(
 
 
 def click_judgments(clicks: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
-    """Turn clicks into weak labels: 1 for a query's clicked documents, 0 for its other candidates.
-
-    Args:
-        clicks: A clicks table with query_id and doc_id.
-        candidates: A candidates table with texts.
+    """Turn clicks with ids into weak labels: 1 for a query's clicked documents, 0 for its other candidates with texts.
 
     Returns:
         A judgments table of the queries in both, sorted by ids so that the order of documents does not leak labels.

@@ -59,11 +59,7 @@ class Candidates:
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> pa.Table:
-        """Read and validate rows, with texts; other columns are unchanged.
-
-        Args:
-            start: First row, from 0.
-            stop: End of the rows, exclusive.
+        """Read and validate the rows from `start` to before `stop`, with texts; other columns are unchanged.
 
         Raises:
             TableError: If the rows break the schema or cannot be read.

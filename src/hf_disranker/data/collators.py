@@ -43,13 +43,7 @@ class PairCollator:
     """Tokenise (query, document) pairs with a model's templates.
 
     The query is truncated to its own limit, then the document to that of the pair. Thread-safe: the collator works on
-    copies of the tokenizer and does not change its settings.
-
-    Args:
-        tokenizer: A fast tokenizer.
-        templates: Templates of the model.
-        max_length: Maximum number of tokens per pair, special tokens included.
-        max_query_length: Maximum number of tokens per query.
+    copies of the tokenizer, which must be a fast one, and does not change its settings.
 
     Raises:
         ValueError: If the limits leave no room for a document.
@@ -57,7 +51,7 @@ class PairCollator:
 
     tokenizer: PreTrainedTokenizerBase
     templates: Templates
-    max_length: int
+    max_length: int  # maximum number of tokens per pair, special tokens included
     max_query_length: int
 
     def __post_init__(self) -> None:
@@ -72,14 +66,10 @@ class PairCollator:
         self._cut = copy.deepcopy(self._whole)
         reads_pairs = self.templates.text is None
         self._cut.enable_truncation(self.max_length, strategy="only_second" if reads_pairs else "longest_first")
+        self._fields = {key: field for key, field in _FIELDS.items() if key in self.tokenizer.model_input_names}
 
     def encode(self, queries: list[str], documents: list[str]) -> Encoded:
-        """Tokenise without padding.
-
-        Args:
-            queries: Queries, one per pair.
-            documents: Rendered documents, one per pair.
-        """
+        """Tokenise queries and rendered documents, one each per pair, without padding."""
         shorter = self._shorten(set(queries))
         rendered = [self.templates.render_query(shorter.get(query, query)) for query in queries]
         documents = [self._prefix(document) for document in documents]
@@ -92,24 +82,19 @@ class PairCollator:
         texts = list(dict.fromkeys([*queries, *documents]))
         parts = dict(zip(texts, self._whole.encode_batch_fast(texts, add_special_tokens=False), strict=True))
         room = self.max_length - self._cut.num_special_tokens_to_add(is_pair=True)
-        read = self._fields()
         rows, cut = [], 0
         for query, document in zip(queries, documents, strict=True):
             one, two = parts[query], parts[document]
             cut += len(one) + len(two) > room
             pair = self._cut.post_process(one, two)
-            rows.append({key: getattr(pair, field) for key, field in read.items()})
+            rows.append({key: getattr(pair, field) for key, field in self._fields.items()})
         return rows, cut
 
     def _encode_texts(self, queries: list[str], documents: list[str]) -> tuple[list[dict[str, list[int]]], int]:
         texts = [self.templates.render_text(*pair) for pair in zip(queries, documents, strict=True)]
         encodings = self._cut.encode_batch_fast(texts)
-        read = self._fields()
-        rows = [{key: getattr(encoding, field) for key, field in read.items()} for encoding in encodings]
+        rows = [{key: getattr(encoding, field) for key, field in self._fields.items()} for encoding in encodings]
         return rows, sum(1 for encoding in encodings if encoding.overflowing)
-
-    def _fields(self) -> dict[str, str]:
-        return {key: field for key, field in _FIELDS.items() if key in self.tokenizer.model_input_names}
 
     def pad(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         """Pad rows of `encode` into tensors of shape (rows, longest)."""
@@ -151,9 +136,6 @@ class GroupCollator:
     The batch has the padded pairs of all groups in order, shape (pairs, longest), and of shape (groups, docs) `mask`,
     True where a document exists, `labels` and `teacher_scores`, float, NaN where unknown. A gather or scatter by
     `mask` converts between the two shapes.
-
-    Args:
-        pairs: Collator of the pairs.
     """
 
     pairs: PairCollator
@@ -201,36 +183,35 @@ def prefetch_map(function: Callable[[Item], Result], items: Iterable[Item]) -> I
             yield current.result()
 
 
-def budget_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
+def budget_batches(lengths: np.ndarray, token_budget: int, sizes: np.ndarray | None = None) -> list[np.ndarray]:
     """Batch rows, longest first, with at most `token_budget` tokens per batch, padding included.
 
     Sorting by length minimises padding; with the longest first, running out of memory shows at once.
 
     Args:
-        lengths: Tokens per row, shape (rows,).
-        token_budget: Maximum of rows times longest row; a longer row is a batch of its own.
+        lengths: Tokens per row, or of the longest pair per group, shape (rows,).
+        token_budget: Maximum of pairs times longest pair; a longer row is a batch of its own.
+        sizes: Number of pairs per row if a row is a group, shape (rows,).
 
     Returns:
-        Row numbers, an array per batch; every row once.
+        Row numbers, an array per batch; rows of equal length keep their order.
     """
-    order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        size = max(1, token_budget // max(1, int(lengths[order[start]])))
-        batches.append(order[start : start + size])
-        start += size
-    return batches
+    batches: list[list[int]] = []
+    pairs = 0
+    for row in np.argsort(-lengths, kind="stable"):
+        size = 1 if sizes is None else int(sizes[row])
+        pairs += size
+        if not batches or pairs * lengths[batches[-1][0]] > token_budget:
+            batches.append([])
+            pairs = size
+        batches[-1].append(int(row))
+    return [np.array(batch) for batch in batches]
 
 
 def runs_within(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
-    """Batch rows in order; a batch may exceed `token_budget` by part of its last row.
+    """Batch rows of the given lengths in order; return the row numbers of each batch.
 
-    Args:
-        lengths: Tokens per row, shape (rows,).
-        token_budget: Tokens per batch, counting shared prefixes for each row.
-
-    Returns:
-        Row numbers, an array per batch; every row once.
+    A batch may exceed the budget, which counts shared prefixes for each row, by part of its last row.
     """
     number = (np.cumsum(lengths) - lengths) // token_budget
     return np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(number)) + 1) if len(lengths) else []

@@ -71,7 +71,8 @@ def load_groups(
     if isinstance(source, list | tuple):
         return group_rows(_average(source, split, corpus))
     frame, name = read_rows(source, "judgments", split)
-    groups = group_rows(check_rows(frame, name, _table_of(frame), split, corpus))
+    table = "scores" if "teacher_score" in frame.columns else "judgments"
+    groups = group_rows(check_rows(frame, name, table, split, corpus))
     groups.info.dataset_name = source_name(source)
     return groups
 
@@ -104,10 +105,6 @@ def mean_scores(tables: Sequence[pd.DataFrame], scales: Sequence[Sequence[float]
     return pd.concat(aligned, axis=1).mean(axis=1, skipna=False)
 
 
-def _table_of(frame: pd.DataFrame) -> str:
-    return "scores" if "teacher_score" in frame.columns else "judgments"
-
-
 def _stream_groups(source: str, split: str | None) -> Iterator[dict[str, Any]]:
     """Yield the rows of `load_groups`, checking some thousand table rows at a time."""
     seen: set[str] = set()
@@ -115,7 +112,8 @@ def _stream_groups(source: str, split: str | None) -> Iterator[dict[str, Any]]:
     for chunk in chain(_stream_rows(source, split), [None]):
         if chunk is not None:
             frame = pd.concat([*rest, chunk])
-            frame = check_rows(frame, source, _table_of(frame), None, None).set_index(frame.index)
+            table = "scores" if "teacher_score" in frame.columns else "judgments"
+            frame = check_rows(frame, source, table, None, None).set_index(frame.index)
             last = frame["query_id"] == frame["query_id"].iloc[-1]  # may continue in the next chunk
             frame, rest = frame[~last], [frame[last]]
         else:
@@ -134,7 +132,7 @@ def _stream_groups(source: str, split: str | None) -> Iterator[dict[str, Any]]:
 def _stream_rows(source: str, split: str | None) -> Iterator[pd.DataFrame]:
     """Yield the rows of a split, some thousand at a time."""
     found, start = False, 0
-    for frame in _stream_hub(source) if is_hub_id(source) else _stream_parquet(source):
+    for frame in _chunks(source):
         frame = with_index(frame).set_axis(range(start, start + len(frame)))  # row numbers in errors
         start += len(frame)
         chosen = frame if not split else frame[frame["split"] == split] if "split" in frame else frame[:0]
@@ -145,19 +143,18 @@ def _stream_rows(source: str, split: str | None) -> Iterator[pd.DataFrame]:
         raise TableError(f"{source}: no row has split '{split}'.")
 
 
-def _stream_hub(source: str) -> Iterator[pd.DataFrame]:
-    for split, part in load_splits(source, streaming=True).items():
-        for table in part.with_format("arrow").iter(_CHUNK):
-            frame = table.to_pandas()
-            yield frame if "split" in frame.columns else frame.assign(split=str(split))
-
-
-def _stream_parquet(source: str) -> Iterator[pd.DataFrame]:
+def _chunks(source: str) -> Iterator[pd.DataFrame]:
+    """Yield the rows of all splits, some thousand at a time."""
+    if is_hub_id(source):
+        for split, part in load_splits(source, streaming=True).items():
+            for table in part.with_format("arrow").iter(_CHUNK):
+                frame = table.to_pandas()
+                yield frame if "split" in frame.columns else frame.assign(split=str(split))
+        return
     fs, _ = locate(source)
     for path in parquet_files(source):
         for group in row_groups(fs, path):
-            for rows in group.batches(_CHUNK):
-                yield rows.to_pandas()
+            yield from (rows.to_pandas() for rows in group.batches(_CHUNK))
 
 
 def group_rows(frame: pd.DataFrame) -> Dataset:
@@ -176,21 +173,11 @@ def group_rows(frame: pd.DataFrame) -> Dataset:
 def sample_documents(
     groups: Dataset | IterableDataset, count: int, kind: str = "stratified", seed: int = 0
 ) -> Dataset | IterableDataset:
-    """Sample documents of each query by their teacher scores.
+    """Sample `count` documents of each query by their teacher scores; shorter queries keep all.
 
     The sample of a query depends only on the seed and its id, so it is the same in every epoch, process and resumed
-    run. Random negatives are added before teacher scoring, by `bm25.with_random_documents`; here they are the low end
-    of the scores.
-
-    Args:
-        groups: Rows of `load_groups` with `teacher_scores`, in memory or streamed.
-        count: Number of documents to keep; shorter queries keep all.
-        kind: "all" keeps everything, "top" the best-scored documents, "stratified" one random document of each of
-            `count` equal parts of the score ranking, so that the whole range is covered.
-        seed: Random seed.
-
-    Raises:
-        ValueError: If the kind is unknown, or the count below 2.
+    run. "all" keeps everything, "top" the best-scored documents, "stratified" one random document of each of `count`
+    equal parts of the score ranking. Random negatives (`bm25.with_random_documents`) are the low end of the scores.
 
     Source: Stratified as in Jang et al. 2026, arXiv 2604.04734, who found it better than the top.
     """

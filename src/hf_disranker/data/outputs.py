@@ -55,12 +55,7 @@ def check_output(
 
 
 def check_output_folder(path: str | os.PathLike[str], is_ours: bool, inputs: Iterable[str | None] = ()) -> None:
-    """Check that a command may write a model into a folder.
-
-    Args:
-        path: Path of the output folder.
-        is_ours: True if the command has written into the folder before.
-        inputs: Models that the command reads: folders, Hub ids or None.
+    """Check that a command may write a model into a folder; `is_ours` if it has written there before.
 
     Raises:
         ValueError: If an input is the folder or one of its checkpoints, or the folder has other model files.

@@ -41,10 +41,7 @@ class Templates:
         return self.query.format(query=query)
 
     def render_document(self, title: str | None = None, summary: str | None = None) -> str:
-        """Render the document as one string, without whitespace at the ends.
-
-        A missing title or summary (None, or NaN from pandas) is an empty text.
-        """
+        """Render the document without whitespace at the ends; a missing title or summary (None, NaN) is empty."""
         return self.document.format(title=_text(title), summary=_text(summary)).strip()
 
     def prompt(self, query: str) -> str:
@@ -74,7 +71,7 @@ def _text(value: object) -> object:
 def _check_fields(template: str, known: set[str]) -> list[str]:
     """Return the fields of a template in order.
 
-    Only plain names are allowed: a format string can reach attributes, and a width can exhaust the memory.
+    Only plain names are allowed: a format string can reach attributes, and a width can exhaust memory.
     """
     parts = [(name, spec, conversion) for _, name, spec, conversion in Formatter().parse(template) if name is not None]
     fields = [name for name, _, _ in parts]

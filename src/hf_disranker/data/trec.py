@@ -9,14 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from hf_disranker.data.files import is_beir, is_table_file
-from hf_disranker.data.schema import (
-    TableError,
-    grades_from_zero,
-    join_queries,
-    join_texts,
-    refuse,
-    validate,
-)
+from hf_disranker.data.schema import TableError, grades_from_zero, join_queries, join_texts, refuse, validate
 from hf_disranker.data.tables import Source, read_table, usual_split
 
 KEY = ["query_id", "doc_id"]
@@ -93,12 +86,9 @@ def check_run_ids(table: pd.DataFrame) -> None:
 
 
 def read_candidates(source: Source, judgments: pd.DataFrame, corpus: pd.DataFrame) -> pd.DataFrame:
-    """Read a first stage's documents for the judged queries, with texts and the other columns of the query.
+    """Read a first stage's documents (candidates table or TREC run) for the judged queries.
 
-    Args:
-        source: A candidates table or a TREC run.
-        judgments: A judgments table with query texts.
-        corpus: A corpus table.
+    Texts are joined from the corpus, the query and its other columns from the judgments.
 
     Raises:
         TableError: If there is no document for a judged query, or a document is not in the corpus.
@@ -113,15 +103,9 @@ def read_candidates(source: Source, judgments: pd.DataFrame, corpus: pd.DataFram
 
 
 def write_run(rows: pd.DataFrame, path: str | os.PathLike[str], tag: str) -> None:
-    """Write a TREC run.
+    """Write the columns query_id, doc_id and score as a TREC run, without rows where an optional `missing` is True.
 
-    Args:
-        rows: Columns query_id, doc_id, score and optionally `missing`, True for rows to leave out.
-        path: Path of the file.
-        tag: Name of the run; whitespace becomes underscores.
-
-    Raises:
-        TableError: As in `check_run_ids`.
+    `tag` is the name of the run; whitespace becomes underscores. Ids are checked by `check_run_ids`.
     """
     if "missing" in rows.columns:
         rows = rows[~rows["missing"]]

@@ -33,7 +33,6 @@ UNJUDGED = -1
 # Slices with fewer queries are flagged as small.
 FEW_QUERIES = 50
 _CHUNK = 16_384
-_COUNTS = ("concordant", "discordant", "tied")
 
 
 class Predictor(Protocol):
@@ -51,13 +50,7 @@ class Scored(NamedTuple):
 
 
 def score_with(ranker: Predictor, judgments: pd.DataFrame, progress: bool = True) -> Scored:
-    """Score judged pairs with a ranker and measure its throughput after warm-up, tokenisation included.
-
-    Args:
-        ranker: The ranker.
-        judgments: Columns query, title, summary.
-        progress: If True, show a progress bar.
-    """
+    """Score rows with query, title and summary, and measure the throughput after warm-up, tokenisation included."""
     pairs = pair_texts(judgments)
     cut = {name: getattr(ranker, name) for name in ("queries_cut", "documents_cut") if hasattr(ranker, name)}
     ranker.predict(pairs[:256])
@@ -74,19 +67,15 @@ def describe(ranker: Any) -> dict[str, Any]:
     model = ranker.model
     marker = getattr(model.config, "marker", None)
     about = {"role": marker.role if marker else "model", "teacher": ((marker and marker.teacher) or {}).get("id")}
-    about["score_transform"] = marker and marker.score_transform
-    about["parameters"] = sum(weight.numel() for weight in model.parameters())
+    about |= {"score_transform": marker and marker.score_transform}
+    about |= {"parameters": sum(weight.numel() for weight in model.parameters())}
     return about | {name: getattr(ranker, name) for name in ("queries_cut", "documents_cut") if hasattr(ranker, name)}
 
 
 def join_run(judgments: pd.DataFrame, run: pd.DataFrame) -> pd.DataFrame:
     """Join judgments with a run's scores, appending unjudged run documents with label -1.
 
-    Documents that are missing or unjudged, and queries missing from the run, are counted in warnings.
-
-    Args:
-        judgments: A judgments table; texts are optional.
-        run: A scores table; texts are optional.
+    Both tables need no texts. Warnings count documents that are missing or unjudged, and queries missing from the run.
 
     Returns:
         The rows of `judgments`, then the unjudged ones, with the columns `score` (float64) and `missing`: True for a
@@ -122,12 +111,7 @@ def join_run(judgments: pd.DataFrame, run: pd.DataFrame) -> pd.DataFrame:
 def best_passages(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     """Reduce passages to documents, with the highest score and the highest label of each document's passages.
 
-    Args:
-        rows: Columns query_id, doc_id, label, score and `column`.
-        column: Column with the document of a passage; where empty, a passage is its own document.
-
-    Raises:
-        TableError: If there is no such column.
+    `column` has the document of a passage; where it is empty, a passage is its own document.
     """
     if column not in rows.columns:
         raise TableError(f"There is no column '{column}' with the document of each passage.")
@@ -142,7 +126,7 @@ def per_query(rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[str] = 
 
     Args:
         rows: Columns query_id, doc_id, label (-1 for unjudged documents) and, for a run, `missing`.
-        scores: Shape (len(rows),).
+        scores: Shape (len(rows),); higher is better.
         measures: Names of additional ir_measures measures, computed by that package in both settings.
 
     Returns:
@@ -158,7 +142,7 @@ def per_query(rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[str] = 
     )
     if is_run or not judged.all():
         among_judged = metrics.by_query(labels[judged], scores[judged], ids[judged], ks=())
-        values |= {name: among_judged[name] for name in (*_COUNTS, "pair_accuracy")}
+        values |= {name: among_judged[name] for name in (*metrics.PAIRS, "pair_accuracy")}
     table = pd.DataFrame({"query_id": names, "documents": documents, **values})
     return table.join(_ir_measures(rows, scores, measures), on="query_id") if measures else table
 
@@ -202,13 +186,7 @@ def _ir_measures(rows: pd.DataFrame, scores: np.ndarray, names: Sequence[str]) -
 def evaluate(
     rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[str] = (), by: str | None = None
 ) -> dict[str, Any]:
-    """Evaluate a ranking.
-
-    Args:
-        rows: A judgments table with label -1 for unjudged documents; texts are optional.
-        scores: Shape (len(rows),); higher is better.
-        measures: As in `per_query`.
-        by: Column of `rows` whose values define slices to evaluate separately.
+    """Evaluate a ranking, and its slices by the values of the column `by`; other arguments as in `per_query`.
 
     Returns:
         Values for json: all measures of `metrics.evaluate`, pair measures over judged documents only; "intervals" with
@@ -225,7 +203,9 @@ def summarise(rows: pd.DataFrame, scores: np.ndarray, queries: pd.DataFrame) -> 
     judged = rows["label"].to_numpy() != UNJUDGED
     columns = rows["label"].to_numpy()[judged], np.asarray(scores)[judged], rows["query_id"].to_numpy()[judged]
     found: dict[str, float | int] = metrics.evaluate(*columns, ks=())
-    means = [name for name in queries.columns if name not in ("query_id", "documents", "pair_accuracy", *_COUNTS)]
+    means = [
+        name for name in queries.columns if name not in ("query_id", "documents", "pair_accuracy", *metrics.PAIRS)
+    ]
     found |= {name: metrics.query_mean(queries[name].to_numpy(np.float64)) for name in means}
     found["unjudged"] = int((~judged).sum())
     intervals = {"pnr": bootstrap(queries["concordant"], queries["discordant"])}
@@ -243,9 +223,8 @@ def measure_slices(rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[st
     # Unjudged documents have no values of their own and join the slice of their query.
     values = rows[by].where(rows[by].notna(), rows.groupby("query_id")[by].transform("first"))
     slices = {}
-    for value, part in rows.groupby(values, sort=True):
-        taken = scores[rows.index.get_indexer(part.index)]
-        found = evaluate(part, taken, measures)
+    for value, part in rows.reset_index(drop=True).groupby(values.to_numpy(), sort=True):
+        found = evaluate(part, scores[part.index], measures)
         slices[str(value)] = found | {"few": found["queries"] < FEW_QUERIES}
     return slices
 

@@ -7,8 +7,7 @@ Inputs are the columns of a table with a row per query and document, in any orde
 - groups: Shape (rows,), query ids of any hashable and sortable type.
 
 Empty columns, columns of different lengths and invalid values raise a ValueError; ids that do not sort, a TypeError.
-Results by query have shape (queries,), in the order of the sorted ids, and are nan where a query does not define the
-measure.
+Results by query have shape (queries,), in the order of the sorted ids, nan where a query does not define the measure.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 
 _MAX_EXP2_LABEL = 1000  # 2^1024 overflows float64
-_PAIRS = ("concordant", "discordant", "tied")
+PAIRS = ("concordant", "discordant", "tied")
 
 
 class TeacherError(NamedTuple):
@@ -42,14 +41,8 @@ class TeacherError(NamedTuple):
 def ndcg(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: int | None = 10, gain: Gain = "exp2") -> Floats:
     """Compute normalised discounted cumulative gain by query, with the discount 1 / log2(1 + rank).
 
-    Documents with equal scores share the mean gain of their ranks.
-
-    Args:
-        labels: Grades, shape (rows,).
-        scores: Shape (rows,).
-        groups: Query ids, shape (rows,).
-        k: Cut-off rank of the ranking and the ideal ranking; None for all ranks.
-        gain: "exp2" for 2^label - 1, "linear" for the label.
+    Documents with equal scores share the mean gain of their ranks. `k` cuts off the ranking and the ideal ranking;
+    None for all ranks. The gain is 2^label - 1 ("exp2") or the label ("linear").
 
     Returns:
         Shape (queries,), in [0, 1]; nan for a query without a relevant document.
@@ -156,7 +149,7 @@ def evaluate(
     """
     rows = _read(labels, scores, groups)
     queries = _by_query(rows, ks)
-    concordant, discordant, tied = (int(queries[name].sum()) for name in _PAIRS)
+    concordant, discordant, tied = (int(queries[name].sum()) for name in PAIRS)
     everywhere = _count_pairs(rows.pooled)[:, 0]
     across = everywhere - (concordant, discordant, tied)
     relevant = _count_pairs(replace(rows.pooled, labels=np.minimum(rows.pooled.labels, 1)))[:, 0]
@@ -260,7 +253,7 @@ def _refuse(name: str, bad: NDArray[np.bool_], what: str) -> None:
 def _by_query(rows: _Rows, ks: Iterable[int]) -> dict[str, NDArray[Any]]:
     pairs = _count_pairs(rows)
     return {
-        **dict(zip(_PAIRS, pairs, strict=True)),
+        **dict(zip(PAIRS, pairs, strict=True)),
         "pair_accuracy": _ratio(pairs[0], pairs[0] + pairs[1]),
         **{f"ndcg@{k}": _ndcg(rows, k) for k in ks},
         "mrr": _reciprocal_rank(rows),

@@ -39,27 +39,16 @@ ENOUGH_USERS = 200  # per bucket; below, the normal approximation is unreliable
 
 @dataclass(frozen=True)
 class Effect:
-    """Effect of a treatment on a measure, relative to the control; nan where undefined.
+    """Effect of a treatment on a measure, relative to the control; nan where undefined."""
 
-    Args:
-        name: Key of `MEASURES`.
-        bucket: Bucket of the treatment.
-        control: Value of the control, adjusted for covariates if there are any.
-        treatment: Value of the treatment, likewise adjusted.
-        relative_difference: treatment / control - 1.
-        interval: 95% interval of the relative difference.
-        p: Two-sided p-value.
-        p_holm: p-value corrected for all effects of the call.
-    """
-
-    name: str
-    bucket: str
-    control: float
+    name: str  # key of `MEASURES`
+    bucket: str  # of the treatment
+    control: float  # value of the measure, adjusted for covariates if there are any
     treatment: float
-    relative_difference: float
-    interval: Interval
-    p: float
-    p_holm: float = np.nan
+    relative_difference: float  # treatment / control - 1
+    interval: Interval  # 95%, of the relative difference
+    p: float  # two-sided
+    p_holm: float = np.nan  # corrected for all effects of the call
 
 
 def buckets_of(log: pd.DataFrame, control: str) -> list[str]:
@@ -73,12 +62,7 @@ def buckets_of(log: pd.DataFrame, control: str) -> list[str]:
 def sample_ratio(users: Mapping[str, int], shares: Mapping[str, float] | None = None) -> float:
     """Return the p-value of the chi-square test for a sample ratio mismatch.
 
-    Args:
-        users: Number of users by bucket.
-        shares: Intended share by bucket, in any unit; None for equal shares.
-
-    Raises:
-        ValueError: If the shares are not positive, or are of other buckets.
+    `users` are numbers by bucket; `shares` the intended shares in any unit, None for equal ones.
     """
     intended = np.array([shares.get(name, 0) if shares else 1 for name in users])
     if shares and (shares.keys() != users.keys() or intended.min() <= 0):
@@ -87,12 +71,7 @@ def sample_ratio(users: Mapping[str, int], shares: Mapping[str, float] | None = 
 
 
 def refusal(users: Mapping[str, int], p: float) -> str | None:
-    """Return the reason not to conclude anything from a test, or None.
-
-    Args:
-        users: Number of users by bucket.
-        p: p-value of `sample_ratio`.
-    """
+    """Return the reason not to conclude anything from a test, or None; `p` is that of `sample_ratio`."""
     if p < MISMATCH_LEVEL:
         counts = ", ".join(f"{name} {count:,}" for name, count in users.items())
         return f"users are not split as intended ({counts}; p = {p:.1e}): assignment or logging is broken"
@@ -145,7 +124,7 @@ def effects(users: pd.DataFrame, buckets: Sequence[str], covariates: Sequence[st
 
     Args:
         users: Result of `by_user`. Rows of pages instead would be the naive test, whose intervals are too narrow.
-        buckets: Names of the buckets, the control first.
+        buckets: The control first.
         covariates: Columns of `users`.
     """
     found = []
@@ -207,11 +186,7 @@ def power(
 ) -> list[dict[str, Any]]:
     """Compute the sample size to detect the paper's effects with power 0.8, two-sided at 5%.
 
-    Args:
-        users: Result of `by_user`.
-        buckets: Names of the buckets, the control first.
-        covariates: Columns of `users`.
-        days: Number of days of the log.
+    Arguments as in `effects`, and the number of days of the log.
 
     Returns:
         Per measure {name, detectable, effect, users, days}: the relative difference that this log can detect, the
@@ -233,10 +208,7 @@ def power(
 def team_draft(first: Sequence[str], second: Sequence[str], flips: Sequence[int]) -> dict[str, int]:
     """Draft a list from two rankings: in each round both pick their best remaining document, in random order.
 
-    Args:
-        first: Document ids of the first ranker, best first.
-        second: Document ids of the second ranker, best first.
-        flips: Ranker that picks first in each round: 0 or 1.
+    Rankings are document ids, best first; `flips` names the ranker, 0 or 1, that picks first in each round.
 
     Returns:
         The ranker, 0 or 1, that picked each document, in the order of the list; it ends with the shorter ranking.
@@ -254,15 +226,9 @@ def team_draft(first: Sequence[str], second: Sequence[str], flips: Sequence[int]
 
 
 def draft_lists(first: str, second: str, depth: int = 10, drafts: int = 16) -> pd.DataFrame:
-    """Draft lists for the queries of two runs, reproducibly.
+    """Draft lists of `depth` documents for the queries of two runs (TREC or tables of scores), reproducibly.
 
     Draft 2k + 1 is draft 2k with all flips inverted, so that both rankers have the same number of first picks.
-
-    Args:
-        first: TREC run or table of scores.
-        second: TREC run or table of scores.
-        depth: Documents per list.
-        drafts: Lists per query.
 
     Returns:
         Columns query_id, draft, rank (from 1), doc_id and team: 0 for a pick of the first run, 1 of the second.
@@ -290,10 +256,7 @@ def draft_lists(first: str, second: str, depth: int = 10, drafts: int = 16) -> p
 
 
 def preference(pages: pd.DataFrame) -> dict[str, Any]:
-    """Test whether users prefer the second ranker.
-
-    Args:
-        pages: Result of `impressions.read_credit`.
+    """Test by the result of `impressions.read_credit` whether users prefer the second ranker.
 
     Returns:
         Numbers of users, pages, first_wins, second_wins and ties; difference, the share of pages won by the second

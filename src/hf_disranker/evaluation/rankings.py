@@ -1,11 +1,10 @@
-"""Evaluated rankings: saving, loading, printing and comparing them."""
+"""Evaluated rankings: saving, loading and comparing them."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,10 +12,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from hf_disranker.data.outputs import check_output, json_in
-from hf_disranker.data.schema import TableError
 from hf_disranker.data.trec import KEY, read_judgments, read_run, write_run
 from hf_disranker.evaluation.evaluate import best_passages, join_run, measure_slices, per_query, summarise
 from hf_disranker.evaluation.significance import Comparison, changed_tops, compare
@@ -51,7 +48,7 @@ class Evaluation:
         queries = per_query(rows, scores, measures)
         found = summarise(rows, scores, queries)
         if by:
-            found["slices"] = measure_slices(rows.reset_index(drop=True), scores, measures, by)
+            found["slices"] = measure_slices(rows, scores, measures, by)
         about |= {"packages": {package: version(package) for package in _PACKAGES}}
         return cls(name, rows, queries, found, about)
 
@@ -81,15 +78,7 @@ class Evaluation:
 
 
 def check_evaluation_output(path: str | os.PathLike[str], inputs: Iterable[str | None] = ()) -> None:
-    """Check that `Evaluation.save` would overwrite nothing but an earlier evaluation.
-
-    Args:
-        path: As in `Evaluation.save`.
-        inputs: Inputs of the evaluation: paths, Hub ids or None.
-
-    Raises:
-        ValueError, OSError: As in `outputs.check_output`.
-    """
+    """Check that `Evaluation.save` overwrites nothing but an earlier evaluation, as `outputs.check_output` does."""
     replaces = _is_evaluation(path)
     for file in (path, *_side_files(path)):
         check_output(file, lambda _: replaces, inputs)
@@ -163,59 +152,3 @@ def compare_evaluations(
         replace(one, changed={k: changed_tops(scores[one.first], scores[one.second], queries, k) for k in (1, 5, 10)})
         for one in compare({one.name: values[one.name] for one in evaluations}, pairs)
     ]
-
-
-def table_text(measures: Mapping[str, Any]) -> str:
-    """Format the measures and their intervals, a line each."""
-    numbers = {name: value for name, value in measures.items() if isinstance(value, float | int)}
-    return "\n".join(
-        f"{name:>26} {value:12.4f}{_interval(measures, name)}"
-        if isinstance(value, float)
-        else f"{name:>26} {value:12d}"
-        for name, value in numbers.items()
-    )
-
-
-def _interval(measures: Mapping[str, Any], name: str) -> str:
-    """Format the 95% interval of a measure; empty if it has none."""
-    low, high = measures["intervals"].get(name, (None, None))
-    return "" if low is None or high is None else f"  [{low:.4f}, {high:.4f}]"
-
-
-def slices_text(column: str, found: Mapping[str, Any]) -> str:
-    """Format NDCG@10 by slice, a line each."""
-    lines = [f"\n{column:>26}  queries  ndcg@10"]
-    for value, measures in found.items():
-        shown = f"{measures['ndcg@10']:.4f}" if measures["ndcg@10"] is not None else "-"
-        few = "  (few queries)" if measures["few"] else ""
-        lines.append(f"{value:>26} {measures['queries']:8d}   {shown}{_interval(measures, 'ndcg@10')}{few}")
-    return "\n".join(lines)
-
-
-def read_expected(path: str) -> dict[str, float | None]:
-    """Load expected measures for `differences` from yaml; TableError if a value is not a number."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            expected = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise TableError(f"{path}: is not yaml: {' '.join(str(error).split())}") from error
-    if not isinstance(expected, dict):
-        raise TableError(f"{path}: there are no measures.")
-    for name, value in expected.items():
-        if value is not None and not isinstance(value, float | int):
-            raise TableError(f"{path}: {name} is {value!r}, not a number.")
-    return expected
-
-
-def differences(measures: Mapping[str, Any], expected: Mapping[str, float | None]) -> list[str]:
-    """List measures that differ from the expected ones by more than `tolerance` (relative, by default 0.01)."""
-    expected = dict(expected)
-    tolerance = expected.pop("tolerance", None)
-    tolerance = 0.01 if tolerance is None else tolerance
-    lines = []
-    for name, wanted in expected.items():
-        found: Any = measures.get(name)
-        same = found is wanted if found is None or wanted is None else math.isclose(found, wanted, rel_tol=tolerance)
-        if not same:
-            lines.append(f"  {name}: expected {wanted}, found {found} (tolerance {tolerance:.1%})")
-    return lines

@@ -24,31 +24,18 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Difference of a measure between two rankers on the same queries.
-
-    Args:
-        first: Name of the first ranker.
-        second: Name of the second ranker.
-        difference: Mean of first minus second over the queries that define both.
-        interval: 95% paired bootstrap interval of the difference.
-        p: p-value of the paired randomisation test.
-        p_holm: p-value corrected for all comparisons of the call.
-        effect: Mean over standard deviation of the differences (Cohen's d of paired values).
-        queries: Number of queries compared.
-        queries_needed: Number of queries to detect the difference with power 0.8; None if it is 0.
-        changed: By k, the share of queries whose top k documents, or their order, differ.
-    """
+    """Difference of a measure between two rankers on the same queries."""
 
     first: str
     second: str
-    difference: float
-    interval: Interval
-    p: float
-    p_holm: float
-    effect: float
+    difference: float  # mean of first minus second over the queries that define both
+    interval: Interval  # 95% paired bootstrap interval of the difference
+    p: float  # of the paired randomisation test
+    p_holm: float  # corrected for all comparisons of the call
+    effect: float  # mean over standard deviation of the differences (Cohen's d of paired values)
     queries: int
-    queries_needed: int | None
-    changed: Mapping[int, float] = field(default_factory=dict)
+    queries_needed: int | None  # to detect the difference with power 0.8; None if it is 0
+    changed: Mapping[int, float] = field(default_factory=dict)  # by k, see `changed_tops`
 
 
 def bootstrap(
@@ -56,19 +43,12 @@ def bootstrap(
 ) -> Interval:
     """Compute the percentile bootstrap interval of sum(numerator) / sum(denominator), resampling queries.
 
-    Args:
-        numerator: Shape (queries,); the values for a mean, the concordant pairs for PNR.
-        denominator: Shape (queries,) or a number; 1 for a mean, the discordant pairs for PNR.
-        rounds: Number of resamples.
-        confidence: Probability mass of the interval.
-        seed: Random seed.
+    The numerator, shape (queries,), is the values for a mean, the concordant pairs for PNR; the denominator, of the
+    same shape or a number, is 1 for a mean, the discordant pairs for PNR.
 
     Returns:
         (low, high), both nan without a defined query. Queries with a nan and resamples of 0 / 0 are left out; a
         resample of x / 0 is inf.
-
-    Raises:
-        ValueError: If shapes do not match, rounds < 1, or confidence is outside (0, 1).
 
     Source: Efron 1979.
     """
@@ -101,15 +81,11 @@ def _resampled_ratios(top: np.ndarray, bottom: np.ndarray, rounds: int, seed: in
 def randomisation_test(difference: ArrayLike, *, rounds: int = 10_000, seed: int = 0) -> float:
     """Compute the two-sided p-value of a paired randomisation test for the mean difference between two rankers.
 
-    Under the null hypothesis, the difference of each query has a random sign.
-
-    Args:
-        difference: Differences of a measure between two rankers, shape (queries,); queries with a nan are left out.
-        rounds: Number of random sign patterns; the smallest possible p-value is 1 / (rounds + 1).
-        seed: Random seed.
+    Under the null hypothesis, the difference of each query has a random sign. Differences have the shape (queries,);
+    those that are nan are left out.
 
     Returns:
-        Share of patterns, the observed one included, whose mean is at least as far from 0; nan without a query.
+        Share of sign patterns, the observed one included, whose mean is at least as far from 0; nan without a query.
 
     Source: Smucker, Allan and Carterette 2007, "A comparison of statistical significance tests for information
     retrieval evaluation".
@@ -182,9 +158,7 @@ def compare(values: Mapping[str, ArrayLike], pairs: Iterable[tuple[str, str]] | 
 def refusal(queries: int, bm25: float | None) -> str | None:
     """Return the reason not to call any difference on a query set significant, or None.
 
-    Args:
-        queries: Number of queries.
-        bm25: Value of BM25 on the queries, in NDCG or another measure between 0 and 1; None if unknown.
+    `bm25` is its value on the queries, in NDCG or another measure between 0 and 1; None if unknown.
     """
     if queries < ENOUGH_QUERIES:
         return f"{queries} queries are fewer than {ENOUGH_QUERIES}"
@@ -208,11 +182,7 @@ def marks(comparisons: Iterable[Comparison], letters: Mapping[str, str]) -> dict
 def changed_tops(scores_a: ArrayLike, scores_b: ArrayLike, groups: ArrayLike, k: int) -> float:
     """Compute the share of queries whose top k documents, or their order, differ: all that an online test can see.
 
-    Args:
-        scores_a: Shape (rows,); equal scores keep the order of the rows.
-        scores_b: Other scores of the same rows, shape (rows,).
-        groups: Query ids, shape (rows,).
-        k: Number of top documents.
+    Scores and query ids (`groups`) have the shape (rows,); equal scores keep the order of the rows.
     """
     query = np.unique(np.asarray(groups), return_inverse=True)[1]
     a, b = (np.lexsort((-np.asarray(scores), query)) for scores in (scores_a, scores_b))

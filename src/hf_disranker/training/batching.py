@@ -15,35 +15,13 @@ from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from hf_disranker.data.collators import GroupCollator
+from hf_disranker.data.collators import GroupCollator, budget_batches
 
 logger = logging.getLogger(__name__)
 
 # Groups tokenized at a time, and size of a stream's sorting window in token budgets.
 _CHUNK = 256
 _WINDOW = 16
-
-
-def budget_groups(sizes: np.ndarray, lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
-    """Split groups, longest pairs first, into batches of at most `token_budget` tokens, including padding.
-
-    Args:
-        sizes: Number of documents per group, shape (groups,).
-        lengths: Tokens of the longest pair per group, shape (groups,).
-        token_budget: Maximum of pairs times longest pair in a batch; a larger group gets its own batch.
-
-    Returns:
-        Group indices, one array per batch; groups of equal length keep their order.
-    """
-    batches: list[list[int]] = []
-    pairs = 0
-    for group in np.argsort(-lengths, kind="stable"):
-        pairs += int(sizes[group])
-        if not batches or pairs * lengths[batches[-1][0]] > token_budget:
-            batches.append([])
-            pairs = int(sizes[group])
-        batches[-1].append(int(group))
-    return [np.array(batch) for batch in batches]
 
 
 def group_lengths(groups: Dataset, collate: GroupCollator) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +51,7 @@ class TokenBudgetSampler:
     ) -> None:
         self.seed, self.epoch = seed, 0
         order = np.random.default_rng(seed).permutation(len(sizes))
-        self.batches = [order[batch] for batch in budget_groups(sizes[order], lengths[order], token_budget)]
+        self.batches = [order[batch] for batch in budget_batches(lengths[order], token_budget, sizes[order])]
         while len(self.batches) % processes and max(map(len, self.batches)) > 1:
             longest = self.batches.pop(int(np.argmax([len(batch) for batch in self.batches])))
             self.batches += np.array_split(longest, 2)
@@ -129,7 +107,7 @@ class BudgetStream(IterableDataset):
 
     def _batches(self, window: list[dict[str, Any]], rng: np.random.Generator) -> Iterator[list[dict[str, Any]]]:
         sizes = np.array([len(group["rows"]) for group in window])
-        batches = budget_groups(sizes, np.array([_longest(group) for group in window]), self.token_budget)
+        batches = budget_batches(np.array([_longest(group) for group in window]), self.token_budget, sizes)
         for batch in rng.permutation(len(batches)):
             yield [window[group] for group in batches[batch]]
 

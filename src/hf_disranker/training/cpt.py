@@ -78,13 +78,7 @@ class ClickTrainer(EvaluationLossMixin, SFTTrainer):
         eval_dataset: Rows of `click_dataset`.
         processing_class: Tokenizer of the model, which is copied and prepared for a teacher; None loads it from the
             model's checkpoint.
-        compute_loss_func: As in `SFTTrainer`.
-        compute_metrics: As in `SFTTrainer`.
-        callbacks: As in `SFTTrainer`.
-        optimizers: As in `SFTTrainer`.
-        optimizer_cls_and_kwargs: As in `SFTTrainer`.
-        preprocess_logits_for_metrics: As in `SFTTrainer`.
-        peft_config: As in `SFTTrainer`.
+        compute_loss_func: As in `SFTTrainer`, like the following.
 
     Raises:
         TypeError: If the arguments are of another class.
@@ -140,11 +134,7 @@ class ClickTrainer(EvaluationLossMixin, SFTTrainer):
         return kind.compute_loss(self, model, inputs, *args, **kwargs)
 
     def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """See `Trainer.prediction_step` and `EvaluationLossMixin`."""
         rows = len(inputs["input_ids"])
@@ -176,11 +166,10 @@ def check_packing(model: PreTrainedModel) -> None:
 
 
 def prepare_clicks(clicks: pd.DataFrame, min_users: int = 0, seed: int = 0) -> pd.DataFrame:
-    """Drop rare queries, merge duplicate clicks and resample rows by weight.
+    """Drop rare queries, merge equal rows (query, title, summary), adding their weights, and resample rows by weight.
 
-    Equal rows (query, title, summary) are merged and their weights added. Systematic resampling then draws the same
-    number of rows, each in proportion to its weight up to rounding, so that the expected gradient is that of the
-    weighted loss.
+    Systematic resampling draws the same number of rows, each in proportion to its weight up to rounding, so that the
+    expected gradient is that of the weighted loss.
 
     Args:
         clicks: Table of clicks; the default `weight` is 1.
@@ -244,23 +233,20 @@ def click_losses(
 ) -> dict[str, float]:
     """Compute the mean loss per token, in nats, of titles and of summaries with the end-of-sequence token.
 
-    Arguments as in `click_dataset`. Parts without tokens are left out.
+    Parts without tokens are left out. Arguments as in `click_dataset`.
     """
-    totals, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    totals, counts = torch.zeros(2, 3, dtype=torch.float64)
     rows = sorted(_encoded(clicks, tokenizer, max_length, templates), key=lambda row: len(row[0]))
     was_training = model.training
     model.eval()
     for start in range(0, len(rows), 32):
-        batch = rows[start : start + 32]
-        ids, parts = (
-            pad_sequence([torch.tensor(row[place]) for row in batch], batch_first=True).to(model.device)
-            for place in range(2)
-        )
-        mask = pad_sequence([torch.ones(len(row[0])) for row in batch], batch_first=True).to(model.device)
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        batch = [[torch.tensor(part) for part in row] for row in rows[start : start + 32]]
+        ids = pad_sequence([ids for ids, _ in batch], batch_first=True).to(model.device)
+        parts = pad_sequence([parts for _, parts in batch], batch_first=True, padding_value=-1).to(model.device)
+        logits = model(input_ids=ids, attention_mask=(parts >= 0).long()).logits[:, :-1].float()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         for part in (_TITLE, _SUMMARY):
-            chosen = (parts[:, 1:] == part) & (mask[:, 1:] > 0)
+            chosen = parts[:, 1:] == part
             totals[part] += losses[chosen].sum().cpu()
             counts[part] += chosen.sum().cpu()
     model.train(was_training)

@@ -30,12 +30,7 @@ def sample_groups(groups: Dataset | IterableDataset) -> Dataset:
 
 
 def check_columns(groups: Any, name: str) -> None:
-    """Check that a data set has the columns of `load_groups`.
-
-    Raises:
-        TypeError: If it is a path or a mapping of splits.
-        ValueError: If columns are missing.
-    """
+    """Refuse paths and mappings of splits (TypeError), and data without the columns of `load_groups` (ValueError)."""
     if isinstance(groups, str | os.PathLike):
         raise TypeError(f"{name} is the path {os.fspath(groups)!r}: read it by load_groups.")
     if isinstance(groups, Mapping):
@@ -116,26 +111,20 @@ def warn_truncated(groups: Dataset, collate: GroupCollator) -> None:
     rows = groups.select(range(min(_SAMPLE // 10, len(groups)))).to_list()
     queries = [row["query"] for row in rows for _ in row["doc_ids"]]
     encoded = collate.encode_pairs(rows)
-    for what, truncated, limit in (
-        ("documents", encoded.documents_cut, "max_length"),
-        ("queries", encoded.queries_cut, "max_query_length"),
-    ):
+    for truncated, limit in ((encoded.documents_cut, "max_length"), (encoded.queries_cut, "max_query_length")):
         if truncated > _TRUNCATED_SHARE * len(queries):
             logger.warning(
                 "%.0f%% of %s are truncated at %s %d: raise --%s, or split documents into passages.",
                 100 * truncated / len(queries),
-                what,
-                limit,
-                getattr(collate.pairs, limit),
-                limit,
+                "documents" if limit == "max_length" else "queries",
+                *(limit, getattr(collate.pairs, limit), limit),
             )
 
 
 class LossMonitor:
     """Check logged values: stop on a loss that is not finite, warn once if the scores collapse.
 
-    Args:
-        target_spread: Standard deviation of the target within a query.
+    `target_spread` is the standard deviation of the target within a query.
     """
 
     def __init__(self, target_spread: float) -> None:
@@ -144,11 +133,7 @@ class LossMonitor:
         self.warned = False
 
     def check(self, step: int, logs: dict[str, Any]) -> None:
-        """Check a log entry with the means of the loss terms and `score_spread`.
-
-        Raises:
-            FloatingPointError: If a loss term is not finite.
-        """
+        """Check a log entry with the means of the loss terms and `score_spread`; FloatingPointError if not finite."""
         broken = [name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)]
         if broken:
             raise FloatingPointError(

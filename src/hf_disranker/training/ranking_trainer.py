@@ -92,11 +92,7 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
         processing_class: Tokenizer of the model, which is copied; None loads it from the model's checkpoint.
         model_init: Function that builds the model for every training and for `hyperparameter_search`, instead of
             `model`.
-        compute_metrics: As in `Trainer`; None computes the loss only.
-        callbacks: As in `Trainer`.
-        optimizers: As in `Trainer`.
-        optimizer_cls_and_kwargs: As in `Trainer`.
-        preprocess_logits_for_metrics: As in `Trainer`.
+        compute_metrics: As in `Trainer`, like the following; None computes the loss only.
         peft_config: Adapter to add to the model; the head is trained too.
         data_collator: Refused: the model's templates render the pairs of whole queries.
         compute_loss_func: Refused: override `loss_terms`.
@@ -131,17 +127,10 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
     ) -> None:
         check_arguments(type(self).__name__, model, model_init, optimizers, [data_collator, compute_loss_func])
         self.args = args = self._resolve_arguments(args, eval_dataset is not None, compute_metrics)
-        sample = self._check_datasets(train_dataset, eval_dataset)
-        if isinstance(train_dataset, IterableDataset):
-            # Repeat first: each pass has its own order, and the step number defines the position in the stream.
-            train_dataset = train_dataset.repeat(None).shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
-        set_seed(args.seed)  # same new head or adapter in every run and process
         self.model_init, self.peft_config, self.processing_class = model_init, peft_config, processing_class
         self._own_tokenizer: Any = None
-        ranker = self.call_model_init() if model is None else self._prepare_model(model)
-        collator = GroupCollator(pair_collator(ranker, self._own_tokenizer))
-        if sample is not None:
-            warn_truncated(sample, collator)
+        self._logged: dict[str, LossTerm] = {}
+        ranker, collator, train_dataset = self._prepare(model, train_dataset, eval_dataset)
         super().__init__(
             model=ranker,
             args=args,
@@ -156,7 +145,6 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.model_init = model_init  # not passed to Trainer, which would build the first model again
-        self._logged: dict[str, LossTerm] = {}
         self.add_callback(SetEpoch())
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
@@ -175,17 +163,25 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
             args._n_gpu = 1
         return args
 
-    def _check_datasets(self, train_dataset: Any, eval_dataset: Any) -> Dataset | None:
-        """Check both data sets and return the rows for further checks."""
+    def _prepare(self, model: Any, train_dataset: Any, eval_dataset: Any) -> tuple[Any, GroupCollator, Any]:
+        """Check the data sets; return the ranker, its collator and the training rows."""
         eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, groups in {"train_dataset": train_dataset, **eval_sets}.items():
             check_columns(groups, name)
             check_sampling(groups, name, self.args)
-        if train_dataset is None:
-            return None
-        sample = sample_groups(train_dataset)
-        self.monitor = LossMonitor(self.check_groups(sample))
-        return sample
+        sample = None if train_dataset is None else sample_groups(train_dataset)
+        if sample is not None:
+            self.monitor = LossMonitor(self.check_groups(sample))
+        if isinstance(train_dataset, IterableDataset):
+            # Repeat first: each pass has its own order, and the step number defines the position in the stream.
+            buffer_size = self.args.shuffle_buffer
+            train_dataset = train_dataset.repeat(None).shuffle(seed=self.args.seed, buffer_size=buffer_size)
+        set_seed(self.args.seed)  # same new head or adapter in every run and process
+        ranker = self.call_model_init() if model is None else self._prepare_model(model)
+        collator = GroupCollator(pair_collator(ranker, self._own_tokenizer))
+        if sample is not None:
+            warn_truncated(sample, collator)
+        return ranker, collator, train_dataset
 
     def _prepare_model(self, model: Any) -> Any:
         """Build the ranker to train, with its limits in its config, and prepare the tokenizer once."""

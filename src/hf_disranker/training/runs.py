@@ -78,13 +78,8 @@ def save_run(
 ) -> None:
     """Save the model, its measures and a record of the run on the main process; publish a ranker if asked to.
 
-    Args:
-        trainer: Trainer after training.
-        arguments: Dataclasses of the recipe.
-        sources: Tables that were read, by name.
-        measures: Measures to save; no file is written if there are none.
-        next_step: Command to run next, for the log.
-        measures_name: File name for the measures.
+    `arguments` are the dataclasses of the recipe, `sources` the tables that were read, by name; `next_step` is the
+    command to run next, for the log.
     """
     if not trainer.is_world_process_zero():
         return

@@ -1,26 +1,20 @@
-"""Loss and data conversion for sentence-transformers' `CrossEncoderTrainer`."""
+"""Loss and rows for sentence-transformers' `CrossEncoderTrainer`."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 
-import pandas as pd
 import torch
 from datasets import Dataset
 from sentence_transformers import CrossEncoder
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
-from hf_disranker.data.groups import group_rows
-from hf_disranker.data.schema import validate
 from hf_disranker.data.templates import STUDENT_TEMPLATES, Templates
 from hf_disranker.training.losses import margin_mse, point_mse
 
 logger = logging.getLogger(__name__)
-
-_SCORES = ("scores", "score", "labels", "label")
 
 
 class PointMarginMSELoss(nn.Module):
@@ -54,16 +48,13 @@ class PointMarginMSELoss(nn.Module):
         prompt: str | None = None,
         task: str | None = None,
     ) -> dict[str, Tensor]:
-        """Compute both weighted terms, which the trainer sums and logs.
+        """Compute both weighted terms, which the trainer sums and logs; ValueError without a score per document.
 
         Args:
             inputs: Columns query, document, document, ..., each of shape (rows,).
             labels: Score of each document, shape (rows, documents).
             prompt: Passed to the model's `preprocess`.
             task: Passed to the model's `preprocess`.
-
-        Raises:
-            ValueError: If there is not one score per document.
         """
         queries, *columns = inputs
         teacher = torch.stack(labels) if isinstance(labels, list) else labels
@@ -124,30 +115,3 @@ def to_n_tuples(groups: Dataset, documents: int, templates: Templates = STUDENT_
             "%d of %d queries have fewer than %d documents with a score: dropped.", short, len(groups), documents
         )
     return Dataset.from_list(rows)
-
-
-def from_n_tuples(rows: Dataset) -> Dataset:
-    """Convert n-tuples with scores to rows of `load_groups` with `teacher_scores`, one row per query.
-
-    The first text column is the query, the others are its documents (empty title, text as summary). Rows of the same
-    query are joined; ids are digests of the texts.
-
-    Raises:
-        ValueError: If there is not one score per document; scores cannot be recovered from margins.
-        TableError: If a document has two different scores for one query.
-    """
-    scores = next((name for name in _SCORES if name in rows.column_names), None)
-    texts = [name for name in rows.column_names if name not in _SCORES]
-    if scores is None or len(texts) < 2 or len(rows[0][scores]) != len(texts) - 1:
-        raise ValueError(f"Not n-tuples with a score for each document: {rows.column_names}.")
-    query, *documents = texts
-    records = [
-        (row[query], row[name], score) for row in rows for name, score in zip(documents, row[scores], strict=True)
-    ]
-    frame = pd.DataFrame(records, columns=["query", "summary", "teacher_score"]).drop_duplicates()
-    frame = frame.assign(query_id=frame["query"].map(_digest), doc_id=frame["summary"].map(_digest), title="")
-    return group_rows(validate(frame.reset_index(drop=True), "scores", "n-tuples"))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha1(text.encode()).hexdigest()[:16]

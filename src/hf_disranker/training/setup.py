@@ -121,12 +121,7 @@ class RankingConfig(StageArguments, TrainingArguments):
 
 
 def check_arguments(trainer: str, model: Any, model_init: Any, optimizers: Any, refused: list[Any]) -> None:
-    """Refuse arguments of `Trainer` that a trainer of rankers cannot use; `refused` are collator and loss function.
-
-    Raises:
-        TypeError: If there is a collator or a loss function.
-        ValueError: If there is not exactly one of model and model_init, or optimizers with model_init.
-    """
+    """Refuse arguments of `Trainer` that a trainer of rankers cannot use; `refused` are collator and loss function."""
     if any(argument is not None for argument in refused):
         raise TypeError(
             f"{trainer} accepts no data_collator and no compute_loss_func: a batch is whole queries, rendered by the "
@@ -139,12 +134,7 @@ def check_arguments(trainer: str, model: Any, model_init: Any, optimizers: Any, 
 
 
 def resolve_arguments(args: Any, kind: Any, trainer: str, has_eval_dataset: bool) -> Any:
-    """Apply the default arguments of class `kind` and resolve the automatic evaluation strategy.
-
-    Raises:
-        TypeError: If the arguments are of another class.
-        ValueError: If an option needs an evaluation set and there is none.
-    """
+    """Apply the default arguments of class `kind`, resolve the evaluation strategy and check both."""
     args = kind() if args is None else args
     if not isinstance(args, kind):
         raise TypeError(
@@ -162,13 +152,8 @@ def as_ranker(model: Any, frozen: bool = False) -> Any:
     """Return the ranker to train, with its own config, since the trainers write limits into it.
 
     Args:
-        model: Ranker, also inside a peft model; stock sequence classifier with one label, which shares its weights
-            with the ranker; or folder or Hub id.
+        model: As in `RankingTrainer`.
         frozen: If True, load the weights of a folder in their stored type, since only an adapter is trained.
-
-    Raises:
-        TypeError: If the model is of another kind.
-        ValueError: If a stock classifier has several labels, is quantized or of an unknown family.
     """
     if isinstance(model, str | os.PathLike):
         model = ranker_class(load_config(model)).from_pretrained(model, dtype="auto" if frozen else torch.float32)
@@ -212,11 +197,7 @@ def _shared(model: Any) -> Any:
 
 
 def own_tokenizer(tokenizer: PreTrainedTokenizerBase | None, source: str | None) -> PreTrainedTokenizerBase:
-    """Copy the tokenizer of the user, or load the one of the model's checkpoint.
-
-    Raises:
-        ValueError: If there is neither.
-    """
+    """Copy the tokenizer of the user, or load the one of the model's checkpoint; ValueError if there is neither."""
     if tokenizer is not None:
         return copy.deepcopy(tokenizer)
     if not source:
@@ -225,12 +206,7 @@ def own_tokenizer(tokenizer: PreTrainedTokenizerBase | None, source: str | None)
 
 
 def add_adapter(model: Any, peft_config: PeftConfig) -> Any:
-    """Add an adapter to a ranker; the head is trained too.
-
-    Raises:
-        TypeError: If the config is not one of peft.
-        ValueError: If the model has an adapter, or the config is for another task, which would freeze a new head.
-    """
+    """Add an adapter to a ranker; the head is trained too, which a config for another task would freeze."""
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config must be a config of peft, such as LoraConfig; got {type(peft_config).__name__}.")
     if hasattr(model, "peft_config"):
@@ -264,11 +240,8 @@ def cast_weights(model: nn.Module, dtype: str) -> None:
             # The trained head receives hidden states in the type of the frozen layers.
             module.register_forward_pre_hook(_cast_input)
     if found:
-        logger.warning(
-            "The weights are %s and are trained in %s; see weights_dtype.",
-            " and ".join(sorted(found)),
-            dtype,
-        )
+        stored = " and ".join(sorted(found))
+        logger.warning("The weights are %s and are trained in %s; see weights_dtype.", stored, dtype)
     else:
         logger.info("Training %d weights in %s.", count, dtype)
 
