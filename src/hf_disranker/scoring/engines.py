@@ -44,9 +44,7 @@ class Engine(Protocol):
     def predict(self, pairs: Sequence[Pair], callback: Callback | None = None) -> np.ndarray:
         """Score (query, {"title", "summary"}) pairs; raise an exception if none can be scored.
 
-        Args:
-            pairs: Pairs to score.
-            callback: Called after each batch with its number of pairs.
+        After each batch, `callback` is called with its number of pairs.
 
         Returns:
             Raw logits in the order of the pairs, shape (len(pairs),), float32; NaN for a pair that cannot be scored.

@@ -1,4 +1,4 @@
-"""Stage 3a: score candidates shard by shard; verify and average score stores."""
+"""Stage 3a: score candidates shard by shard, and verify score stores."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from hf_disranker.data.candidates import TEXT_COLUMNS, Candidates
 from hf_disranker.data.collators import prefetch_map
-from hf_disranker.data.groups import mean_scores
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import pair_texts
 from hf_disranker.scoring.engines import Engine
@@ -164,55 +161,3 @@ def verify(engine: Engine, store: ScoreStore, pairs: int = 256, seed: int = 0) -
         difference = np.abs(scores - rows["teacher_score"].to_numpy())
         largest = max(largest, float(np.where(np.isfinite(difference), difference, np.inf).max(initial=0)))
     return largest
-
-
-def average(stores: Sequence[ScoreStore], path: str | os.PathLike[str], standardise: bool = True) -> ScoreStore:
-    """Average the scores of several teachers; a pair that one of them did not score is quarantined.
-
-    Args:
-        stores: Finished stores with the same input and shard size.
-        path: Path of the new store; an interrupted run resumes.
-        standardise: If True, first scale each teacher's scores to mean 0 and standard deviation 1 over all its pairs,
-            so that no teacher outweighs the others by its scale.
-
-    Raises:
-        ValueError: If a store is not finished, or has another input; the message lists the differences.
-    """
-    manifests = [store.manifest() for store in stores]
-    about_teacher = set().union(*manifests) - INPUT
-    for store in stores:
-        if missing := store.missing():
-            raise ValueError(f"{store.path} still lacks the scores of {missing} pairs: finish it first.")
-        if lines := differences(manifests[0], store.manifest(), about_teacher):
-            raise ValueError("\n".join([f"{stores[0].path} and {store.path} do not go together.", *lines]))
-    summaries = [store.summary() for store in stores]
-    scales = [[one.mean, one.std or 1.0] if standardise else [0.0, 1.0] for one in summaries]
-    averaged = ScoreStore(path)
-    averaged.open(
-        {key: manifests[0][key] for key in INPUT if key in manifests[0]}
-        | {
-            "teacher": " + ".join(str(one["teacher"]) for one in manifests),
-            "revision": None,
-            "engine": "mean of several teachers",
-            "teachers": [{key: one[key] for key in sorted(one.keys() & about_teacher)} for one in manifests],
-            "scales": scales,
-        }
-    )
-    for shard in sorted(stores[0].shards() - averaged.shards()):
-        rows, dropped = _averaged_shard([store.rows(shard) for store in stores], scales)
-        if (before := stores[0].quarantined(shard)) is not None:
-            dropped = pa.concat_tables([before, dropped], promote_options="default")
-        averaged.write(shard, rows, dropped)
-    return averaged
-
-
-def _averaged_shard(tables: Sequence[pa.Table], scales: Sequence[Sequence[float]]) -> tuple[pa.Table, pa.Table]:
-    """Return the rows of the first table with the mean score, and those that another table lacks."""
-    columns = ["query_id", "doc_id", "teacher_score"]
-    average = mean_scores([table.select(columns).to_pandas() for table in tables], scales)
-    complete = pa.array(average.notna().to_numpy())
-    place = tables[0].column_names.index("teacher_score")
-    rows = tables[0].set_column(place, "teacher_score", pa.array(average.to_numpy(np.float32))).filter(complete)
-    dropped = tables[0].drop_columns("teacher_score").filter(pc.invert(complete))
-    reasons = pa.array(["not scored by every teacher"] * len(dropped), pa.string())
-    return rows, dropped.append_column("reason", reasons)

@@ -79,11 +79,8 @@ class Summary:
 class ScoreStore:
     """Scores of one teacher over one input, shard by shard.
 
-    A shard's file exists only when it is complete, so an interrupted run resumes where it stopped. A folder with the
-    scores of another teacher, template or input is refused.
-
-    Args:
-        path: Folder or fsspec URL.
+    A shard's file exists only when it is complete, so an interrupted run resumes where it stopped. A folder (or fsspec
+    URL) with the scores of another teacher, template or input is refused.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -91,10 +88,7 @@ class ScoreStore:
         self._fs, self._root = url_to_fs(self.path)
 
     def open(self, manifest: dict[str, Any]) -> None:
-        """Start a run, or resume the one in the folder.
-
-        Args:
-            manifest: Facts about the whole run, as json-friendly data.
+        """Start a run, or resume the one in the folder; `manifest` has the facts about the whole run, for json.
 
         Raises:
             ValueError: If the folder contains a run with another manifest (the message lists the differences), a
@@ -136,13 +130,7 @@ class ScoreStore:
         return {int(name[5:-8]) for name in names}
 
     def write(self, shard: int, rows: pd.DataFrame | pa.Table, quarantined: pa.Table | None = None) -> None:
-        """Store a shard, atomically.
-
-        Args:
-            shard: Number of the shard.
-            rows: Rows of a scores table.
-            quarantined: Pairs of the shard without a score, with the reason in the column `reason`.
-        """
+        """Store the rows of a shard atomically, and its pairs without a score with the reason in `reason`."""
         rows = pa.Table.from_pandas(rows, preserve_index=False) if isinstance(rows, pd.DataFrame) else rows
         reasons: dict[str, int] = {}
         path = f"{QUARANTINE}/{_name(shard)}"
@@ -211,20 +199,12 @@ class ScoreStore:
 
     def rows(self, shard: int) -> pa.Table:
         """Read one complete shard."""
-        return self._table(_name(shard))
-
-    def quarantined(self, shard: int) -> pa.Table | None:
-        """Read the pairs of a shard that have no score, with the reason; None if all have one."""
-        path = f"{QUARANTINE}/{_name(shard)}"
-        return self._table(path) if self._fs.exists(f"{self._root}/{path}") else None
+        with self._fs.open(f"{self._root}/{_name(shard)}", "rb") as file:
+            return pq.read_table(file)
 
     def groups(self) -> IterableDataset:
         """Stream the groups of `load_groups`; the rows of a query must be consecutive."""
         return load_groups(self.path, streaming=True)
-
-    def _table(self, name: str) -> pa.Table:
-        with self._fs.open(f"{self._root}/{name}", "rb") as file:
-            return pq.read_table(file)
 
     def _names(self, folder: str = "") -> list[str]:
         self._fs.invalidate_cache()  # other processes write here too
@@ -300,11 +280,7 @@ def teacher_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def rate(records: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], float, float]:
-    """Return the latest log record, and pairs and tokens per second of all workers together.
-
-    Args:
-        records: Each with started and ended (seconds since 1970), pairs, tokens and worker ("0 of 2").
-    """
+    """Return the latest of the log records, and pairs and tokens per second of all workers together."""
     last = max(records, key=lambda record: record["ended"])
     # Seconds of work, so that a pause between two runs does not count.
     seconds = max(1e-3, sum(record["ended"] - record["started"] for record in records))

@@ -56,12 +56,8 @@ class TokenBudgetSampler:
             longest = self.batches.pop(int(np.argmax([len(batch) for batch in self.batches])))
             self.batches += np.array_split(longest, 2)
         if beyond := int((sizes * lengths > token_budget).sum()):
-            logger.warning(
-                "%d of %d queries need more than %d tokens each: raise token_budget or use fewer documents.",
-                beyond,
-                len(sizes),
-                token_budget,
-            )
+            message = "%d of %d queries need more than %d tokens each: raise token_budget or use fewer documents."
+            logger.warning(message, beyond, len(sizes), token_budget)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that determines the order."""
@@ -76,13 +72,9 @@ class TokenBudgetSampler:
 
 
 class BudgetStream(IterableDataset):
-    """Token-budget batches of a stream of groups; queries of similar length share a batch.
+    """Token-budget batches of a stream of rows of `load_groups`; queries of similar length share a batch.
 
-    Args:
-        groups: Rows of `load_groups`.
-        collate: Collator that tokenizes the pairs; the batches contain encoded groups.
-        token_budget: Maximum tokens of a batch, including padding.
-        seed: Seed of the order of the batches within a window.
+    `collate` tokenizes the pairs, so the batches contain encoded groups; `seed` is that of the order within a window.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], collate: GroupCollator, token_budget: int, seed: int) -> None:

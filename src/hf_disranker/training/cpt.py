@@ -44,10 +44,8 @@ _PROMPT, _TITLE, _SUMMARY = range(3)
 class CptConfig(StageArguments, SFTConfig):
     """Options of the continued pre-training.
 
-    Defaults that differ from trl's `SFTConfig`: learning_rate 1e-4, max_length 256, warmup_steps 0.03 (a share of all
-    steps), completion_only_loss True (loss on title and summary), gradient_checkpointing None (off), bf16 False,
-    eval_strategy "auto" (every epoch if there is an eval_dataset), save_total_limit 1, report_to "none",
-    hub_private_repo True (the model may memorize clicks), dataloader_pin_memory only with a GPU.
+    The fields of trl's `SFTConfig` that are listed here have other defaults. Repositories are private, since the model
+    may memorize clicks.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})

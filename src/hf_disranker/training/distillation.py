@@ -19,8 +19,7 @@ from hf_disranker.training.setup import RankingConfig
 class DistillationConfig(RankingConfig):
     """Options of the distillation.
 
-    Defaults that differ from `RankingConfig`: learning_rate 5e-5 and hinge_weight 0 (losses on labels are optional
-    here). The loss weights are our defaults: the paper's are unknown.
+    Losses on labels are optional here. The loss weights are our defaults: the paper's are unknown.
     """
 
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})

@@ -1,8 +1,8 @@
 """Ranking losses as sums with their denominators, always computed in fp32.
 
-Every loss accepts tensors of shape (queries, docs) with a mask of the existing documents and returns a `LossTerm`: the
-sum over the batch and its denominator. Both add up over micro-batches and processes, so the mean does not depend on
-how a batch is split.
+Every loss accepts scores of any float dtype, targets and a mask, True where a document exists, all of shape (queries,
+docs), and returns a `LossTerm`: the sum over the batch and its denominator. Both add up over micro-batches and
+processes, so the mean does not depend on how a batch is split.
 
 | function   | target         | a query's common score offset | weight of a query       |
 |------------|----------------|-------------------------------|-------------------------|
@@ -35,16 +35,7 @@ class LossTerm(NamedTuple):
 
 
 def point_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> LossTerm:
-    """Compute the mean squared error between student and teacher scores over all documents.
-
-    Args:
-        student: Scores, shape (queries, docs), any float dtype.
-        teacher: Scores, shape (queries, docs), any float dtype.
-        mask: True where a document exists, shape (queries, docs).
-
-    Returns:
-        A term whose mean equals `torch.nn.MSELoss` on the existing documents.
-    """
+    """Compute the mean squared error between student and teacher scores over all documents, as `torch.nn.MSELoss`."""
     return LossTerm(_error(student, teacher, mask).square().sum(), mask.sum().float())
 
 
@@ -81,13 +72,8 @@ def margin_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> LossTerm:
 def hinge(scores: Tensor, labels: Tensor, mask: Tensor, margin: float = 1.0) -> LossTerm:
     """Compute the pairwise hinge loss: higher grades should score at least `margin` above lower ones.
 
-    Averaged over the pairs of a query with label_i > label_j, then over the queries with such a pair.
-
-    Args:
-        scores: Scores, shape (queries, docs), any float dtype.
-        labels: Grades, shape (queries, docs); ignored where the mask is False.
-        mask: True where a document exists, shape (queries, docs).
-        margin: Target score difference. The DisRanker paper's value is unknown; 1.0 is our default.
+    Averaged over the pairs of a query with label_i > label_j, then over the queries with such a pair. The DisRanker
+    paper's margin is unknown; 1.0 is our default.
     """
     return _pair_mean((margin - _differences(scores, mask)).clamp(min=0.0), label_pairs(labels, mask))
 
@@ -95,7 +81,7 @@ def hinge(scores: Tensor, labels: Tensor, mask: Tensor, margin: float = 1.0) -> 
 def ranknet(scores: Tensor, labels: Tensor, mask: Tensor) -> LossTerm:
     """Compute the pairwise logistic loss log(1 + exp(s_j - s_i)) where document i has a higher grade than j.
 
-    Averaged over the pairs of a query, then over the queries with a pair. Arguments as in `hinge`.
+    Averaged over the pairs of a query, then over the queries with a pair.
 
     Source: Burges et al. 2005, Learning to rank using gradient descent.
     """
@@ -106,7 +92,7 @@ def softmax(scores: Tensor, labels: Tensor, mask: Tensor) -> LossTerm:
     """Compute the listwise softmax cross-entropy between scores and normalized grades.
 
     With p_i = label_i / sum label, the loss is -sum p_i log softmax(s)_i, averaged over the queries with two different
-    grades; documents of unknown grade (NaN) are ignored. Arguments as in `hinge`.
+    grades; documents of unknown grade (NaN) are ignored.
 
     Source: Cao et al. 2007, ListNet, with the grades as targets; as in Zhuang et al. 2022, arXiv 2210.10634, but
     normalized to sum to 1 per query.
@@ -122,14 +108,9 @@ def softmax(scores: Tensor, labels: Tensor, mask: Tensor) -> LossTerm:
 def kl(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 1.0) -> LossTerm:
     """Compute the listwise Kullback-Leibler divergence of the student's softmax from the teacher's.
 
-    With p = softmax(teacher / T) and q = softmax(student / T) over the documents of a query, the loss is
-    T^2 sum p log(p / q), averaged over the queries with at least two documents.
-
-    Args:
-        student: Scores, shape (queries, docs), any float dtype.
-        teacher: Scores, shape (queries, docs), any float dtype.
-        mask: True where a document exists, shape (queries, docs).
-        temperature: Softmax temperature T; higher values weight the tail more. T^2 keeps the gradient scale.
+    With the temperature T, p = softmax(teacher / T) and q = softmax(student / T) over the documents of a query, the
+    loss is T^2 sum p log(p / q), averaged over the queries with at least two documents. A higher T weights the tail
+    more; T^2 keeps the gradient scale.
 
     Source: Hinton et al. 2015, arXiv 1503.02531, with the documents of a query as classes.
     """
@@ -179,8 +160,7 @@ def score_spread(scores: Tensor, mask: Tensor) -> LossTerm:
 class EvaluationLossMixin:
     """Trainer mixin: evaluation loss as one mean over the whole set, instead of a mean of batch means.
 
-    Put it before the `Trainer` class. `prediction_step` calls `add_terms`; totals and weights are summed over batches
-    and processes and divided once.
+    `prediction_step` calls `add_terms`; totals and weights are summed over batches and processes and divided once.
     """
 
     accelerator: Any

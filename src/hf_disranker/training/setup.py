@@ -61,11 +61,8 @@ class StageArguments(TokenFreeArguments):
 class RankingConfig(StageArguments, TrainingArguments):
     """Training options of the ranking stages.
 
-    A batch is a number of queries, each with all its documents, or of tokens if `token_budget` is set. Defaults that
-    differ from `TrainingArguments`: per_device_train_batch_size 8 and per_device_eval_batch_size 16, learning_rate
-    2e-5, warmup_steps 0.05 (a share of all steps), logging_steps 10, eval_strategy "auto" (every epoch if there is an
-    eval_dataset), save_strategy "epoch", save_total_limit 1, remove_unused_columns and ddp_find_unused_parameters
-    False, dataloader_pin_memory only with a GPU.
+    A batch is a number of queries, each with all its documents, or of tokens if `token_budget` is set. The fields of
+    `TrainingArguments` that are listed here have other defaults.
     """
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Queries per step and device."})
