@@ -37,7 +37,7 @@ def read_log(
     """Sum an impression log by user; memory grows with users and pages, not with rows.
 
     Args:
-        source: Path of a log; see the module docstring.
+        source: Path to a log; see the module docstring.
         slices: Columns with one value per page.
         covariates: Numeric columns measured before the test, with one value per user.
         exclude_mixed: If True, drop users with several buckets instead of refusing the log.
@@ -75,9 +75,8 @@ def read_log(
 def read_credit(source: str, lists: pd.DataFrame) -> pd.DataFrame:
     """Compute the winner of each page of an interleaving: the ranker whose documents got more clicks.
 
-    Args:
-        source: Log with user_id, query_id, draft, doc_id, clicked [, page_id]; a row is a shown document.
-        lists: Result of `online.draft_lists`.
+    A row of the log is a shown document, with user_id, query_id, draft, doc_id, clicked [, page_id]; `lists` is the
+    result of `online.draft_lists`.
 
     Returns:
         A row per page with user_id and credit: 1 if the second ranker won, -1 if the first did, 0 for a tie.
@@ -190,7 +189,7 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _check_users(table: pd.DataFrame, covariates: Sequence[str], source: str) -> None:
-    """Raise TableError for a covariate with several values per user, or a column `day` without days."""
+    """Raise TableError for a covariate with several values per user, or a `day` that is no day."""
     for name in covariates:
         if table[name].isna().all():
             raise TableError(f"{source}: column '{name}' has no number.")

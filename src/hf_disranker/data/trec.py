@@ -26,12 +26,11 @@ def read_judgments(
         source: As in `read_table`. A file with any other extension is read as TREC qrels, a folder with a subfolder
             `qrels` as BEIR (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv).
         split: Keep the rows of this split, by default "test" for BEIR; TREC qrels have no splits.
-        corpus: For qrels, source of the documents' texts.
-        queries: For qrels, source of the queries' texts.
+        corpus: For qrels, source of the documents' texts; None for no title and summary, enough to evaluate a run.
+        queries: For qrels, source of the queries' texts; None uses their ids.
 
     Returns:
-        A judgments table. Without a corpus, qrels have no title and summary, and without queries their ids as texts:
-        enough to evaluate a run. Negative TREC labels (spam) become 0.
+        A judgments table. Negative TREC labels (spam) become 0.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -100,11 +100,9 @@ def model_card(config: Any, repo_id: str, facts: CardFacts | None = None, adapte
 
 
 def training_facts(trainer: Any, results: Sequence[Mapping[str, Any]] = ()) -> CardFacts:
-    """Collect the facts that a trainer has about its model.
+    """Collect the facts that a `RankingTrainer` has about its model.
 
-    Args:
-        trainer: A `RankingTrainer`.
-        results: Measures of baselines; the model's own are added, and with `eval_on_start` those before training.
+    `results` are measures of baselines; the model's own are added, and with `eval_on_start` those before training.
     """
     args, model = trainer.args, trainer.model
     measured = [entry for entry in trainer.state.log_history if "eval_pnr" in entry]

@@ -138,9 +138,8 @@ class TrainerHubMixin:
     def create_model_card(self, model_name: str | None = None, results: Sequence[Any] = (), **_: Any) -> None:
         """Write README.md into the output folder.
 
-        Args:
-            model_name: Title if the model has no repository.
-            results: Measures of baselines, as in `CardFacts`; those of the trained model precede them.
+        `model_name` is the title if the model has no repository; `results` are measures of baselines, as in
+        `CardFacts`, after those of the trained model.
         """
         if self.is_world_process_zero():  # type: ignore[attr-defined]
             repo_id = self.hub_model_id or model_name or Path(self.args.output_dir).name
@@ -286,10 +285,8 @@ def _raise_plainly(error: Exception, name: str | os.PathLike, kwargs: dict[str, 
     if name is None:  # loaded from a state dict
         return
     if isinstance(error, SafetensorError):
-        raise OSError(
-            f"The weights of {name} cannot be read ({error}): the file is truncated or damaged. Download it "
-            "again, with force_download=True, or copy it again."
-        ) from error
+        remedy = "the file is truncated or damaged. Download it again, with force_download=True, or copy it again."
+        raise OSError(f"The weights of {name} cannot be read ({error}): {remedy}") from error
     if isinstance(error, RuntimeError) and "mismatch" in str(error):
         config = load_config(name, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
         if config.num_labels != 1 and str(config.architectures).endswith("ForSequenceClassification']"):

@@ -32,8 +32,6 @@ from hf_disranker.runtime import FILES
 from hf_disranker.runtime import Ranker as LightRanker
 from hf_disranker.training.runs import save_json
 
-logger = logging.getLogger(__name__)
-
 Predict = Callable[[Sequence[tuple[str, dict[str, str]]]], np.ndarray]
 
 _OPSET, _IR_VERSION = 18, 8  # read by onnxruntime 1.14 and later
@@ -84,14 +82,11 @@ def export(ranker: Ranker, source: str, file_format: str, out: str, rows: pd.Dat
     Raises:
         ValueError: If the format does not suit the model, needs a package that is missing, or changes the scores.
     """
-    role = ranker.model.config.marker.role
+    role, family = ranker.model.config.marker.role, ranker.model.config.model_type
     if (file_format == "vllm") != (role == "teacher"):
         raise ValueError(f"{source} is a {role}: vllm is the format for teachers, the others are for students.")
     if file_format in ("onnx", "openvino") and not isinstance(ranker.model, BertDistilledRanker):
-        raise ValueError(
-            f"{source} is a {ranker.model.config.model_type} model: {file_format} is for BERT students; choose "
-            "cross-encoder."
-        )
+        raise ValueError(f"{source} is a {family} model: {file_format} is for BERT students; choose cross-encoder.")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "export")
         write_checkpoint(ranker, folder, weights=file_format in ("cross-encoder", "vllm"))

@@ -69,14 +69,8 @@ class ClickTrainer(EvaluationLossMixin, SFTTrainer):
     trl computes the loss in chunks of the vocabulary to save GPU memory; on a CPU this took three to eight times as
     long (32 x 48 tokens, vocabulary of 4,000). The evaluation loss is the mean over all tokens of the set.
 
-    Args:
-        model: Causal language model, also inside a peft model, or folder or Hub id.
-        args: Training options; None uses the defaults.
-        train_dataset: Rows of `click_dataset`.
-        eval_dataset: Rows of `click_dataset`.
-        processing_class: Tokenizer of the model, which is copied and prepared for a teacher; None loads it from the
-            model's checkpoint.
-        compute_loss_func: As in `SFTTrainer`, like the following.
+    Arguments as in `SFTTrainer`: the data sets are rows of `click_dataset`; the tokenizer is copied and prepared for a
+    teacher, and loaded from the model's checkpoint by default.
 
     Raises:
         TypeError: If the arguments are of another class.
@@ -132,7 +126,7 @@ class ClickTrainer(EvaluationLossMixin, SFTTrainer):
         return kind.compute_loss(self, model, inputs, *args, **kwargs)
 
     def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
         """See `Trainer.prediction_step` and `EvaluationLossMixin`."""
         rows = len(inputs["input_ids"])
@@ -169,10 +163,7 @@ def prepare_clicks(clicks: pd.DataFrame, min_users: int = 0, seed: int = 0) -> p
     Systematic resampling draws the same number of rows, each in proportion to its weight up to rounding, so that the
     expected gradient is that of the weighted loss.
 
-    Args:
-        clicks: Table of clicks; the default `weight` is 1.
-        min_users: Minimum number of users of a query, counted as the largest `users` of its rows.
-        seed: Seed of the resampling.
+    A query has the largest number of `users` of its rows; the default `weight` is 1.
 
     Raises:
         TableError: If `min_users` is set and there is no column `users`, or no row with a positive weight is left.
@@ -202,13 +193,9 @@ def click_dataset(
     max_length: int,
     templates: Templates = TEACHER_TEMPLATES,
 ) -> Dataset:
-    """Tokenize clicks in the text format that the teacher will rank.
+    """Tokenize clicks (query, title, summary) with the teacher's templates; longer rows are truncated at the end.
 
-    Args:
-        clicks: Table with the columns query, title, summary.
-        tokenizer: Tokenizer of the model; a copy is prepared for a teacher.
-        max_length: Maximum tokens of a row; longer rows are truncated at the end.
-        templates: Templates of the teacher.
+    A copy of the tokenizer is prepared for a teacher.
 
     Returns:
         Rows {input_ids, completion_mask}: the mask is 1 on title, summary and the end-of-sequence token. Clicks whose

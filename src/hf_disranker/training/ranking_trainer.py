@@ -57,8 +57,7 @@ _GROUP_KEYS = ("mask", "labels", "teacher_scores")
 def ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Compute PNR, pair accuracy, NDCG@5, NDCG@10 and MRR; empty without labels.
 
-    Args:
-        prediction: Scores and labels, arrays of shape (queries, docs) or lists of such arrays, one per batch.
+    Scores and labels are arrays of shape (queries, docs) or lists of such arrays, one per batch.
     """
     parts = [
         [np.asarray(part) for part in (column if isinstance(column, list) else [column])]
@@ -224,9 +223,7 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
     def loss_terms(self, scores: Tensor, batch: dict[str, Tensor]) -> dict[str, tuple[float, LossTerm]]:
         """Compute the loss terms by name, each with its factor in the sum; terms of factor 0 are left out.
 
-        Args:
-            scores: Scores of the model, shape (queries, docs).
-            batch: `mask`, `labels` and `teacher_scores` of the same shape.
+        The scores have the shape (queries, docs), like `mask`, `labels` and `teacher_scores` of the batch.
         """
         labels, mask, args = batch["labels"], batch["mask"], self.args
         terms = {}
@@ -278,11 +275,7 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
         return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return loss, scores and labels (NaN where unknown) of a batch; see also `EvaluationLossMixin`."""
         inputs = self._prepare_inputs(inputs)
