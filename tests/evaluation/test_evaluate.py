@@ -10,13 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from sentence_transformers import CrossEncoder
 from transformers import EvalPrediction
 
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import pair_texts
 from hf_disranker.evaluation.evaluate import (
-    RankingEvaluator,
     best_passages,
     evaluate,
     join_run,
@@ -217,14 +215,8 @@ def test_scoring_for_evaluation_counts_each_cut_once(student_ranker, judgments):
     assert student_ranker.queries_cut == 2 * len(rows)  # once by score_with, once above
 
 
-def test_training_evaluation_and_evaluator_agree(student_ranker, student_dir, judgments):
+def test_training_and_evaluation_agree(student_ranker, judgments):
     expected = evaluate(judgments, student_ranker.predict(pair_texts(judgments)))
-    evaluator = RankingEvaluator(judgments, "dev")
-    for model in (student_ranker, CrossEncoder(student_dir)):
-        found = evaluator(model)
-        assert found[evaluator.primary_metric] == pytest.approx(expected["ndcg@10"])
-        for name in ("pnr", "mrr", "map", "auc", "ndcg@1", "cross_query_pair_accuracy"):
-            assert found[f"dev_{name}"] == pytest.approx(expected[name])
     # What RankingTrainer hands over: columns of queries and documents, filled up with NaN.
     groups = [part for _, part in judgments.groupby("query_id")]
     shape = len(groups), max(map(len, groups))

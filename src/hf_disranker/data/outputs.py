@@ -1,9 +1,10 @@
-"""Checks of output paths: no command overwrites files that it did not write."""
+"""Output files: atomic writes, and no command overwrites files that it did not write."""
 
 from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,21 @@ def json_in(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, OSError):
         return None
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file in an existing folder by a rename, so that nobody ever reads a part of it."""
+    temporary = f"{os.fspath(path)}.{uuid.uuid4().hex}.tmp"  # two processes never write to the same file
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
 
 
 def made_by(path: str | os.PathLike[str], command: str) -> bool:

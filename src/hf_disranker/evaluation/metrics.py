@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import kendalltau
 
 Gain: TypeAlias = Literal["exp2", "linear"]
 Ints: TypeAlias = NDArray[np.int64]
@@ -65,26 +66,15 @@ def query_mean(values: Floats) -> float:
 def kendall_tau(scores_a: ArrayLike, scores_b: ArrayLike, groups: ArrayLike) -> Floats:
     """Compute Kendall's tau-b by query between two scorings of the same documents, such as student and teacher.
 
-    Tau-b is the cosine between the signs of the score differences over all pairs of documents. Takes O(sum of n^2)
-    time for queries of n documents and O(rows) memory.
-
     Returns:
         Shape (queries,), in [-1, 1]; nan for a query with one document, or with constant scores in a or b.
 
-    Source: Kendall 1945; equals scipy.stats.kendalltau.
+    Source: Kendall 1945.
     """
     a, b, query = _columns(groups, scores_a=scores_a, scores_b=scores_b)
     order = np.argsort(query, kind="stable")
-    a, b, edges = a[order], b[order], _edges(query[order])
-    left = np.arange(a.size)
-    furthest = _ends(edges) - 1 - left
-    products = np.zeros((3, a.size))
-    for distance in range(1, np.diff(edges).max()):
-        left = left[furthest[left] >= distance]
-        sign_a, sign_b = (np.sign(x[left] - x[left + distance]) for x in (a, b))
-        products[:, left] += sign_a * sign_b, sign_a**2, sign_b**2
-    both, untied_a, untied_b = np.add.reduceat(products, edges[:-1], axis=1)
-    return _ratio(both, np.sqrt(untied_a * untied_b))
+    parts = np.split(order, _edges(query[order])[1:-1])
+    return np.array([kendalltau(a[rows], b[rows]).statistic if len(rows) > 1 else math.nan for rows in parts])
 
 
 def teacher_error(scores: ArrayLike, teacher_scores: ArrayLike, groups: ArrayLike) -> TeacherError:
