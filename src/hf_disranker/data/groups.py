@@ -37,10 +37,7 @@ _REMEMBERED = 100_000
 
 
 def load_groups(
-    source: Source | Sequence[Source],
-    split: str | None = None,
-    corpus: Source | None = None,
-    streaming: bool = False,
+    source: Source | Sequence[Source], split: str | None = None, corpus: Source | None = None, streaming: bool = False
 ) -> Dataset | IterableDataset:
     """Load a judgments or scores table as one row per query with all its documents.
 

@@ -26,13 +26,7 @@ from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
 from hf_disranker.models.checkpoint import check_length
 from hf_disranker.models.teacher import fit_embeddings, prepare_tokenizer
 from hf_disranker.training.losses import EvaluationLossMixin, LossTerm
-from hf_disranker.training.setup import (
-    StageArguments,
-    cast_weights,
-    own_tokenizer,
-    resolve_arguments,
-    with_own_config,
-)
+from hf_disranker.training.setup import StageArguments, cast_weights, own_tokenizer, resolve_arguments, with_own_config
 
 logger = logging.getLogger(__name__)
 
@@ -188,10 +182,7 @@ def prepare_clicks(clicks: pd.DataFrame, min_users: int = 0, seed: int = 0) -> p
 
 
 def click_dataset(
-    clicks: pd.DataFrame,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    templates: Templates = TEACHER_TEMPLATES,
+    clicks: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int, templates: Templates = TEACHER_TEMPLATES
 ) -> Dataset:
     """Tokenize clicks (query, title, summary) with the teacher's templates; longer rows are truncated at the end.
 
