@@ -35,8 +35,9 @@ from hf_disranker.data.tables import pair_texts
 from hf_disranker.recipes.quickstart.from_scratch import small_llama
 from hf_disranker.recipes.score import ScoreArguments, make_engine
 from hf_disranker.scoring.engines import CrossEncoderEngine, HttpEngine, RankerEngine, load_engine
+from hf_disranker.scoring.provenance import tokenizer_digest
 from hf_disranker.scoring.run import ScoringRun
-from hf_disranker.scoring.store import ScoreStore, tokenizer_digest
+from hf_disranker.scoring.store import ScoreStore
 
 
 def joined(judgments):

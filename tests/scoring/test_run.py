@@ -28,8 +28,9 @@ from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import pair_texts
 from hf_disranker.models.ranker import Ranker
 from hf_disranker.scoring.engines import RankerEngine, load_engine
+from hf_disranker.scoring.provenance import describe_model
 from hf_disranker.scoring.run import MAX_CHARACTERS, ScoringRun, verify
-from hf_disranker.scoring.store import ScoreStore, describe_model
+from hf_disranker.scoring.store import ScoreStore
 
 
 @pytest.fixture

@@ -21,8 +21,14 @@ def json_in(path: str | os.PathLike[str]) -> Any:
         return None
 
 
+def save_json(content: Any, path: str) -> None:
+    """Write indented json atomically, creating the folder."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file in an existing folder by a rename, so that nobody ever reads a part of it."""
+    """Write a file in an existing folder by a rename, so that no reader sees a part of it."""
     temporary = f"{os.fspath(path)}.{uuid.uuid4().hex}.tmp"  # two processes never write to the same file
     try:
         with open(temporary, "xb") as file:

@@ -23,7 +23,7 @@ from hf_disranker.data.templates import STUDENT_TEMPLATES
 from hf_disranker.models.checkpoint import load_config
 from hf_disranker.models.loading import check_head, check_labels, check_loaded_head, is_ranker
 from hf_disranker.models.ranker import Ranker, score_in_halves
-from hf_disranker.scoring.store import describe_model, describe_module, tokenizer_digest, versions
+from hf_disranker.scoring.provenance import describe_model, describe_module, tokenizer_digest, versions
 
 logger = logging.getLogger(__name__)
 

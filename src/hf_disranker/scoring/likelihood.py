@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from hf_disranker.models.checkpoint import load_config
 from hf_disranker.models.ranker import score_in_halves
 from hf_disranker.scoring.engines import Callback, Pair, process_device
-from hf_disranker.scoring.store import describe_model, tokenizer_digest, versions
+from hf_disranker.scoring.provenance import describe_model, tokenizer_digest, versions
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_disranker.data.files import beir_files
-from hf_disranker.data.outputs import check_output_folder, json_in, write_atomically
+from hf_disranker.data.outputs import check_output_folder, json_in, save_json
 from hf_disranker.data.tables import parquet_files
 from hf_disranker.models.card import training_facts
 from hf_disranker.models.hub import TrainerHubMixin
@@ -117,12 +117,6 @@ def _merged(model: PeftModel) -> PreTrainedModel:
         model = PeftModel(model.unload().dequantize(), config)
         set_peft_model_state_dict(model, weights)
     return model.merge_and_unload()
-
-
-def save_json(content: Any, path: str) -> None:
-    """Write indented json atomically, creating the folder."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def save_record(output_dir: str, arguments: Sequence[Any], sources: Mapping[str, str | None]) -> None:
