@@ -28,13 +28,6 @@ class PushError(OSError):
     """Failed push; the message names the revision on the Hub and what to do."""
 
 
-class TokenFreeArguments:
-    """Training arguments without the token in their pickle, which Trainer writes into checkpoints and pushes."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "hub_token": None}
-
-
 class RankerHubMixin:
     """Loading, saving and pushing of a ranker; mix it in before the class of transformers."""
 
@@ -112,6 +105,7 @@ class RankerHubMixin:
                 tokenizer.save_pretrained(folder)
             if remote_code:
                 write_remote_code(folder, type(self).__name__)
+            commit_message = commit_message or f"Upload {self.config.marker.role}"
             target: dict[str, Any] = {"private": private, "revision": revision, "token": token}
             return push_folder(
                 folder, repo_id, self.config, facts=facts, commit_message=commit_message, create_pr=create_pr, **target
@@ -212,23 +206,15 @@ def write_remote_code(folder: str | os.PathLike, name: str) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def push_folder(  # noqa: PLR0913
-    folder: str | os.PathLike,
-    repo_id: str,
-    config: Any,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    facts: CardFacts | None = None,
-    commit_message: str | None = None,
-    token: str | None = None,
-    create_pr: bool = False,
+def push_folder(
+    folder: str | os.PathLike, repo_id: str, config: Any, facts: CardFacts | None = None, **options: Any
 ) -> CommitInfo:
     """Push a folder of `save_pretrained`: all files and a card in one commit, no pickles.
 
     `config` is that of the ranker; other arguments and errors as in `RankerHubMixin.push_to_hub`.
     """
-    api = HfApi(token=token)
+    api, private = HfApi(token=options.pop("token", None)), options.pop("private", None)
+    revision = options.get("revision")
     if private is None and config.marker.role == "teacher":
         private = True
     with pushing(api, repo_id, revision):
@@ -246,11 +232,9 @@ def push_folder(  # noqa: PLR0913
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=os.fspath(folder),
-            revision=revision,
-            commit_message=commit_message or f"Upload {config.marker.role}",
             ignore_patterns=_NOT_PUSHED,
             delete_patterns=stale,
-            create_pr=create_pr,
+            **options,
         )
 
 

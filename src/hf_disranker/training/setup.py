@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_disranker.models.checkpoint import RankerConfigMixin, load_config, load_tokenizer
-from hf_disranker.models.hub import TokenFreeArguments
 from hf_disranker.models.loading import ranker_class
 
 logger = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ _FIXED = {
 
 
 @dataclass
-class StageArguments(TokenFreeArguments):
+class StageArguments:
     """Options of all training stages."""
 
     eval_strategy: str = field(
@@ -55,6 +54,10 @@ class StageArguments(TokenFreeArguments):
         if self.evaluates_by_default:
             self.eval_strategy = "epoch"
         super().__post_init__()  # type: ignore[misc]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the token: Trainer pickles its arguments into checkpoints and pushes them."""
+        return {**self.__dict__, "hub_token": None}
 
 
 @dataclass
