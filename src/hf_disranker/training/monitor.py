@@ -29,8 +29,8 @@ def sample_groups(groups: Dataset | IterableDataset) -> Dataset:
     return Dataset.from_list(list(islice(groups, _SAMPLE)))
 
 
-def check_columns(groups: Any, name: str) -> None:
-    """Refuse paths and mappings of splits (TypeError), and data without the columns of `load_groups` (ValueError)."""
+def check_dataset(groups: Any, name: str, args: Any) -> None:
+    """Refuse paths and mappings of splits (TypeError), and rows without a needed column (ValueError)."""
     if isinstance(groups, str | os.PathLike):
         raise TypeError(f"{name} is the path {os.fspath(groups)!r}: read it by load_groups.")
     if isinstance(groups, Mapping):
@@ -39,15 +39,11 @@ def check_columns(groups: Any, name: str) -> None:
     missing = [column for column in _GROUP_COLUMNS if columns is not None and column not in columns]
     if missing:
         raise ValueError(f"{name} lacks the columns {missing} of load_groups; it has {columns}.")
-
-
-def check_sampling(groups: Any, name: str, args: Any) -> None:
-    """Raise ValueError if rows are to be sorted by a length column that they lack."""
-    strategy, column = args.train_sampling_strategy, args.length_column_name
+    strategy, length = args.train_sampling_strategy, args.length_column_name
     applies = strategy == "group_by_length" or (strategy == "batch_rebalance" and name == "train_dataset")
-    if applies and isinstance(groups, Dataset) and column not in groups.column_names:
+    if applies and isinstance(groups, Dataset) and length not in groups.column_names:
         raise ValueError(
-            f"train_sampling_strategy {strategy!r} needs a column {column!r} in {name}; token_budget batches "
+            f"train_sampling_strategy {strategy!r} needs a column {length!r} in {name}; token_budget batches "
             "queries of similar length without one."
         )
 

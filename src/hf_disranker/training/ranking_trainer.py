@@ -31,14 +31,7 @@ from hf_disranker.models.loading import fit_tokenizer
 from hf_disranker.models.ranker import pair_collator
 from hf_disranker.training.batching import BudgetStream, SetEpoch, TokenBudgetSampler, group_lengths
 from hf_disranker.training.losses import EvaluationLossMixin, LossTerm, hinge, ranknet, score_spread, softmax
-from hf_disranker.training.monitor import (
-    LossMonitor,
-    check_columns,
-    check_sampling,
-    check_target,
-    sample_groups,
-    warn_truncated,
-)
+from hf_disranker.training.monitor import LossMonitor, check_dataset, check_target, sample_groups, warn_truncated
 from hf_disranker.training.setup import (
     RankingConfig,
     add_adapter,
@@ -166,8 +159,7 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
         """Check the data sets; return the ranker, its collator and the training rows."""
         eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, groups in {"train_dataset": train_dataset, **eval_sets}.items():
-            check_columns(groups, name)
-            check_sampling(groups, name, self.args)
+            check_dataset(groups, name, self.args)
         sample = None if train_dataset is None else sample_groups(train_dataset)
         if sample is not None:
             self.monitor = LossMonitor(self.check_groups(sample))
