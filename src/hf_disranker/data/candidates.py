@@ -31,11 +31,9 @@ _CHUNK = 100_000
 
 
 class Candidates:
-    """Pairs to score. Parquet stays on disk, except for one row group and the corpus.
+    """Pairs to score; sources as in `read_table`.
 
-    Args:
-        source: As in `read_table`. Sources other than parquet are loaded whole.
-        corpus: Source of the texts if the rows have ids only; loaded into memory.
+    Parquet stays on disk, except for one row group; other sources, and the corpus for rows with ids only, are loaded.
 
     Raises:
         FileNotFoundError, TableError: As in `read_table`, for errors visible before the rows are read.

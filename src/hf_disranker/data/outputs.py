@@ -53,10 +53,8 @@ def check_output(
 ) -> None:
     """Check that a command may write a file, and create its folder.
 
-    Args:
-        path: Path of the output file.
-        is_ours: Return True if an existing file was written by the same command and may be replaced.
-        inputs: Inputs of the command: paths, Hub ids or None.
+    An existing file must be none of the command's inputs, which are paths, Hub ids or None, and `is_ours` must return
+    True for it: the same command wrote it.
 
     Raises:
         ValueError: If the path is a folder, one of the inputs, or a file that the command did not write.

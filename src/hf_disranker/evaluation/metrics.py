@@ -98,14 +98,9 @@ def by_query(
 ) -> dict[str, NDArray[Any]]:
     """Compute all measures by query.
 
-    Args:
-        labels: Grades, shape (rows,).
-        scores: Shape (rows,).
-        groups: Query ids, shape (rows,).
-        ks: Cut-offs of NDCG.
-        retrieved: False for a judged document that a retrieval run lacks, shape (rows,). It ranks last and earns
-            nothing in NDCG, MRR and MAP, and a query without a relevant document counts 0 there, as in trec_eval.
-            None is for re-ranking: all documents are ranked, and such a query is nan.
+    `retrieved`, shape (rows,), is False for a judged document that a retrieval run lacks: it ranks last and earns
+    nothing in NDCG, MRR and MAP, and a query without a relevant document counts 0 there, as in trec_eval. None is for
+    re-ranking: all documents are ranked, and such a query is nan. `ks` are the cut-offs of NDCG.
 
     Returns:
         Columns of shape (queries,): "concordant", "discordant" and "tied" are numbers of document pairs with label_i >

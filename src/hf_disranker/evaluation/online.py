@@ -120,12 +120,8 @@ def log_ratios(
 def effects(users: pd.DataFrame, buckets: Sequence[str], covariates: Sequence[str] = ()) -> list[Effect]:
     """Compare every treatment with the control in every measure.
 
-    Intervals are normal intervals of the log ratio, as in scipy's `relative_risk`.
-
-    Args:
-        users: Result of `by_user`. Rows of pages instead would be the naive test, whose intervals are too narrow.
-        buckets: The control first.
-        covariates: Columns of `users`.
+    The users are those of `by_user`; rows of pages instead would be the naive test, whose intervals are too narrow.
+    The first bucket is the control. Intervals are normal ones of the log ratio, as in scipy's `relative_risk`.
     """
     found = []
     for name in MEASURES:

@@ -25,18 +25,13 @@ _PACKAGES = ("hf-disranker", "torch", "transformers", "numpy")
 class Evaluation:
     """An evaluated ranking, saved as a json file and two side files.
 
-    Args:
-        name: Name of the ranker in tables and charts.
-        rows: A judgments table with label -1 for unjudged documents, and the column `score`.
-        queries: Result of `per_query`.
-        measures: Result of `evaluate`.
-        about: Facts about the ranker and the data: model, role, parameters, pairs_per_s, judgments, split ...
+    `about` has facts about the ranker and the data: model, role, parameters, pairs_per_s, judgments, split ...
     """
 
-    name: str
-    rows: pd.DataFrame
-    queries: pd.DataFrame
-    measures: dict[str, Any]
+    name: str  # of the ranker, in tables and charts
+    rows: pd.DataFrame  # judgments table with label -1 for unjudged documents, and the column `score`
+    queries: pd.DataFrame  # result of `per_query`
+    measures: dict[str, Any]  # result of `evaluate`
     about: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

@@ -126,14 +126,9 @@ def queries_needed(effect: float, power: float = 0.8) -> int | None:
 
 
 def compare(values: Mapping[str, ArrayLike], pairs: Iterable[tuple[str, str]] | None = None) -> list[Comparison]:
-    """Compare rankers by a measure on the same queries.
+    """Compare rankers by a measure on the same queries; by default all pairs, the later ranker first.
 
-    Args:
-        values: Values by ranker, shape (queries,), in the same order of queries; nan where the measure is undefined.
-        pairs: (first, second) names; None compares all pairs, the later ranker first.
-
-    Returns:
-        A comparison per pair, in order.
+    The values of each ranker have the shape (queries,), in the same order, nan where the measure is undefined.
     """
     compared = [(b, a) for a, b in combinations(values, 2)] if pairs is None else list(pairs)
     columns = {name: np.asarray(column, np.float64) for name, column in values.items()}

@@ -29,54 +29,45 @@ _GENERAL = (
 class CardFacts:
     """Facts for a model card that the config does not contain.
 
-    Args:
-        base_model: Model that training started from; named only if it is a Hub id.
-        results: For each ranker a mapping with `name` and the measures of `evaluate` (pnr, ndcg@5, ndcg@10, mrr,
-            pairs_per_s); the published model first.
-        dataset: Judgments that `results` were measured on.
-        data: For each data set a mapping with use, name, rows and fingerprint.
-        losses: Weights by name.
-        hyperparameters: Values by name.
+    `results` has a mapping for each ranker, the published model first, with `name` and the measures of `evaluate`
+    (pnr, ndcg@5, ndcg@10, mrr, pairs_per_s); `data` one for each data set with use, name, rows and fingerprint.
     """
 
-    base_model: str | None = None
+    base_model: str | None = None  # that training started from; named only if it is a Hub id
     results: Sequence[Mapping[str, Any]] = ()
-    dataset: str = "held-out judgments"
+    dataset: str = "held-out judgments"  # that `results` were measured on
     data: Sequence[Mapping[str, Any]] = ()
-    losses: Mapping[str, float] = field(default_factory=dict)
+    losses: Mapping[str, float] = field(default_factory=dict)  # weights by name
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 def model_card(config: Any, repo_id: str, facts: CardFacts | None = None, adapter: bool = False) -> ModelCard:
     """Write the model card of a ranker, with the metadata of the Hub.
 
-    Args:
-        config: Its marked config.
-        repo_id: Hub id of its repository.
-        facts: Facts about its training; None for a card that says they were not recorded.
-        adapter: If True, LoRA weights for `facts.base_model` are published.
+    Without `facts` about its training, it says that they were not recorded. If `adapter`, the repository has LoRA
+    weights for `facts.base_model`.
     """
     facts, marker = facts or CardFacts(), config.marker
     student = marker.role == "student"
-    name = repo_id.split("/")[-1]
+    title = repo_id.split("/")[-1]
     base_model = facts.base_model if _is_public(facts.base_model) else None
-    sources = dict.fromkeys(found["name"] for found in facts.data if _is_public(found["name"]))
+    sources = [*dict.fromkeys(found["name"] for found in facts.data if _is_public(found["name"]))]
     card_data = ModelCardData(
         base_model=base_model,
-        datasets=list(sources) or None,
+        datasets=sources or None,
         library_name="peft" if adapter else "sentence-transformers" if student else "transformers",
         pipeline_tag="text-ranking",
         tags=["hf-disranker", "reranker", *(["cross-encoder"] if student else [])],
-        model_name=name,
+        model_name=title,
         eval_results=_eval_results(facts) or None,
     )
-    named = {row["name"] for row in facts.results}
+    missing = [name for name in BASELINES if name not in {row["name"] for row in facts.results}]
     templates = marker.templates.to_dict()
     # ModelCard.from_template would leave an empty line for each block tag, which ends a table.
     template = jinja2.Template((TEMPLATES / "model_card.md").read_text(encoding="utf-8"), trim_blocks=True)
     text = template.render(
         card_data=card_data.to_yaml(),
-        name=name,
+        name=title,
         repo_id=repo_id,
         adapter=adapter,
         config=config,
@@ -87,7 +78,7 @@ def model_card(config: Any, repo_id: str, facts: CardFacts | None = None, adapte
         teacher=_teacher(marker.teacher),
         base_model=base_model,
         results=[_row(row) for row in facts.results],
-        missing=[baseline for baseline in BASELINES if baseline not in named] if student else [],
+        missing=missing if student else [],
     )
     return ModelCard(text)
 

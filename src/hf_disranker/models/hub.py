@@ -79,20 +79,11 @@ class RankerHubMixin:
         create_pr: bool = False,
         max_shard_size: int | str = "50GB",
     ) -> CommitInfo:
-        """Push the model in one commit.
+        """Push the model, and the tokenizer if given, in one commit; other arguments as in `PreTrainedModel`.
 
-        Args:
-            repo_id: Hub id, owner/name, or the name alone for your own account.
-            tokenizer: Tokenizer to push in the same commit.
-            remote_code: If True, add a self-contained modelling file, so that `AutoModel` with
-                `trust_remote_code=True` returns the ranker without this package.
-            facts: Facts for the model card; None keeps an existing card.
-            private: Visibility of a new repository; None for private teachers and the account's default for students.
-            revision: Branch, created if it does not exist.
-            commit_message: As in `PreTrainedModel.push_to_hub`, like the following.
-            token: Token for the Hub.
-            create_pr: If True, open a pull request.
-            max_shard_size: Maximum size of a file of weights.
+        `remote_code=True` adds a self-contained modelling file, so that `AutoModel` with `trust_remote_code=True`
+        returns the ranker without this package. `facts` are for the model card; None keeps an existing card. A new
+        repository of a teacher is private unless `private` is False. `revision` is a branch, created if missing.
 
         Raises:
             PushError: If the push fails.
@@ -154,13 +145,8 @@ class TrainerHubMixin:
     ) -> CommitInfo | None:
         """Save and push model, tokenizer and card in one commit; call it on every process.
 
-        Args:
-            commit_message: As in `Trainer.push_to_hub`.
-            results: As in `create_model_card`.
-            remote_code: As in `RankerHubMixin.push_to_hub`.
-            private: Visibility of a new repository; None for `hub_private_repo`, and private for a teacher.
-            revision: Branch; None for `hub_revision`.
-            token: Token for the Hub; None for `hub_token`.
+        Arguments as in `Trainer.push_to_hub`, `create_model_card` (`results`) and `RankerHubMixin.push_to_hub`
+        (`remote_code`). A new repository is private if `hub_private_repo` says so, and by default for a teacher.
 
         Raises:
             PushError: If the push fails; the output folder contains the whole model.

@@ -33,19 +33,12 @@ _MANY = 10
 
 @dataclass
 class ScoringRun:
-    """Scoring of one table of candidates by one teacher.
-
-    Args:
-        engine: Engine that computes the scores.
-        candidates: Pairs to score.
-        store: Store that the scores are written to.
-        shard_rows: Pairs per shard, which is the most work that a crash can lose.
-    """
+    """Scoring of one table of candidates by one teacher into a store."""
 
     engine: Engine
     candidates: Candidates
     store: ScoreStore
-    shard_rows: int = 10_000
+    shard_rows: int = 10_000  # pairs per shard, which is the most work that a crash can lose
 
     def run(self, rank: int = 0, world_size: int = 1) -> int:
         """Check the whole input, then score this worker's shards that are missing.

@@ -38,12 +38,8 @@ def group_lengths(groups: Dataset, collate: GroupCollator) -> tuple[np.ndarray, 
 class TokenBudgetSampler:
     """Token-budget batch sampler: the same batches in every epoch, in a different order.
 
-    Args:
-        sizes: Number of documents per group.
-        lengths: Tokens of the longest pair per group.
-        token_budget: Maximum tokens of a batch, including padding.
-        processes: Number of processes that share an epoch; each gets the same number of batches.
-        seed: Seed of the order, which depends only on seed and epoch, so that an epoch can be resumed.
+    `sizes` and `lengths` are those of `group_lengths`. All processes of an epoch get the same number of batches. The
+    order depends only on seed and epoch, so that an epoch can be resumed.
     """
 
     def __init__(

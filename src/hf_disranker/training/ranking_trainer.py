@@ -96,6 +96,7 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
 
     target = "labels"
     config_class: type[RankingConfig] = RankingConfig
+    _own_tokenizer: Any = None
     # compute_loss divides by the term weights of the whole accumulated batch.
     loss_is_scaled_for_ga = True
 
@@ -120,7 +121,6 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
         check_arguments(type(self).__name__, model, model_init, optimizers, [data_collator, compute_loss_func])
         self.args = args = self._resolve_arguments(args, eval_dataset is not None, compute_metrics)
         self.model_init, self.peft_config, self.processing_class = model_init, peft_config, processing_class
-        self._own_tokenizer: Any = None
         self._logged: dict[str, LossTerm] = {}
         ranker, collator, train_dataset = self._prepare(model, train_dataset, eval_dataset)
         super().__init__(

@@ -21,12 +21,7 @@ class PointMarginMSELoss(nn.Module):
     """Point-MSE and Margin-MSE over all pairs, as `loss=` of sentence-transformers' `CrossEncoderTrainer`.
 
     Rows are n-tuples with a score for each document, see `to_n_tuples`; all documents of a batch share one forward
-    pass. The mean is taken over the batch of one call, as in every loss of that trainer.
-
-    Args:
-        model: CrossEncoder to train, with one label.
-        point_weight: Weight of Point-MSE.
-        margin_weight: Weight of Margin-MSE.
+    pass. The mean is taken over the batch of one call, as in every loss of that trainer. The model has one label.
     """
 
     def __init__(self, model: CrossEncoder, point_weight: float = 0.5, margin_weight: float = 0.5) -> None:
@@ -80,10 +75,7 @@ def to_n_tuples(groups: Dataset, documents: int, templates: Templates = STUDENT_
     The positive is the best-scored document of the query. Queries with more documents yield several rows with the same
     positive; the last row is filled with negatives of the previous one, so that every scored document is used.
 
-    Args:
-        groups: Rows with `teacher_scores`, or else with `labels`, which are then the scores.
-        documents: Number of documents per row, at least 2; queries with fewer are dropped and counted.
-        templates: Templates of query and document.
+    The scores are `teacher_scores`, or `labels` without them; queries with fewer documents are dropped and counted.
 
     Raises:
         ValueError: If `documents` is below 2, or no query has that many.

@@ -151,9 +151,7 @@ def resolve_arguments(args: Any, kind: Any, trainer: str, has_eval_dataset: bool
 def as_ranker(model: Any, frozen: bool = False) -> Any:
     """Return the ranker to train, with its own config, since the trainers write limits into it.
 
-    Args:
-        model: As in `RankingTrainer`.
-        frozen: If True, load the weights of a folder in their stored type, since only an adapter is trained.
+    If `frozen`, the weights of a folder are loaded in their stored type, since only an adapter is trained.
     """
     if isinstance(model, str | os.PathLike):
         model = ranker_class(load_config(model)).from_pretrained(model, dtype="auto" if frozen else torch.float32)
