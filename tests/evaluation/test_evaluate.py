@@ -209,9 +209,9 @@ def test_the_best_passage_stands_for_its_document():
 
 def test_scoring_for_evaluation_counts_each_cut_once(student_ranker, judgments):
     rows = judgments.assign(query="read " * 40)
-    scored = score_with(student_ranker, rows, progress=False)
-    assert np.array_equal(scored.scores, student_ranker.predict(pair_texts(rows)))
-    assert scored.pairs_per_s > 0
+    scores, pairs_per_s = score_with(student_ranker, rows, progress=False)
+    assert np.array_equal(scores, student_ranker.predict(pair_texts(rows)))
+    assert pairs_per_s > 0
     assert student_ranker.queries_cut == 2 * len(rows)  # once by score_with, once above
 
 

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -40,15 +40,8 @@ class Predictor(Protocol):
         """Return raw scores in the order of the pairs, shape (len(pairs),)."""
 
 
-class Scored(NamedTuple):
-    """Scores of rows, shape (rows,), and the throughput (None for scores read from a file)."""
-
-    scores: np.ndarray
-    pairs_per_s: float | None = None
-
-
-def score_with(ranker: Predictor, judgments: pd.DataFrame, progress: bool = True) -> Scored:
-    """Score rows with query, title and summary, and measure the throughput after warm-up, tokenisation included."""
+def score_with(ranker: Predictor, judgments: pd.DataFrame, progress: bool = True) -> tuple[np.ndarray, float]:
+    """Score rows with query, title and summary; return scores, shape (rows,), and pairs per second after warm-up."""
     pairs = pair_texts(judgments)
     cut = {name: getattr(ranker, name) for name in ("queries_cut", "documents_cut") if hasattr(ranker, name)}
     ranker.predict(pairs[:256])
@@ -57,7 +50,7 @@ def score_with(ranker: Predictor, judgments: pd.DataFrame, progress: bool = True
     start = time.perf_counter()
     starts = tqdm(range(0, len(pairs), _CHUNK), desc="scoring", disable=not progress, leave=False)
     scores = [ranker.predict(pairs[at : at + _CHUNK]) for at in starts]
-    return Scored(np.concatenate(scores), len(pairs) / (time.perf_counter() - start))
+    return np.concatenate(scores), len(pairs) / (time.perf_counter() - start)
 
 
 def describe(ranker: Any) -> dict[str, Any]:
