@@ -125,6 +125,10 @@ def test_each_document_is_read_once_and_the_head_sees_query_positions_only(decod
     engine.predict([(query, document) for query in queries])
     widest = max(len(tokenizer(f" {query}", add_special_tokens=False)["input_ids"]) for query in queries)
     assert read == [len(contexts[0]) - 1, len(queries) * widest] and output == [len(queries) * widest]
+    read.clear()
+    engine.token_budget = len(contexts[0]) + widest
+    engine.predict([(query, document) for query in queries])
+    assert len(read) == 1 + len(queries) and read[0] == len(contexts[0]) - 1 and max(read[1:]) == widest
 
 
 def test_a_long_document_is_cut_and_the_query_part_is_not(decoder, judgments):
