@@ -1,0 +1,212 @@
+"""Distil a pretrained language model, SmolLM2-135M, into BERTs that search the Python documentation of this machine.
+
+    disranker showcase                                        # three seeds of a BERT of 0.8M parameters
+    disranker showcase --students bert minilm3 minilm         # all-MiniLM-L6-v2 too: first `make models`
+
+The teacher scores a pair by the probability of the query after the document, without training. Its scores are shipped,
+without texts, and joined with the documentation installed here; changed texts are left out and counted. With `make
+models` a sample is scored again and compared, and the teacher's speed is measured. Each student learns the scores, then clicks and labels;
+its rival is the same model trained on the same clicks and labels alone. Finished stages are skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from trl import TrlParser
+
+from hf_disranker.data.tables import read_table
+from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.quickstart import from_scratch
+from hf_disranker.recipes.quickstart.stages import CONFIGS, MAX_LENGTH, fast_precision, make_data, run_recipe
+from hf_disranker.recipes.showcase.models import MODELS
+from hf_disranker.recipes.showcase.results import show_results
+from hf_disranker.recipes.showcase.shipped import SHIPPED, as_store, join
+from hf_disranker.scoring.store import ScoreStore
+
+# Recipe, folder and arguments of one stage.
+Stage = tuple[Path, str, list[str]]
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model to distil into.
+
+    Args:
+        config: First part of the names of its configs.
+        base: Folder of its start in the folder of models; None for random weights.
+        layers: Encoder layers to keep; None for all.
+    """
+
+    config: str
+    base: str | None = None
+    layers: str | None = None
+
+
+STUDENTS = {
+    "bert": Student("bert"),
+    "minilm3": Student("minilm", "minilm", "0,2,4"),
+    "minilm": Student("minilm", "minilm"),
+}
+
+
+@dataclass
+class ShowcaseArguments:
+    """Students, seeds and folders."""
+
+    students: list[str] = field(
+        default_factory=lambda: ["bert"],
+        metadata={"help": "bert: 0.8M parameters, from random weights. minilm, minilm3: 6 and 3 layers of MiniLM."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of each student."})
+    out: str = field(default="runs/showcase", metadata={"help": "Folder for data, models and report."})
+    models: str = field(default=str(MODELS), metadata={"help": "Folder of `make models`."})
+    shipped: str = field(default=str(SHIPPED), metadata={"help": "Folder of the packed scores."})
+    configs: str = field(default=str(CONFIGS / "showcase"), metadata={"help": "Folder of the configs."})
+    workers: int = field(
+        default_factory=lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2,
+        metadata={"help": "Models trained at the same time; default: one on each core."},
+    )
+
+
+def make_parser() -> TrlParser:
+    """Return the argument parser of the showcase."""
+    return recipe_parser("showcase", __doc__, ShowcaseArguments)
+
+
+def main(args: ShowcaseArguments) -> None:
+    """Run all unfinished stages, then show the results."""
+    begin = time.perf_counter()
+    out = Path(args.out)
+    check(args)
+    make_data(out / "data")
+    make_scores(out, Path(args.shipped))
+    precision = fast_precision()
+    runs = [run for name in args.students for seed in args.seeds for run in training_runs(args, name, seed)]
+    train(runs, precision, max(1, min(args.workers, len(runs))))
+    show_results(out, args.students, args.seeds, Path(args.models, "smollm2"))
+    print(f"\nDone in {(time.perf_counter() - begin) / 60:.1f} minutes. Everything is in {out}/.")
+
+
+def check(args: ShowcaseArguments) -> None:
+    """Raise ValueError if a student is unknown, its model is missing, or the folder is that of something else."""
+    if unknown := [name for name in args.students if name not in STUDENTS]:
+        raise ValueError(f"There is no student {unknown[0]!r}; there are: {', '.join(STUDENTS)}.")
+    for name in args.students:
+        base = STUDENTS[name].base
+        if base and not Path(args.models, base, "config.json").is_file():
+            raise ValueError(f"The student {name} needs {args.models}/{base}, which `make models` downloads.")
+    out = Path(args.out)
+    if out.exists() and any(out.iterdir()) and not (out / "data" / "manifest.json").is_file():
+        raise ValueError(f"{out} is not empty and was not made by the showcase: choose another --out.")
+
+
+def make_scores(out: Path, shipped: Path) -> tuple[ScoreStore, ScoreStore]:
+    """Join the shipped scores with the texts here: `scores` to train on, `dev_scores` of the development queries."""
+    names = ("judgments", "candidates", "clicks")
+    tables = {name: read_table(f"{out}/data/{name}.parquet", name, texts=False) for name in names}
+    queries = pd.concat([table[["query_id", "query"]] for table in with_ids(tables)])
+    found = join(shipped, queries, read_table(f"{out}/data/corpus.parquet", "corpus"))
+    judgments = tables["judgments"]
+    dev = found.rows["query_id"].isin(judgments.loc[judgments["split"] == "dev", "query_id"])
+    print(
+        f"\n== scores: {(~dev).sum():,} pairs of SmolLM2 to train on, {dev.sum():,} of development queries; "
+        f"{found.left_out:,} left out, since their texts are not the same here",
+        flush=True,
+    )
+    if not (dev.any() and (~dev).any()):
+        raise ValueError(f"{shipped} has no scores of the texts here: make them with `make showcase-scores`.")
+    return as_store(found.rows[~dev], shipped, out / "scores"), as_store(found.rows[dev], shipped, out / "dev_scores")
+
+
+def with_ids(tables: dict[str, pd.DataFrame]) -> list[pd.DataFrame]:
+    """Return the tables that have query ids."""
+    return [table for table in tables.values() if "query_id" in table.columns]
+
+
+def training_runs(args: ShowcaseArguments, name: str, seed: int) -> Iterator[list[Stage]]:
+    """Yield the runs of a student, each a list of stages in order: distillation, and the rival without a teacher."""
+    student, out, data = STUDENTS[name], Path(args.out), Path(args.out, "data")
+    base = str(Path(args.models, student.base)) if student.base else str(make_bert(out, seed))
+    cut = ["--student_layers", student.layers] if student.layers else []
+    labels = ["--judgments", str(data / "clicks_and_labels.parquet")]
+
+    def stage(kind: str, recipe: str, start: str, *options: str) -> Stage:
+        folder = out / f"{name}-{kind}-{seed}"
+        to = ["--model", start, "--seed", str(seed), "--out", str(folder)]
+        return folder, recipe, ["--config", f"{args.configs}/{student.config}_{kind}.yaml", *to, *options]
+
+    likelihood = stage("likelihood", "distill", base, "--scores", str(out / "scores"), *cut)
+    yield [likelihood, stage("student", "fit_teacher", str(likelihood[0]), *labels)]
+    yield [stage("rival", "fit_teacher", base, *labels, *cut)]
+
+
+def make_bert(out: Path, seed: int) -> Path:
+    """Build the quickstart's BERT, 2 layers of 128, from random weights that match equal words; return its folder."""
+    folder = out / f"bert-base-{seed}"
+    if not (folder / "config.json").exists():
+        corpus = read_table(f"{out}/data/corpus.parquet", "corpus")
+        train = corpus[corpus["split"] == "train"]
+        texts = (train["title"] + " " + train["summary"]).tolist()
+        torch.manual_seed(seed)
+        tokenizer = from_scratch.train_wordpiece(texts, vocab_size=4000, max_length=MAX_LENGTH)
+        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = from_scratch.small_bert(tokenizer, layers=2, size=128, initializer_range=0.06, **no_dropout)
+        from_scratch.embed_by_svd(model, tokenizer, texts)
+        from_scratch.match_words(model, tokenizer)
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+    return folder
+
+
+def train(runs: Sequence[list[Stage]], precision: list[str], workers: int) -> None:
+    """Run the stages, `workers` runs at the same time with an equal share of the threads."""
+    print(f"\n== training: {len(runs)} runs, {workers} at a time", flush=True)
+    if workers == 1:
+        for run in runs:
+            run_stages(run, precision)
+        return
+    threads = max(1, torch.get_num_threads() // workers)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(threads,)) as pool:
+        futures = [pool.submit(run_stages, run, precision, True) for run in runs]
+        for run, future in zip(runs, futures, strict=True):
+            seconds = future.result()
+            print(f"{' -> '.join(folder.name for folder, _, _ in run)}: {seconds:.0f} s", flush=True)
+
+
+def start_worker(threads: int) -> None:
+    """Prepare a process of `train`."""
+    torch.set_num_threads(threads)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+
+
+def run_stages(run: Sequence[Stage], precision: list[str], quiet: bool = False) -> float:
+    """Run stages in order and return the seconds; `quiet` writes the output of each to log.txt in its folder."""
+    begin = time.perf_counter()
+    for folder, recipe, arguments in run:
+        if not quiet:
+            run_recipe(folder, recipe, arguments, precision)
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            open(folder / "log.txt", "a", encoding="utf-8") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            run_recipe(folder, recipe, arguments, precision)
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
