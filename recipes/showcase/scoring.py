@@ -3,8 +3,8 @@
     make showcase-scores                      # scores into runs/showcase/scoring, then packs recipes/showcase/scores
     make showcase-scores ARGS="--top_k 20"
 
-The pairs are the judged pools of the development queries, the quickstart's unlabelled pairs and pairs with a label or a
-click, and BM25's first `top_k` documents of each unlabelled query, sorted by document: what a document costs is then
+The pairs are the judged pools of the development queries, the quickstart's unlabelled pairs and those with a label or
+a click, and BM25's first `top_k` documents of each unlabelled query, sorted by document: what a document costs is then
 computed once for all its queries. The time is measured on a few pairs and printed first. An interrupted run
 resumes with the missing shards.
 """

@@ -3,15 +3,15 @@
     disranker showcase                                        # three seeds of a BERT of 0.8M parameters
     disranker showcase --students bert minilm3 minilm         # all-MiniLM-L6-v2 too: first `make models`
 
-The teacher scores a pair by the probability of the query after the document, without training. Its scores are shipped,
-without texts, and joined with the documentation installed here; changed texts are left out and counted. With `make
-models` a sample is scored again and compared, and the teacher's speed is measured. Each student learns the scores, then clicks and labels;
-its rival is the same model trained on the same clicks and labels alone. Finished stages are skipped.
+The teacher scores a pair by the probability of the query after the document, without training. Its scores are
+shipped, without texts, and joined with the documentation installed here; changed texts are left out and counted. After
+`make models` a sample is scored again and compared, and the teacher's speed is measured. Each student learns the
+scores, then clicks and labels; its rival is the same model trained on the same clicks and labels alone. Finished stages
+are skipped.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import multiprocessing
 import os
@@ -178,33 +178,33 @@ def train(runs: Sequence[list[Stage]], precision: list[str], workers: int) -> No
         return
     threads = max(1, torch.get_num_threads() // workers)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(threads,)) as pool:
-        futures = [pool.submit(run_stages, run, precision, True) for run in runs]
+    with ProcessPoolExecutor(workers, context) as pool:
+        futures = [pool.submit(run_stages, run, precision, threads) for run in runs]
         for run, future in zip(runs, futures, strict=True):
             seconds = future.result()
             print(f"{' -> '.join(folder.name for folder, _, _ in run)}: {seconds:.0f} s", flush=True)
 
 
-def start_worker(threads: int) -> None:
-    """Prepare a process of `train`."""
-    torch.set_num_threads(threads)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+def run_stages(run: Sequence[Stage], precision: list[str], threads: int | None = None) -> float:
+    """Run stages in order and return the seconds.
 
-
-def run_stages(run: Sequence[Stage], precision: list[str], quiet: bool = False) -> float:
-    """Run stages in order and return the seconds; `quiet` writes the output of each to log.txt in its folder."""
+    Args:
+        run: The stages.
+        precision: Options of `fast_precision`.
+        threads: Number of threads in a process of its own, whose output goes to log.txt in the folder of each stage;
+            None runs in this process.
+    """
     begin = time.perf_counter()
+    if threads is not None:
+        torch.set_num_threads(threads)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for folder, recipe, arguments in run:
-        if not quiet:
-            run_recipe(folder, recipe, arguments, precision)
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        with (
-            open(folder / "log.txt", "a", encoding="utf-8") as log,
-            contextlib.redirect_stdout(log),
-            contextlib.redirect_stderr(log),
-        ):
-            run_recipe(folder, recipe, arguments, precision)
+        if threads is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "log.txt", "a", encoding="utf-8") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+        run_recipe(folder, recipe, arguments, precision)
     return time.perf_counter() - begin
 
 
