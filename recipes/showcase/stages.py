@@ -6,8 +6,8 @@
 The teacher scores a pair by the probability of the query after the document, without training. Its scores are
 shipped, without texts, and joined with the documentation installed here; changed texts are left out and counted. After
 `make models` a sample is scored again and compared, and the teacher's speed is measured. Each student learns the
-scores, then clicks and labels; its rival is the same model trained on the same clicks and labels alone. Finished stages
-are skipped.
+scores, then clicks and labels; its rival is the same model trained on the same clicks and labels alone.
+Finished stages are skipped.
 """
 
 from __future__ import annotations
