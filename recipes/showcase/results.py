@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from hf_disranker.data.bm25 import bm25_scores
 from hf_disranker.data.tables import read_table
@@ -46,31 +46,42 @@ class Goal:
     met: bool | None
 
 
-def show_results(out: Path, students: Sequence[str], seeds: Sequence[int], teacher: Path) -> list[Goal]:
+class Examined(NamedTuple):
+    """The teacher, examined.
+
+    Args:
+        verdict: Whether samples of the shipped scores were scored again, and how they differ.
+        pairs_per_s: Throughput; None if it was not measured.
+    """
+
+    verdict: str
+    pairs_per_s: float | None
+
+
+def show_results(out: Path, students: Sequence[str], seeds: Sequence[int], teacher: Examined) -> list[Goal]:
     """Evaluate every ranker on the development queries; print the table and the goals; write the report.
 
     Args:
         out: Folder of the showcase; files are written to its subfolder `report`.
         students: Names of the students.
         seeds: Seeds of each.
-        teacher: Folder of SmolLM2; if there is none, its scores are not verified and its speed is not measured.
+        teacher: Result of `examine_teacher`.
     """
     print("\n== report: every ranker on the same development pairs", flush=True)
     evaluations = evaluate(out, students, seeds)
-    check, speed = examine_teacher(out, teacher, evaluations["teacher"].rows)
-    print(check)
-    if speed:
-        evaluations["teacher"].about["pairs_per_s"] = speed
+    evaluations["teacher"].about["pairs_per_s"] = teacher.pairs_per_s
     report = out / "report"
     for name, evaluation in evaluations.items():
         evaluation.save(report / "eval" / f"{name}.json")
     tests = [(f"{name}-student-{seed}", f"{name}-rival-{seed}") for name in students for seed in seeds]
     goals = [goal for name in students for goal in goals_of(evaluations, name, seeds)]
-    lines = ["", *table(evaluations, students, seeds), "", *map(goal_line, goals)]
+    lines = ["", *table(evaluations, students, seeds), "", *map(goal_line, goals), "", teacher.verdict]
     print("\n".join(lines))
     write_report(list(evaluations.values()), report / "report.html", pairs=tests, titles=titles(students, seeds))
     results = {name: one.measures | {"about": one.about} for name, one in evaluations.items()}
-    save_json({"rankers": results, "goals": list(map(asdict, goals)), "check": check}, f"{report}/results.json")
+    save_json(
+        {"rankers": results, "goals": list(map(asdict, goals)), "check": teacher.verdict}, f"{report}/results.json"
+    )
     return goals
 
 
@@ -97,17 +108,18 @@ def evaluate(out: Path, students: Sequence[str], seeds: Sequence[int]) -> dict[s
     return found
 
 
-def examine_teacher(out: Path, folder: Path, dev: pd.DataFrame) -> tuple[str, float | None]:
+def examine_teacher(out: Path, folder: Path) -> Examined:
     """Score samples of the shipped scores again and time the teacher.
 
-    Returns:
-        What was found, in a line, and the teacher's throughput in pairs/s; None without the teacher.
+    Args:
+        out: Folder of the showcase, with the score stores.
+        folder: Folder of SmolLM2; if there is none, nothing is verified and timed.
 
     Raises:
         ValueError: If the scores differ by more than the tolerance, or are those of another teacher.
     """
     if not (folder / "config.json").is_file():
-        return f"Shipped scores: NOT VERIFIED, teacher's speed not measured: {folder} is missing (make models).", None
+        return Examined(f"Shipped scores: NOT VERIFIED, speed not measured: {folder} is missing (make models).", None)
     stores = [ScoreStore(out / name) for name in ("scores", "dev_scores")]
     engine = load_teacher(str(folder), stores[0].manifest()["dtype"])
     differences = [verify(engine, store, _SAMPLE) / store.summary().std for store in stores]
@@ -116,7 +128,8 @@ def examine_teacher(out: Path, folder: Path, dev: pd.DataFrame) -> tuple[str, fl
     )
     if max(differences) > TOLERANCE:
         raise ValueError(f"The shipped scores are not those of {folder}: {largest}, more than {TOLERANCE}.")
-    return f"Shipped scores: verified, {largest}.", score_with(engine, dev.head(_TIMED), progress=False).pairs_per_s
+    speed = score_with(engine, stores[1].read().head(_TIMED), progress=False).pairs_per_s
+    return Examined(f"Shipped scores: verified, {largest}.", speed)
 
 
 def goals_of(evaluations: Mapping[str, Evaluation], name: str, seeds: Sequence[int]) -> list[Goal]:

@@ -69,7 +69,7 @@ def pack(scores: pd.DataFrame, manifest: Mapping[str, Any], folder: Path) -> int
         use_dictionary=_KEY,  # a digest is written once, a pair is two numbers
         column_encoding={"score": "BYTE_STREAM_SPLIT"},
     )
-    save_json({**manifest, "pairs": len(packed), "step": STEP}, str(folder / "manifest.json"))
+    save_json({**manifest, "pairs": len(packed)}, str(folder / "manifest.json"))
     return (folder / "scores.parquet").stat().st_size
 
 

@@ -30,7 +30,7 @@ from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.recipes.quickstart import from_scratch
 from hf_disranker.recipes.quickstart.stages import CONFIGS, MAX_LENGTH, fast_precision, make_data, run_recipe
 from hf_disranker.recipes.showcase.models import MODELS
-from hf_disranker.recipes.showcase.results import show_results
+from hf_disranker.recipes.showcase.results import examine_teacher, show_results
 from hf_disranker.recipes.showcase.shipped import SHIPPED, as_store, join
 from hf_disranker.scoring.store import ScoreStore
 
@@ -91,10 +91,12 @@ def main(args: ShowcaseArguments) -> None:
     check(args)
     make_data(out / "data")
     make_scores(out, Path(args.shipped))
+    teacher = examine_teacher(out, Path(args.models, "smollm2"))
+    print(teacher.verdict, flush=True)
     precision = fast_precision()
     runs = [run for name in args.students for seed in args.seeds for run in training_runs(args, name, seed)]
     train(runs, precision, max(1, min(args.workers, len(runs))))
-    show_results(out, args.students, args.seeds, Path(args.models, "smollm2"))
+    show_results(out, args.students, args.seeds, teacher)
     print(f"\nDone in {(time.perf_counter() - begin) / 60:.1f} minutes. Everything is in {out}/.")
 
 
