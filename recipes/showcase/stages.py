@@ -12,6 +12,7 @@ Finished stages are skipped.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import multiprocessing
 import os
@@ -25,16 +26,19 @@ import pandas as pd
 import torch
 from trl import TrlParser
 
+from hf_disranker.data.outputs import json_in
 from hf_disranker.data.tables import read_table
 from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.recipes.quickstart import from_scratch
-from hf_disranker.recipes.quickstart.stages import CONFIGS, MAX_LENGTH, fast_precision, make_data, run_recipe
+from hf_disranker.recipes.quickstart.stages import MAX_LENGTH, fast_precision, make_data, run_recipe
 from hf_disranker.recipes.showcase.models import MODELS
 from hf_disranker.recipes.showcase.results import examine_teacher, show_results
 from hf_disranker.recipes.showcase.shipped import SHIPPED, as_store, join
 from hf_disranker.scoring.store import ScoreStore
+from hf_disranker.training.runs import save_json
 
-# Recipe, folder and arguments of one stage.
+CONFIGS = Path(__file__).parents[1] / "configs" / "showcase"
+# Folder, recipe and arguments of one stage.
 Stage = tuple[Path, str, list[str]]
 
 
@@ -72,7 +76,7 @@ class ShowcaseArguments:
     out: str = field(default="runs/showcase", metadata={"help": "Folder for data, models and report."})
     models: str = field(default=str(MODELS), metadata={"help": "Folder of `make models`."})
     shipped: str = field(default=str(SHIPPED), metadata={"help": "Folder of the packed scores."})
-    configs: str = field(default=str(CONFIGS / "showcase"), metadata={"help": "Folder of the configs."})
+    configs: str = field(default=str(CONFIGS), metadata={"help": "Folder of the configs."})
     workers: int = field(
         default_factory=lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2,
         metadata={"help": "Models trained at the same time; default: one on each core."},
@@ -90,6 +94,7 @@ def main(args: ShowcaseArguments) -> None:
     out = Path(args.out)
     check(args)
     make_data(out / "data")
+    forget_finished(out, [out / "data" / "manifest.json", Path(args.shipped, "scores.parquet")])
     make_scores(out, Path(args.shipped))
     teacher = examine_teacher(out, Path(args.models, "smollm2"))
     print(teacher.verdict, flush=True)
@@ -111,6 +116,15 @@ def check(args: ShowcaseArguments) -> None:
     out = Path(args.out)
     if out.exists() and any(out.iterdir()) and not (out / "data" / "manifest.json").is_file():
         raise ValueError(f"{out} is not empty and was not made by the showcase: choose another --out.")
+
+
+def forget_finished(out: Path, inputs: Sequence[Path]) -> None:
+    """Let all stages start anew if an input has changed since the last call."""
+    now = [hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs]
+    if json_in(out / "inputs.json") != now:
+        for record in [*out.glob("*/finished.json"), *out.glob("*/started.json")]:
+            record.unlink()
+        save_json(now, str(out / "inputs.json"))
 
 
 def make_scores(out: Path, shipped: Path) -> tuple[ScoreStore, ScoreStore]:

@@ -170,7 +170,7 @@ def tiny(tmp_path, monkeypatch, tiny_teacher):
     monkeypatch.setattr(python_docs, "build", lambda out: build(out, **sizes))
     configs = tmp_path / "configs"
     configs.mkdir()
-    for source in (showcase.CONFIGS / "showcase").glob("*.yaml"):
+    for source in showcase.CONFIGS.glob("*.yaml"):
         options = yaml.safe_load(source.read_text())
         options |= {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2}
         (configs / source.name).write_text(yaml.safe_dump(options))
@@ -214,6 +214,18 @@ def test_scores_made_anew_are_packed_and_distilled(tiny, tmp_path, capsys):
     run(showcase, **options, seeds=[0, 1], workers=1)
     printed = capsys.readouterr().out
     assert printed.count("already finished, skipped") == 6 and "NOT VERIFIED" in printed and "not measured" in printed
+
+
+def test_other_inputs_start_the_stages_anew(tmp_path):
+    (tmp_path / "scores").write_text("first")
+    finished = tmp_path / "bert-rival-0" / "finished.json"
+    showcase.forget_finished(tmp_path, [tmp_path / "scores"])
+    save_json({}, str(finished))
+    showcase.forget_finished(tmp_path, [tmp_path / "scores"])
+    assert finished.exists()
+    (tmp_path / "scores").write_text("second")
+    showcase.forget_finished(tmp_path, [tmp_path / "scores"])
+    assert not finished.exists()
 
 
 def test_other_scores_are_refused(tiny, scored, tmp_path):
