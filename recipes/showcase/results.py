@@ -89,8 +89,8 @@ def evaluate(out: Path, students: Sequence[str], seeds: Sequence[int]) -> dict[s
     """Evaluate BM25, the teacher's shipped scores and all students on the development pairs that have such a score."""
     source = f"{out}/data/judgments.parquet"
     judged, corpus = read_table(source, "judgments", split="dev"), read_table(f"{out}/data/corpus.parquet", "corpus")
-    scores = ScoreStore(out / "dev_scores").read()[["query_id", "doc_id", "teacher_score"]]
-    dev = judged.merge(scores, on=["query_id", "doc_id"])
+    shipped = ScoreStore(out / "dev_scores").read()[["query_id", "doc_id", "teacher_score"]]
+    dev = judged.merge(shipped, on=["query_id", "doc_id"])
     if len(dev) < len(judged):
         print(
             f"{len(judged) - len(dev):,} of {len(judged):,} development pairs have no shipped score: left out for all."

@@ -60,7 +60,7 @@ def main(args: ScoringArguments) -> None:
     make_data(out / "data")
     engine = load_teacher(args.model, args.dtype)
     pairs = pairs_to_score(out / "data", args.top_k)
-    write_table(pairs, out / "pairs.parquet")
+    write_table(pairs, f"{out}/pairs.parquet")
     store = ScoreStore(out / "scores")
     todo = store.missing() if store.is_store() else len(pairs)
     if todo:
