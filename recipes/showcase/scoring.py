@@ -1,6 +1,6 @@
 """Make the shipped scores of the showcase anew: SmolLM2's query likelihood of the embedded data set's pairs.
 
-    make showcase-scores                      # scores into runs/showcase/scoring, then packs recipes/showcase/scores
+    make showcase-scores                      # scores into runs/showcase_scores, then packs recipes/showcase/scores
     make showcase-scores ARGS="--top_k 20"
 
 The pairs are the judged pools of the development queries, the quickstart's unlabelled pairs and those with a label or
@@ -40,7 +40,7 @@ class ScoringArguments:
     """Model, pairs and output."""
 
     model: str = field(default=str(MODELS / "smollm2"), metadata={"help": "Causal language model: folder or Hub id."})
-    out: str = field(default="runs/showcase/scoring", metadata={"help": "Folder for data and scores."})
+    out: str = field(default="runs/showcase_scores", metadata={"help": "Folder for data and scores."})
     packed: str = field(default=str(SHIPPED), metadata={"help": "Folder for the packed scores."})
     top_k: int = field(default=8, metadata={"help": "BM25's first documents of each unlabelled query."})
     dtype: str = field(

@@ -77,9 +77,8 @@ class ShowcaseArguments:
     models: str = field(default=str(MODELS), metadata={"help": "Folder of `make models`."})
     shipped: str = field(default=str(SHIPPED), metadata={"help": "Folder of the packed scores."})
     configs: str = field(default=str(CONFIGS), metadata={"help": "Folder of the configs."})
-    workers: int = field(
-        default_factory=lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2,
-        metadata={"help": "Models trained at the same time; default: one on each core."},
+    workers: int | None = field(
+        default=None, metadata={"help": "Models trained at the same time; default: one on each core."}
     )
 
 
@@ -100,9 +99,14 @@ def main(args: ShowcaseArguments) -> None:
     print(teacher.verdict, flush=True)
     precision = fast_precision()
     runs = [run for name in args.students for seed in args.seeds for run in training_runs(args, name, seed)]
-    train(runs, precision, max(1, min(args.workers, len(runs))))
+    train(runs, precision, max(1, min(args.workers or cores(), len(runs))))
     show_results(out, args.students, args.seeds, teacher)
     print(f"\nDone in {(time.perf_counter() - begin) / 60:.1f} minutes. Everything is in {out}/.")
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check(args: ShowcaseArguments) -> None:
@@ -114,7 +118,7 @@ def check(args: ShowcaseArguments) -> None:
         if base and not Path(args.models, base, "config.json").is_file():
             raise ValueError(f"The student {name} needs {args.models}/{base}, which `make models` downloads.")
     out = Path(args.out)
-    if out.exists() and any(out.iterdir()) and not (out / "data" / "manifest.json").is_file():
+    if {path.name for path in out.glob("*")} - {"data"} and not (out / "data" / "manifest.json").is_file():
         raise ValueError(f"{out} is not empty and was not made by the showcase: choose another --out.")
 
 

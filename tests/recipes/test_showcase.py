@@ -250,7 +250,7 @@ def test_other_scores_are_refused(tiny, scored, tmp_path):
     shipped.pack(scored, {"format": 2, **engine.describe()}, tmp_path / "packed")
     for name in ("scores", "dev_scores"):
         shipped.as_store(scored, tmp_path / "packed", tiny["out"] / name)
-    with pytest.raises(ValueError, match="The shipped scores are not those of .*smollm2: largest difference of 256"):
+    with pytest.raises(ValueError, match="The shipped scores are not those of .*smollm2: largest difference of 128"):
         results.examine_teacher(tiny["out"], tiny["models"] / "smollm2")
 
 
