@@ -93,7 +93,7 @@ def join(folder: Path, queries: pd.DataFrame, corpus: pd.DataFrame) -> Joined:
     return Joined(rows[columns], int((~known).sum()))
 
 
-def as_store(rows: pd.DataFrame, folder: Path, path: Path, shard_rows: int = 10_000) -> ScoreStore:
+def as_store(rows: pd.DataFrame, folder: Path, path: Path, shard_rows: int = 100_000) -> ScoreStore:
     """Write joined rows as a score store, which `disranker distill` and `disranker score --verify` read.
 
     A store of other rows at the same path is replaced.
