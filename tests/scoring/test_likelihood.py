@@ -2,17 +2,20 @@
 
 import copy
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
+from tiny_gguf import write_gguf
 from tokenizers import processors
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from hf_disranker.cli import main
 from hf_disranker.data.candidates import Candidates
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import pair_texts
+from hf_disranker.evaluation import metrics
 from hf_disranker.recipes.quickstart.from_scratch import small_llama
 from hf_disranker.scoring.likelihood import LikelihoodEngine, load_likelihood
 from hf_disranker.scoring.run import ScoringRun, verify
@@ -125,6 +128,10 @@ def test_each_document_is_read_once_and_the_head_sees_query_positions_only(decod
     engine.predict([(query, document) for query in queries])
     widest = max(len(tokenizer(f" {query}", add_special_tokens=False)["input_ids"]) for query in queries)
     assert read == [len(contexts[0]) - 1, len(queries) * widest] and output == [len(queries) * widest]
+    read.clear()
+    engine.token_budget = len(contexts[0]) + widest
+    engine.predict([(query, document) for query in queries])
+    assert len(read) == 1 + len(queries) and read[0] == len(contexts[0]) - 1 and max(read[1:]) == widest
 
 
 def test_a_long_document_is_cut_and_the_query_part_is_not(decoder, judgments):
@@ -227,3 +234,24 @@ def test_score_and_evaluate_use_it_by_an_option(decoder, decoder_dir, judgments,
             main([*stage, "--model", decoder_dir, "--gguf_file", "model.gguf"])
         with pytest.raises(SystemExit, match="--likelihood and --generative"):
             main([*stage, *option, "--generative", "true"])
+
+
+def test_a_gguf_file_scores_as_the_model_that_it_holds(judgments, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    model = write_gguf(tmp_path / "model.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    assert tokenizer.tokenize(" read") == ["Ġr", "ea", "d"]
+    expected = LikelihoodEngine(model, tokenizer, "lm", TEMPLATE).predict(pair_texts(judgments))
+    engine = load_likelihood(str(tmp_path), TEMPLATE, gguf_file="model.gguf")
+    np.testing.assert_allclose(engine.predict(pair_texts(judgments)), expected, atol=1e-4)
+
+    judgments.drop(columns=["label", "split"]).to_parquet(tmp_path / "pairs.parquet")
+    options = ["--model", tmp_path, "--gguf_file", "model.gguf", "--likelihood", "true"]
+    options += ["--likelihood_template", TEMPLATE]
+    monkeypatch.setattr(sys, "argv", ["disranker"])
+    main(["score", *map(str, [*options, "--pairs", tmp_path / "pairs.parquet", "--out", tmp_path / "scores"])])
+    np.testing.assert_allclose(ScoreStore(tmp_path / "scores").read()["teacher_score"], expected, atol=1e-4)
+    judgments.to_parquet(tmp_path / "judgments.parquet")
+    main(["evaluate", *map(str, [*options, "--judgments", tmp_path / "judgments.parquet", "--split", ""])])
+    ndcg = metrics.evaluate(judgments["label"], expected, judgments["query_id"])["ndcg@10"]
+    assert f"{ndcg:.4f}" in capsys.readouterr().out

@@ -33,7 +33,7 @@ DEFAULT_DOCUMENT_TOKENS = 256
 class LikelihoodEngine:
     """Backend for a causal language model that scores by mean log P(query token | document, earlier query tokens).
 
-    Keys and values of the text before the query are computed once for all neighbouring queries of a document, and only
+    Keys and values of the text before the query are computed once for all queries of a document in a call, and only
     query positions go through the output layer.
 
     Args:
@@ -42,7 +42,8 @@ class LikelihoodEngine:
         teacher: Name of the teacher for the manifest.
         template: Text with the fields `title` and/or `summary`, and then `query` at the end.
         document_tokens: Limit of the document; tokens beyond it are cut, the text between document and query is not.
-        token_budget: Tokens per forward pass; None uses 2,048 on a CPU and 16,384 on a GPU.
+        token_budget: Tokens per forward pass, and tokens whose keys and values are kept for all queries of their
+            documents; None uses 2,048 on a CPU and 16,384 on a GPU.
 
     Attributes:
         tokens: Number of tokens read so far, counted as if nothing were shared.
@@ -137,33 +138,52 @@ class LikelihoodEngine:
             )
 
     def _batches(self, contexts: list[list[int]], queries: list[list[int]]) -> list[list[int]]:
-        """Group rows by length of the context, which is not padded, and keep those of a document together."""
+        """Group rows by length of the context, which is not padded, and keep those of a context together.
+
+        The different contexts of a group fit into the token budget; `_forward` divides its rows.
+        """
         readable = [row for row in range(len(queries)) if queries[row] and len(contexts[row]) > 1]
-        readable.sort(key=lambda row: (len(contexts[row]), contexts[row], len(queries[row])))
+        readable.sort(key=lambda row: (len(contexts[row]), contexts[row]))
         batches: list[list[int]] = []
-        widest = 0
+        distinct = 0
         for row in readable:
-            length, width = len(contexts[row]), len(queries[row])
-            same = bool(batches) and len(contexts[batches[-1][0]]) == length
+            context, last = contexts[row], contexts[batches[-1][-1]] if batches else []
+            distinct = distinct + (context != last) if len(context) == len(last) else 1
             assert self.token_budget is not None
-            if same and (len(batches[-1]) + 1) * (length + max(widest, width)) <= self.token_budget:
+            if len(context) == len(last) and (context == last or distinct * len(context) <= self.token_budget):
                 batches[-1].append(row)
-                widest = max(widest, width)
             else:
                 batches.append([row])
-                widest = width
+                distinct = 1
         return batches
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
         """Score (context, query) rows with contexts of one length, shape (rows,), float32."""
-        device = self.model.device
         places = {context: place for place, context in enumerate(dict.fromkeys(tuple(context) for context, _ in rows))}
-        cache = DynamicCache()
+        read = DynamicCache()
         # All but the last context token, whose position predicts the first query token.
-        prompts = torch.tensor([context[:-1] for context in places], device=device)
-        self.model.base_model(prompts, use_cache=True, **{self._cache_name: cache})
-        cache.batch_select_indices(torch.tensor([places[tuple(context)] for context, _ in rows], device=device))
+        prompts = torch.tensor([context[:-1] for context in places], device=self.model.device)
+        self.model.base_model(prompts, use_cache=True, **{self._cache_name: read})
+        scores = np.zeros(len(rows), np.float32)
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]), reverse=True)  # little padding
+        start = 0
+        while start < len(order):
+            longest = len(rows[order[start]][0]) + len(rows[order[start]][1])
+            assert self.token_budget is not None
+            taken = order[start : start + max(1, self.token_budget // longest)]
+            # Selection makes new tensors, so a shallow copy keeps what was read for the next rows.
+            cache = copy.copy(read)
+            cache.layers = [copy.copy(layer) for layer in read.layers]
+            chosen = [places[tuple(rows[row][0])] for row in taken]
+            cache.batch_select_indices(torch.tensor(chosen, device=self.model.device))
+            scores[taken] = self._continue(cache, [rows[row] for row in taken])
+            start += len(taken)
+        return scores
+
+    def _continue(self, cache: DynamicCache, rows: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
+        """Score (context, query) rows whose contexts, except for their last token, are in the cache."""
+        device = self.model.device
         lengths = torch.tensor([len(query) for _, query in rows], device=device)
         targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(query) for _, query in rows], batch_first=True)
         targets = targets.to(device)
@@ -176,8 +196,9 @@ class LikelihoodEngine:
         return (chosen.where(is_query, 0.0).sum(dim=1) / lengths).cpu().numpy()
 
     def _reduce(self, rows: Sequence[tuple[list[int], list[int]]]) -> None:
-        width = max(len(query) for _, query in rows)
-        self.token_budget = max(1, len(rows) * (len(rows[0][0]) + width) // 2)
+        assert self.token_budget is not None
+        tokens = sum(len(context) + len(query) for context, query in rows)
+        self.token_budget = max(1, min(self.token_budget, tokens) // 2)
         logger.warning("Out of memory: continuing with token_budget %d.", self.token_budget)
 
 

@@ -1,0 +1,232 @@
+"""Distil a pretrained language model, SmolLM2-135M, into BERTs that search the Python documentation of this machine.
+
+    disranker showcase                                        # three seeds of a BERT of 0.8M parameters
+    disranker showcase --students bert minilm3 minilm         # all-MiniLM-L6-v2 too: first `make models`
+
+The teacher scores a pair by the probability of the query after the document, without training. Its scores are
+shipped, without texts, and joined with the documentation installed here; changed texts are left out and counted. After
+`make models` a sample is scored again and compared, and the teacher's speed is measured. Each student learns the
+scores, then clicks and labels; its rival is the same model trained on the same clicks and labels alone.
+Finished stages are skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from trl import TrlParser
+
+from hf_disranker.data.outputs import json_in
+from hf_disranker.data.tables import read_table
+from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.quickstart import from_scratch
+from hf_disranker.recipes.quickstart.stages import MAX_LENGTH, fast_precision, make_data, run_recipe
+from hf_disranker.recipes.showcase.models import MODELS
+from hf_disranker.recipes.showcase.results import examine_teacher, show_results
+from hf_disranker.recipes.showcase.shipped import SHIPPED, as_store, join
+from hf_disranker.scoring.store import ScoreStore
+from hf_disranker.training.runs import save_json
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "showcase"
+# Folder, recipe and arguments of one stage.
+Stage = tuple[Path, str, list[str]]
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model to distil into.
+
+    Args:
+        config: First part of the names of its configs.
+        base: Folder of its start in the folder of models; None for random weights.
+        layers: Encoder layers to keep; None for all.
+    """
+
+    config: str
+    base: str | None = None
+    layers: str | None = None
+
+
+STUDENTS = {
+    "bert": Student("bert"),
+    "minilm3": Student("minilm", "minilm", "0,2,4"),
+    "minilm": Student("minilm", "minilm"),
+}
+
+
+@dataclass
+class ShowcaseArguments:
+    """Students, seeds and folders."""
+
+    students: list[str] = field(
+        default_factory=lambda: ["bert"],
+        metadata={"help": "bert: 0.8M parameters, from random weights. minilm, minilm3: 6 and 3 layers of MiniLM."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of each student."})
+    out: str = field(default="runs/showcase", metadata={"help": "Folder for data, models and report."})
+    models: str = field(default=str(MODELS), metadata={"help": "Folder of `make models`."})
+    shipped: str = field(default=str(SHIPPED), metadata={"help": "Folder of the packed scores."})
+    configs: str = field(default=str(CONFIGS), metadata={"help": "Folder of the configs."})
+    workers: int | None = field(
+        default=None, metadata={"help": "Models trained at the same time; default: one on each core."}
+    )
+
+
+def make_parser() -> TrlParser:
+    """Return the argument parser of the showcase."""
+    return recipe_parser("showcase", __doc__, ShowcaseArguments)
+
+
+def main(args: ShowcaseArguments) -> None:
+    """Run all unfinished stages, then show the results."""
+    begin = time.perf_counter()
+    out = Path(args.out)
+    check(args)
+    make_data(out / "data")
+    forget_finished(out, [out / "data" / "manifest.json", Path(args.shipped, "scores.parquet")])
+    make_scores(out, Path(args.shipped))
+    teacher = examine_teacher(out, Path(args.models, "smollm2"))
+    print(teacher.verdict, flush=True)
+    precision = fast_precision()
+    runs = [run for name in args.students for seed in args.seeds for run in training_runs(args, name, seed)]
+    train(runs, precision, max(1, min(args.workers or cores(), len(runs))))
+    show_results(out, args.students, args.seeds, teacher)
+    print(f"\nDone in {(time.perf_counter() - begin) / 60:.1f} minutes. Everything is in {out}/.")
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check(args: ShowcaseArguments) -> None:
+    """Raise ValueError if a student is unknown, its model is missing, or the folder is that of something else."""
+    if unknown := [name for name in args.students if name not in STUDENTS]:
+        raise ValueError(f"There is no student {unknown[0]!r}; there are: {', '.join(STUDENTS)}.")
+    for name in args.students:
+        base = STUDENTS[name].base
+        if base and not Path(args.models, base, "config.json").is_file():
+            raise ValueError(f"The student {name} needs {args.models}/{base}, which `make models` downloads.")
+    out = Path(args.out)
+    if {path.name for path in out.glob("*")} - {"data"} and not (out / "data" / "manifest.json").is_file():
+        raise ValueError(f"{out} is not empty and was not made by the showcase: choose another --out.")
+
+
+def forget_finished(out: Path, inputs: Sequence[Path]) -> None:
+    """Let all stages start anew if an input has changed since the last call."""
+    now = [hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs]
+    if json_in(out / "inputs.json") != now:
+        for record in [*out.glob("*/finished.json"), *out.glob("*/started.json")]:
+            record.unlink()
+        save_json(now, str(out / "inputs.json"))
+
+
+def make_scores(out: Path, shipped: Path) -> tuple[ScoreStore, ScoreStore]:
+    """Join the shipped scores with the texts here: `scores` to train on, `dev_scores` of the development queries."""
+    names = ("judgments", "candidates", "clicks")
+    tables = {name: read_table(f"{out}/data/{name}.parquet", name, texts=False) for name in names}
+    queries = pd.concat([table[["query_id", "query"]] for table in with_ids(tables)])
+    found = join(shipped, queries, read_table(f"{out}/data/corpus.parquet", "corpus"))
+    judgments = tables["judgments"]
+    dev = found.rows["query_id"].isin(judgments.loc[judgments["split"] == "dev", "query_id"])
+    print(
+        f"\n== scores: {(~dev).sum():,} pairs of SmolLM2 to train on, {dev.sum():,} of development queries; "
+        f"{found.left_out:,} left out, since their texts are not the same here",
+        flush=True,
+    )
+    if not (dev.any() and (~dev).any()):
+        raise ValueError(f"{shipped} has no scores of the texts here: make them with `make showcase-scores`.")
+    return as_store(found.rows[~dev], shipped, out / "scores"), as_store(found.rows[dev], shipped, out / "dev_scores")
+
+
+def with_ids(tables: dict[str, pd.DataFrame]) -> list[pd.DataFrame]:
+    """Return the tables that have query ids."""
+    return [table for table in tables.values() if "query_id" in table.columns]
+
+
+def training_runs(args: ShowcaseArguments, name: str, seed: int) -> Iterator[list[Stage]]:
+    """Yield the runs of a student, each a list of stages in order: distillation, and the rival without a teacher."""
+    student, out, data = STUDENTS[name], Path(args.out), Path(args.out, "data")
+    base = str(Path(args.models, student.base)) if student.base else str(make_bert(out, seed))
+    cut = ["--student_layers", student.layers] if student.layers else []
+    labels = ["--judgments", str(data / "clicks_and_labels.parquet")]
+
+    def stage(kind: str, recipe: str, start: str, *options: str) -> Stage:
+        folder = out / f"{name}-{kind}-{seed}"
+        to = ["--model", start, "--seed", str(seed), "--out", str(folder)]
+        return folder, recipe, ["--config", f"{args.configs}/{student.config}_{kind}.yaml", *to, *options]
+
+    likelihood = stage("likelihood", "distill", base, "--scores", str(out / "scores"), *cut)
+    yield [likelihood, stage("student", "fit_teacher", str(likelihood[0]), *labels)]
+    yield [stage("rival", "fit_teacher", base, *labels, *cut)]
+
+
+def make_bert(out: Path, seed: int) -> Path:
+    """Build the quickstart's BERT, 2 layers of 128, from random weights that match equal words; return its folder."""
+    folder = out / f"bert-base-{seed}"
+    if not (folder / "config.json").exists():
+        corpus = read_table(f"{out}/data/corpus.parquet", "corpus")
+        train = corpus[corpus["split"] == "train"]
+        texts = (train["title"] + " " + train["summary"]).tolist()
+        torch.manual_seed(seed)
+        tokenizer = from_scratch.train_wordpiece(texts, vocab_size=4000, max_length=MAX_LENGTH)
+        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = from_scratch.small_bert(tokenizer, layers=2, size=128, initializer_range=0.06, **no_dropout)
+        from_scratch.embed_by_svd(model, tokenizer, texts)
+        from_scratch.match_words(model, tokenizer)
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+    return folder
+
+
+def train(runs: Sequence[list[Stage]], precision: list[str], workers: int) -> None:
+    """Run the stages, `workers` runs at the same time with an equal share of the threads."""
+    print(f"\n== training: {len(runs)} runs, {workers} at a time", flush=True)
+    if workers == 1:
+        for run in runs:
+            run_stages(run, precision)
+        return
+    threads = max(1, torch.get_num_threads() // workers)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context) as pool:
+        futures = [pool.submit(run_stages, run, precision, threads) for run in runs]
+        for run, future in zip(runs, futures, strict=True):
+            seconds = future.result()
+            print(f"{' -> '.join(folder.name for folder, _, _ in run)}: {seconds:.0f} s", flush=True)
+
+
+def run_stages(run: Sequence[Stage], precision: list[str], threads: int | None = None) -> float:
+    """Run stages in order and return the seconds.
+
+    Args:
+        run: The stages.
+        precision: Options of `fast_precision`.
+        threads: Number of threads in a process of its own, whose output goes to log.txt in the folder of each stage;
+            None runs in this process.
+    """
+    begin = time.perf_counter()
+    if threads is not None:
+        torch.set_num_threads(threads)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    for folder, recipe, arguments in run:
+        if threads is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "log.txt", "a", encoding="utf-8") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+        run_recipe(folder, recipe, arguments, precision)
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
