@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from hub_server import USER
 from transformers import BertConfig, BertModel
 
 from hf_disranker import Ranker, ScoreStore
@@ -176,6 +177,28 @@ def test_the_page_about_clicks(workshop, small_models, clicks):
 def test_the_page_about_training_names_options_that_there_are():
     assert [reason for _, _, reason in blocks("docs/how_to/training.md")] == ["200,000 steps", "several GPUs"]
     assert (ROOT / "recipes/configs/accelerate/several_gpus.yaml").exists()
+
+
+def test_the_home_page(workshop, small_models, capsys):
+    assert run("docs/index.md") == 2
+    assert "'corpus_id': 1" in capsys.readouterr().out
+
+
+def test_the_page_about_python(workshop, small_models, judgments, hub, capsys, caplog):
+    os.makedirs("beir/qrels")
+    texts = judgments.rename(columns={"doc_id": "_id", "summary": "text"})[["_id", "title", "text"]]
+    texts.to_json("beir/corpus.jsonl", orient="records", lines=True)
+    queries = judgments.rename(columns={"query": "text"}).drop_duplicates("query_id")[["query_id", "text"]]
+    queries.rename(columns={"query_id": "_id"}).to_json("beir/queries.jsonl", orient="records", lines=True)
+    qrels = judgments.rename(columns={"query_id": "query-id", "doc_id": "corpus-id", "label": "score"})
+    qrels[["query-id", "corpus-id", "score"]].to_csv("beir/qrels/test.tsv", sep="\t", index=False)
+    assert run("docs/how_to/python.md") == 9
+    printed = capsys.readouterr().out
+    assert "(4, 7)" in printed and "disabled" not in caplog.text
+    state = json.loads(max(Path("runs/huber").glob("*/trainer_state.json")).read_text())
+    assert {"huber", "margin_mse"} <= set(state["log_history"][0]) and "point_mse" not in state["log_history"][0]
+    assert list(Path("runs/logged").rglob("events.out.tfevents*"))
+    assert "README.md" in hub.files(f"{USER}/logged")
 
 
 def test_the_page_about_own_tables(tables, capsys):
