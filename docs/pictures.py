@@ -1,6 +1,12 @@
-"""Draws two pictures of the documentation: `python docs/pictures.py` after the README's table has changed."""
+"""Make the pictures of the documentation.
+
+python docs/pictures.py                    # the drawings, after the README's table has changed
+python docs/pictures.py runs/quickstart    # also report.png and demo.png, photographed from a run
+"""
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +39,38 @@ _FRAME = """\
 
 
 def main() -> None:
-    """Write both pictures."""
+    """Write the drawings, and the screenshots if a run is named."""
     table = (ROOT / "README.md").read_text(encoding="utf-8")
     (ROOT / "docs/images/method.svg").write_text(method(table), encoding="utf-8")
     (ROOT / "docs/images/point_and_margin.svg").write_text(point_and_margin(ERRORS), encoding="utf-8")
+    if sys.argv[1:]:
+        photograph(Path(sys.argv[1]))
+
+
+def photograph(run: Path, query: str = "train a random forest") -> None:
+    """Take the screenshots of the report and of the search page with the models of a quickstart's run."""
+    from playwright.sync_api import sync_playwright
+
+    from hf_disranker.recipes.demo.page import DemoArguments, serve
+
+    models = {name: str(run / name) for name in ("student", "teacher")}
+    queries = str(ROOT / "recipes/configs/quickstart/queries.txt")
+    arguments = DemoArguments(corpus=str(run / "data/corpus.parquet"), queries=queries, **models)
+    app, url, _ = serve(arguments, server_name="127.0.0.1", prevent_thread_lock=True)
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1300})
+        page.goto((run / "report/report.html").absolute().as_uri())
+        page.screenshot(path=ROOT / "docs/images/report.png")
+        page.set_viewport_size({"width": 1280, "height": 760})
+        page.goto(url)
+        page.get_by_role("button", name=query).wait_for()
+        page.wait_for_timeout(1000)  # until its handlers are bound
+        page.get_by_role("button", name=query).click()
+        page.wait_for_selector("#results section.teacher ol")
+        page.screenshot(path=ROOT / "docs/images/demo.png")
+        browser.close()
+    app.get_blocks().close()
 
 
 def method(table: str) -> str:
