@@ -19,7 +19,7 @@ RESULTS = "<!-- results of the README -->"
 _CJK = "[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
 _BREAK = re.compile(f"(?<={_CJK})\\n(?={_CJK})")
 
-# Known of the paper: its abstract and first page; facts from summaries are marked as such.
+# From the paper's abstract and first page; facts from summaries are marked as such.
 PAPER = {
     ("cpt", "text_template"): "query, title and summary: yes; wording: no",
     ("cpt", "completion_only_loss"): "query in, title and summary out: yes",

@@ -74,7 +74,7 @@ def photograph(run: Path, query: str = "train a random forest") -> None:
 
 
 def method(table: str) -> str:
-    """Teacher, scores, student, with the quickstart's numbers out of the README's table."""
+    """Draw teacher, scores and student, with the quickstart's numbers from the README's table."""
     teachers, student = (_row(table, name) for name in ("mean of both teachers", "BERT, distilled"))
     body = [
         *_box(0, 20, 150, 44, "clicks"),
@@ -136,7 +136,7 @@ def _arrow(x1: int, y1: int, x2: int, y2: int) -> list[str]:
 
 
 def point_and_margin(errors: np.ndarray) -> str:
-    """Errors of five documents, cut into what all share and what is each one's own; beside them the two losses."""
+    """Draw the errors of five documents, split into offset and individual deviations, and the two losses."""
     offset, own = errors.mean(), errors - errors.mean()
     point, variance, margin = (errors**2).mean(), (own**2).mean(), 2 * (own**2).sum() / (len(errors) - 1)
     bottom, unit = 250, 80  # y of error 0; pixels for an error of 1
@@ -165,7 +165,7 @@ def point_and_margin(errors: np.ndarray) -> str:
     ]
     label = (
         f"Five errors with mean {offset:.1f}. Point-MSE {point:.2f} is the squared mean {offset**2:.2f} plus the "
-        f"variance {variance:.2f}. Margin-MSE {margin:.2f} is 2.5 times the variance and holds nothing of the mean."
+        f"variance {variance:.2f}. Margin-MSE {margin:.2f} is 2.5 times the variance and does not depend on the mean."
     )
     return _FRAME.format(width=640, height=320, label=label, body="\n".join(body))
 
