@@ -1,22 +1,25 @@
-"""Hooks of mkdocs: tables of the options of every stage, generated from the code; line breaks in Chinese text.
+"""Hooks of mkdocs: generated parts of pages, line breaks in Chinese text, footer links within a language.
 
-Chinese has no spaces between words, so line breaks between its characters are removed.
+The options of every stage come from the code, the results on the home page from the README. Chinese has no spaces
+between words, so line breaks between its characters are removed.
 """
 
 import dataclasses
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from hf_disranker.cli import STAGES, load_stage
 from hf_disranker.recipes.command_line import NAMES
 
-MARK = "<!-- options of every stage -->"
+OPTIONS = "<!-- options of every stage -->"
+RESULTS = "<!-- results of the README -->"
 _CJK = "[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
 _BREAK = re.compile(f"(?<={_CJK})\\n(?={_CJK})")
 
-# Known of the paper: its abstract and first page; facts from summaries are marked as such.
+# From the paper's abstract and first page; facts from summaries are marked as such.
 PAPER = {
     ("cpt", "text_template"): "query, title and summary: yes; wording: no",
     ("cpt", "completion_only_loss"): "query in, title and summary out: yes",
@@ -30,9 +33,30 @@ PAPER = {
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the mark by the tables and join lines of Chinese; mkdocs calls this for every page."""
+    """Fill in the generated parts and join lines of Chinese; mkdocs calls this for every page."""
     markdown = _BREAK.sub("", markdown)
-    return markdown.replace(MARK, "\n".join(option_tables())) if MARK in markdown else markdown
+    if RESULTS in markdown:
+        markdown = markdown.replace(RESULTS, results())
+    return markdown.replace(OPTIONS, "\n".join(option_tables())) if OPTIONS in markdown else markdown
+
+
+def on_nav(nav: Any, **_: Any) -> None:
+    """Unlink neighbours of different languages, so that "Next" stays within a language."""
+    for page, following in zip(nav.pages, nav.pages[1:], strict=False):
+        if _is_chinese(page) != _is_chinese(following):
+            page.next_page = following.previous_page = None
+
+
+def _is_chinese(page: Any) -> bool:
+    return page.file.src_uri.endswith(".zh.md")
+
+
+def results() -> str:
+    """Return the table of results in the README, as a block of code."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"^```\n +parameters.*?^```$", readme, flags=re.M | re.S)
+    assert found, "README.md has no table of results."
+    return found[0]
 
 
 def option_tables() -> Iterator[str]:

@@ -1,6 +1,12 @@
-"""Draws two pictures of the documentation: `python docs/pictures.py` after the README's table has changed."""
+"""Make the pictures of the documentation.
+
+python docs/pictures.py                    # the drawings, after the README's table has changed
+python docs/pictures.py runs/quickstart    # also report.png and demo.png, photographed from a run
+"""
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +39,42 @@ _FRAME = """\
 
 
 def main() -> None:
-    """Write both pictures."""
+    """Write the drawings, and the screenshots if a run is named."""
     table = (ROOT / "README.md").read_text(encoding="utf-8")
     (ROOT / "docs/images/method.svg").write_text(method(table), encoding="utf-8")
     (ROOT / "docs/images/point_and_margin.svg").write_text(point_and_margin(ERRORS), encoding="utf-8")
+    if sys.argv[1:]:
+        photograph(Path(sys.argv[1]))
+
+
+def photograph(run: Path, query: str = "train a random forest") -> None:
+    """Take the screenshots of the report and of the search page with the models of a quickstart's run."""
+    from playwright.sync_api import sync_playwright
+
+    from hf_disranker.recipes.demo.page import DemoArguments, serve
+
+    models = {name: str(run / name) for name in ("student", "teacher")}
+    queries = str(ROOT / "recipes/configs/quickstart/queries.txt")
+    arguments = DemoArguments(corpus=str(run / "data/corpus.parquet"), queries=queries, **models)
+    app, url, _ = serve(arguments, server_name="127.0.0.1", prevent_thread_lock=True)
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1300})
+        page.goto((run / "report/report.html").absolute().as_uri())
+        page.screenshot(path=ROOT / "docs/images/report.png")
+        page.set_viewport_size({"width": 1280, "height": 760})
+        page.goto(url)
+        page.get_by_role("button", name=query).wait_for()
+        page.wait_for_timeout(1000)  # until its handlers are bound
+        page.get_by_role("button", name=query).click()
+        page.wait_for_selector("#results section.teacher ol")
+        page.screenshot(path=ROOT / "docs/images/demo.png")
+        browser.close()
+    app.get_blocks().close()
 
 
 def method(table: str) -> str:
-    """Teacher, scores, student, with the quickstart's numbers out of the README's table."""
+    """Draw teacher, scores and student, with the quickstart's numbers from the README's table."""
     teachers, student = (_row(table, name) for name in ("mean of both teachers", "BERT, distilled"))
     body = [
         *_box(0, 20, 150, 44, "clicks"),
@@ -102,7 +136,7 @@ def _arrow(x1: int, y1: int, x2: int, y2: int) -> list[str]:
 
 
 def point_and_margin(errors: np.ndarray) -> str:
-    """Errors of five documents, cut into what all share and what is each one's own; beside them the two losses."""
+    """Draw the errors of five documents, split into offset and individual deviations, and the two losses."""
     offset, own = errors.mean(), errors - errors.mean()
     point, variance, margin = (errors**2).mean(), (own**2).mean(), 2 * (own**2).sum() / (len(errors) - 1)
     bottom, unit = 250, 80  # y of error 0; pixels for an error of 1
@@ -131,7 +165,7 @@ def point_and_margin(errors: np.ndarray) -> str:
     ]
     label = (
         f"Five errors with mean {offset:.1f}. Point-MSE {point:.2f} is the squared mean {offset**2:.2f} plus the "
-        f"variance {variance:.2f}. Margin-MSE {margin:.2f} is 2.5 times the variance and holds nothing of the mean."
+        f"variance {variance:.2f}. Margin-MSE {margin:.2f} is 2.5 times the variance and does not depend on the mean."
     )
     return _FRAME.format(width=640, height=320, label=label, body="\n".join(body))
 

@@ -6,6 +6,7 @@ that stand there are parsed all the same.
 
 import copy
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -19,9 +20,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from hub_server import USER
 from transformers import BertConfig, BertModel
 
-from hf_disranker import ScoreStore
+from hf_disranker import Ranker, ScoreStore
 from hf_disranker.cli import main
 from hf_disranker.data.candidates import Candidates
 from hf_disranker.recipes import cpt, distill, fit_teacher
@@ -36,9 +38,12 @@ TRAINING = ("cpt", "fit_teacher", "distill")
 ELSEWHERE = ("make quickstart", "make demo", "make test", "make install", "source .venv/bin/activate")
 
 
-def blocks(page):
-    """(kind, text, reason not to run it or None) of each python and bash block, in order."""
+def blocks(page, sections=None):
+    """(kind, text, reason not to run it or None) of each python and bash block of the page or of `## N.` sections."""
     text = (ROOT / page).read_text(encoding="utf-8")
+    if sections is not None:
+        parts = re.split(r"^## (\d+)\. ", text, flags=re.M)
+        text = "".join(part for number, part in zip(parts[1::2], parts[2::2], strict=True) if int(number) in sections)
     found = re.findall(r"(?:<!-- not run: (.+?) -->\n)?```(python|bash)\n(.*?)```", text, flags=re.S)
     return [(kind, block, reason or None) for reason, kind, block in found]
 
@@ -48,17 +53,18 @@ def commands(block):
     return [line for line in lines if line and not line.startswith(ELSEWHERE)]
 
 
-def run(page, *added):
+def run(page, *added, sections=None):
     """Run the snippets of a page; training commands get some options more. Gives the number of blocks."""
     names = {"__name__": page}
-    for kind, block, reason in blocks(page):
+    found = blocks(page, sections)
+    for kind, block, reason in found:
         if kind == "python" and not reason:
             exec(compile(block, page, "exec"), names)
         for command in commands(block) if kind == "bash" and not reason else ():
             program, *arguments = shlex.split(command)
             assert program == "disranker", f"{page}: {command}"
             main([*arguments, *(added if arguments[0] in TRAINING else ())])
-    return len(blocks(page))
+    return len(found)
 
 
 @pytest.fixture
@@ -139,11 +145,10 @@ def test_the_page_about_evaluation(tables, judgments, capsys):
     assert Path("runs/report.html").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("page", ["online.md", "online.zh.md"])
-def test_the_page_about_online_tests(page, workshop, judgments, capsys):
+def test_the_page_about_online_tests(workshop, judgments, capsys):
     os.makedirs("runs/quickstart/data")
     judgments.to_parquet("runs/quickstart/data/judgments.parquet")
-    assert run(f"docs/how_to/{page}") == 6
+    assert run("docs/how_to/online.md") == 6
     printed = capsys.readouterr().out
     assert "1,000 users, " in printed and "clicks_per_page" in printed and "device = phone" in printed
     assert "A/B test" in Path("runs/report.html").read_text(encoding="utf-8")
@@ -174,6 +179,28 @@ def test_the_page_about_training_names_options_that_there_are():
     assert (ROOT / "recipes/configs/accelerate/several_gpus.yaml").exists()
 
 
+def test_the_home_page(workshop, small_models, capsys):
+    assert run("docs/index.md") == 2
+    assert "'corpus_id': 1" in capsys.readouterr().out
+
+
+def test_the_page_about_python(workshop, small_models, judgments, hub, capsys, caplog):
+    os.makedirs("beir/qrels")
+    texts = judgments.rename(columns={"doc_id": "_id", "summary": "text"})[["_id", "title", "text"]]
+    texts.to_json("beir/corpus.jsonl", orient="records", lines=True)
+    queries = judgments.rename(columns={"query": "text"}).drop_duplicates("query_id")[["query_id", "text"]]
+    queries.rename(columns={"query_id": "_id"}).to_json("beir/queries.jsonl", orient="records", lines=True)
+    qrels = judgments.rename(columns={"query_id": "query-id", "doc_id": "corpus-id", "label": "score"})
+    qrels[["query-id", "corpus-id", "score"]].to_csv("beir/qrels/test.tsv", sep="\t", index=False)
+    assert run("docs/how_to/python.md") == 9
+    printed = capsys.readouterr().out
+    assert "(4, 7)" in printed and "disabled" not in caplog.text
+    state = json.loads(max(Path("runs/huber").glob("*/trainer_state.json")).read_text())
+    assert {"huber", "margin_mse"} <= set(state["log_history"][0]) and "point_mse" not in state["log_history"][0]
+    assert list(Path("runs/logged").rglob("events.out.tfevents*"))
+    assert "README.md" in hub.files(f"{USER}/logged")
+
+
 def test_the_page_about_own_tables(tables, capsys):
     assert run("docs/how_to/own_data.md") == 3
     assert "column 'label'" in capsys.readouterr().out
@@ -202,19 +229,18 @@ def test_the_concepts_compute_what_they_say(page, printed, tables, capsys):
     assert capsys.readouterr().out.strip().endswith(printed)
 
 
-@pytest.mark.parametrize("page", ["first_ranker.md", "first_ranker.zh.md"])
-def test_the_first_tutorial(page, workshop, tiny_student, judgments, capsys):
+def test_the_first_tutorial(workshop, tiny_student, judgments, capsys):
     shutil.copytree("runs/student", "runs/quickstart/base/bert")
     shutil.copytree("runs/scores", "runs/quickstart/scores")
     os.makedirs("runs/quickstart/data")
     judgments.to_parquet("runs/quickstart/data/judgments.parquet")
-    assert run(f"docs/tutorials/{page}") == 5
+    assert run("docs/tutorials/first_ranker.md") == 5
     printed = capsys.readouterr().out
     assert "numpy.histogram: bins of a data set" in printed and "57 of 57 pairs" in printed and "ndcg@10" in printed
 
 
-def raw_tables(folder):
-    """A click log and judgments, as somebody else would bring them: 40 queries in several spellings, 30 judged."""
+def raw_export(folder):
+    """A click log and judgments as they leave other systems: 40 queries in several spellings, 30 judged, no ids."""
     rng = np.random.default_rng(0)
     words = np.array(
         ["read", "write", "json", "file", "sort", "plot", "open", "list", "table", "date", "path", "number"]
@@ -222,46 +248,78 @@ def raw_tables(folder):
     rows = []
     for number in range(40):
         query = rng.choice(words, 2, replace=False)
-        for place in range(5):
-            text = [*query[: [2, 1, 0, 0, 0][place]], *rng.choice(words, 4)]
-            url = f"https://example.org/{number}/{place}"
-            texts = {"url": url, "title": " ".join(text[:2]), "summary": " ".join(text[2:])}
-            rows.append({"query": f"{query[0]} {query[1]} {number}", **texts, "grade": [2, 1, 0, 0, 0][place]})
+        for grade in (2, 1, 0, 0, 0):
+            text = [*query[:grade], *rng.choice(words, 4)]
+            texts = {
+                "product_name": f"{text[0]} &amp; {text[1]}",
+                "description": " ".join([*text[2:], str(len(rows))]),
+            }
+            rows.append({"search_term": f"{query[0]} {query[1]} {number}", **texts, "grade": str(grade)})
     pairs = pd.DataFrame(rows)
-    judged = pairs[:150].assign(query=[q.title() if at % 5 == 1 else q for at, q in enumerate(pairs["query"][:150])])
-    pd.concat([judged, judged[:1]]).to_csv(folder / "judgments.csv", index=False)
-    clicked = pairs[pairs["grade"] == 2].drop(columns="grade")
+    judged = pairs[:150].copy()
+    judged.loc[1::5, "search_term"] = judged["search_term"].str.title()
+    judged.loc[2, "grade"] = ""
+    judged = pd.concat([judged, judged[:1].assign(grade="1")])  # judged twice, with two grades
+    judged.columns = ["Search_Term ", "Product_Name", " Description", "Grade"]
+    judged.to_csv(folder / "judgments_export.csv", index=False, encoding="utf-8-sig")
+    clicked = pairs[pairs["grade"] == "2"].drop(columns="grade")
     log = pd.concat([clicked.assign(user=f"u{number}") for number in range(3)], ignore_index=True)
-    log.loc[log["user"] == "u1", "query"] = log["query"].str.upper().str.replace(" ", "  ") + " "
+    log.loc[log["user"] == "u1", "search_term"] = log["search_term"].str.upper().str.replace(" ", "  ") + " "
+    log = pd.concat([log, log[:1].assign(search_term=" ")])
     log.to_csv(folder / "click_log.csv", index=False)
 
 
-@pytest.mark.parametrize("page", ["own_data.md", "own_data.zh.md"])
-def test_the_tutorial_from_a_click_log_to_a_student(page, workshop, small_models, tmp_path, capsys):
+def test_the_tutorial_from_a_click_log_to_a_report(workshop, small_models, tmp_path, capsys):
     shutil.rmtree("runs")
-    raw_tables(tmp_path)
-    ran = run(f"docs/tutorials/{page}", "--use_cpu", "true")
-    assert ran == 9
+    raw_export(tmp_path)
+    assert run("docs/tutorials/own_data.md", "--use_cpu", "true", sections=range(7)) == 7
     printed = capsys.readouterr().out
-    assert re.search(r"^\d+ clicks, 150 judged pairs, \d+ queries to measure on$", printed, flags=re.M)
-    judged = pd.read_csv("judgments_table.csv")
-    dev = {" ".join(query.lower().split()) for query in judged.loc[judged["split"] == "dev", "query"]}
+    assert re.search(r"^\d+ clicks, 149 judged pairs, \d+ queries to measure on$", printed, flags=re.M)
+    judged = pd.read_csv("judgments.csv")
+    assert judged.loc[0, "label"] == 2 and judged.loc[0, "title"].count(" & ") == 1
+    dev = {query.casefold() for query in judged.loc[judged["split"] == "dev", "query"]}
     assert 2 <= len(dev) <= 12
     for table in ("clicks.csv", "candidates.csv"):
-        queries = {" ".join(query.lower().split()) for query in pd.read_csv(table)["query"]}
-        assert queries and not queries & dev, f"{table} holds queries of the development side"
-    assert set(pd.read_csv("clicks.csv")["users"]) == {3}
-    names = {f"{name}.json" for name in ("bm25", "teacher", "student", "labels_alone")}
-    assert {path.stem for path in Path("runs/eval").glob("*.run")} == names
-    assert re.search(r"^b - a ", printed, flags=re.M)
+        queries = set(pd.read_csv(table)["query"])
+        assert queries and not {query.casefold() for query in queries} & dev, f"{table} holds development queries"
+        assert all(query == " ".join(query.split()) for query in queries)
+    clicks = pd.read_csv("clicks.csv")
+    assert set(clicks["weight"]) == set(clicks["users"]) == {3}  # three people, in two spellings
+    names = {"bm25", "teacher", "student", "labels_alone"}
+    assert {path.name for path in Path("runs/eval").glob("*.run")} == {f"{name}.json.run" for name in names}
+    assert re.search(r"^student - teacher ", printed, flags=re.M) or "b - a" in printed
+    report = Path("runs/report.html").read_text(encoding="utf-8")
+    assert all(f"</span> {name}" in report for name in names)
+
+
+@pytest.mark.slow
+def test_the_tutorial_from_a_student_to_a_server(workshop, judgments, capsys):
+    judgments.to_csv("judgments.csv", index=False)
+    assert run("docs/tutorials/own_data.md", sections=range(7, 9)) == 3
+    printed = capsys.readouterr().out
     assert "numpy.histogram Bins of a data set" in printed
-    assert Path("runs/labels_alone/eval.json").exists()
+    served = json.loads(printed.splitlines()[-1].replace("'", '"'))["scores"]
+    pairs = [("plot a histogram", text) for text in ("numpy.histogram Bins of a data set", "smtplib Send mail")]
+    assert served == pytest.approx(Ranker.from_pretrained("runs/student").predict(pairs).tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("page", ["tutorials/first_ranker", "tutorials/own_data", "how_to/online"])
 def test_both_languages_show_the_same_snippets(page):
     english, chinese = (blocks(f"docs/{page}{ending}") for ending in (".md", ".zh.md"))
     assert english == chinese
+
+
+def test_the_languages_meet_in_the_language_link_alone():
+    """A Chinese page marks its links to English pages; an English page links to its own translation."""
+    pages = [ROOT / page for page in PAGES if page.startswith("docs/")]
+    for page in pages:
+        text, chinese = page.read_text(encoding="utf-8"), page.name.endswith(".zh.md")
+        translation = page.name.replace(".zh.md", ".md") if chinese else page.name.replace(".md", ".zh.md")
+        link = f"[{'English' if chinese else '中文'}]({translation})"
+        assert text.count(link) == (page.with_name(translation) in pages), f"{page.name}: {link}"
+        others = re.findall(r"\]\(([^)\s#:]+\.md)[^)]*\)(（英文）)?", text.replace(link, ""))
+        for target, marked in others:
+            assert target.endswith(".zh.md") == (chinese and not marked), f"{page.name} leads to {target}"
 
 
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
@@ -308,7 +366,8 @@ def test_every_page_with_snippets_is_in_a_test():
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     for page in PAGES:
         if any(reason is None for *_, reason in blocks(page)):
-            assert Path(page).name in tests or Path(page).stem in tests, f"No test runs {page}."
+            # A Chinese page has the snippets of the English one.
+            assert Path(page).stem.removesuffix(".zh") in tests, f"No test runs {page}."
 
 
 # Links within docs/ are mkdocs' business: `make docs` stops at a broken one.
@@ -359,7 +418,7 @@ def test_lines_of_chinese_are_joined_and_paragraphs_kept():
 
 def test_the_site_lists_every_option_with_its_default():
     hooks = load("hooks")
-    tables = hooks.on_page_markdown(f"before\n{hooks.MARK}\nafter")
+    tables = hooks.on_page_markdown(f"before\n{hooks.OPTIONS}\nafter")
     assert tables.startswith("before\n") and tables.endswith("\nafter")
     for stage in hooks.STAGES:
         assert f"## disranker {stage}\n" in tables

@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from huggingface_hub import HfApi
+from scipy.special import expit
 from trl import TrlParser
 
 from hf_disranker.data.bm25 import bm25_index, bm25_tokens
@@ -50,7 +52,6 @@ class DemoArguments:
     )
     split: str = field(default="", metadata={"help": "Split of the query table; '' for all rows."})
     depth: int = field(default=20, metadata={"help": "Number of documents from BM25."})
-    price_per_hour: float = field(default=0.1, metadata={"help": "Cost of this machine per hour, in US dollars."})
     title: str = field(default="Search, ranked by a distilled BERT", metadata={"help": "Heading of the page."})
     port: int | None = field(default=None, metadata={"help": "Port; default: the first free one from 7860."})
     space: str | None = field(default=None, metadata={"help": "Push the page as this Space instead of serving it."})
@@ -72,7 +73,7 @@ class Searcher:
 
     Args:
         corpus: Corpus table.
-        rankers: Rankers by name, in the order of the columns.
+        rankers: Rankers by name, in the order of the columns, the fastest first.
         depth: Number of documents from BM25.
     """
 
@@ -80,51 +81,83 @@ class Searcher:
         self.corpus, self.rankers, self.depth = corpus, rankers, depth
         self._index = bm25_index(corpus)
 
-    def search(self, query: str) -> list[Column]:
-        """Return the column of BM25 and one per ranker; an empty list if BM25 finds no document."""
+    def search(self, query: str) -> Iterator[Column]:
+        """Yield the column of BM25, then that of each ranker once it is scored; nothing if BM25 finds no document."""
         start = time.perf_counter()
         count = min(self.depth, len(self.corpus))
         found, scores = self._index.retrieve([bm25_tokens(query)], k=count, show_progress=False)
         places, scores = found[0][scores[0] > 0], scores[0][scores[0] > 0]
-        columns = [Column("bm25", places, scores, np.zeros(len(places), int), time.perf_counter() - start)]
-        for name, ranker in self.rankers.items() if len(places) else ():
+        if not len(places):
+            return
+        yield Column("bm25", places, scores, np.zeros(len(places), int), time.perf_counter() - start)
+        documents = self.corpus.iloc[places][["title", "summary"]].to_dict("records")
+        for name, ranker in self.rankers.items():
             start = time.perf_counter()
-            documents = self.corpus.iloc[places][["title", "summary"]].to_dict("records")
             new = ranker.predict([(query, document) for document in documents])
             order = np.argsort(-new, kind="stable")
             seconds = time.perf_counter() - start
-            columns.append(Column(name, places[order], new[order], order - np.arange(len(order)), seconds))
-        return columns if len(places) else []
+            yield Column(name, places[order], new[order], order - np.arange(len(order)), seconds)
 
 
-def render(columns: list[Column], corpus: pd.DataFrame, language: str, price: float) -> str:
-    """Render the columns as HTML; all corpus texts are escaped."""
+def bar_lengths(column: Column, transform: Mapping[str, float] | None) -> np.ndarray | None:
+    """Return the bar of each document, between 0 and 1, on one scale for all queries and both rankers.
+
+    Args:
+        column: Ranking; BM25's scores are in another unit and have no bars.
+        transform: The student's `score_transform`, which maps teacher scores to the student's scale.
+
+    Returns:
+        Logistic function of the scores in the student's scale, shape (documents,); None for BM25.
+    """
+    if column.name == "bm25":
+        return None
+    scores = column.scores
+    if column.name == "teacher" and transform:
+        scores = (scores - transform["shift"]) / transform["scale"]
+    return expit(scores)
+
+
+def render(
+    columns: Sequence[Column],
+    corpus: pd.DataFrame,
+    language: str,
+    pending: Sequence[str] = (),
+    transform: Mapping[str, float] | None = None,
+) -> str:
+    """Render the columns as HTML, with a placeholder for each pending ranker; all corpus texts are escaped."""
     texts = TEXTS[language]
     if not columns:
         return f'<p class="nothing" role="status">{texts["nothing"]}</p>'
     parts = []
     for column in columns:
-        facts = texts["facts"].format(ms=1000 * column.seconds, cost=column.seconds / 3600 * 1e6 * price)
-        span = max(float(np.ptp(column.scores)), 1e-9)
+        lengths = bar_lengths(column, transform)
         rows = [
-            _row(corpus.iloc[place], score, (score - column.scores.min()) / span, _move(column, at, texts))
-            for at, (place, score) in enumerate(zip(column.places[:_SHOWN], column.scores[:_SHOWN], strict=True))
+            _row(corpus.iloc[column.places[at]], column.scores[at], lengths, at, _move(column, at, texts))
+            for at in range(min(_SHOWN, len(column.places)))
         ]
-        parts.append(
-            f'<section class="{column.name}" aria-label="{texts[column.name]}"><h2>{texts[column.name]}</h2>'
-            f'<p class="facts">{facts}</p><ol>{"".join(rows)}</ol></section>'
-        )
+        facts = texts["facts"].format(ms=max(1.0, 1000 * column.seconds), n=len(column.places))
+        parts.append(_section(column.name, texts, facts, f"<ol>{''.join(rows)}</ol>"))
+    parts += [_section(name, texts, texts["pending"], "") for name in pending]
     found = len(columns[0].places)
-    note = texts["note"].format(n=found, shown=min(_SHOWN, found), price=price)
+    note = texts["note"].format(n=found, shown=min(_SHOWN, found))
     return f'<div class="columns">{"".join(parts)}</div><p class="note" role="status">{note}</p>'
 
 
-def _row(document: Any, score: float, share: float, move: str) -> str:
+def _section(name: str, texts: Mapping[str, str], facts: str, body: str) -> str:
+    return (
+        f'<section class="{name}" aria-label="{texts[name]}"><h2>{texts[name]}</h2>'
+        f'<p class="facts">{facts}</p>{body}</section>'
+    )
+
+
+def _row(document: Any, score: float, lengths: np.ndarray | None, at: int, move: str) -> str:
+    bar = ""
+    if lengths is not None:
+        bar = f'<span class="bar" aria-hidden="true"><i style="width:{100 * lengths[at]:.0f}%"></i></span>'
     title = re.sub(r"([._/])", r"\1<wbr>", escape(document["title"] or document["summary"][:80]))
     return (
         f'<li><details><summary><span class="title">{title}</span>{move}'
-        f'<span class="bar" aria-hidden="true"><i style="width:{100 * share:.0f}%"></i></span>'
-        f'<span class="score">{score:.2f}</span></summary><p>{escape(document["summary"])}</p></details></li>'
+        f'{bar}<span class="score">{score:.2f}</span></summary><p>{escape(document["summary"])}</p></details></li>'
     )
 
 
@@ -158,12 +191,19 @@ def page(args: DemoArguments) -> Any:
     corpus = read_table(args.corpus, "corpus")
     names = {"student": args.student} | ({"teacher": args.teacher} if args.teacher else {})
     searcher = Searcher(corpus, {name: Ranker.from_pretrained(path) for name, path in names.items()}, args.depth)
-    searcher.search(corpus["title"].iloc[0])  # warm-up
+    list(searcher.search(corpus["title"].iloc[0]))  # warm-up
+    transform = searcher.rankers["student"].model.config.marker.score_transform
     examples = example_queries(args.queries, args.split)
 
-    def search(query: str, language: str) -> str:
-        query = query.strip()
-        return render(searcher.search(query), corpus, language, args.price_per_hour) if query else ""
+    def search(query: str, language: str) -> Iterator[str]:
+        """Yield the page after each column, so that the teacher delays nothing else."""
+        columns: list[Column] = []
+        for column in searcher.search(query.strip()):
+            columns.append(column)
+            if column.name != "bm25":  # shown together with the student
+                yield render(columns, corpus, language, [*names][len(columns) - 1 :], transform)
+        if not columns:
+            yield render([], corpus, language) if query.strip() else ""
 
     def speak(language: str) -> tuple[Any, str]:
         texts = TEXTS[language]
@@ -180,21 +220,23 @@ def page(args: DemoArguments) -> Any:
         with gr.Row(elem_id="examples"):
             buttons = [gr.Button(example, size="sm", min_width=0) for example in examples]
         results = gr.HTML(elem_id="results")
+        asked = [query, language]
         for button in buttons:
-            button.click(lambda text=button.value: text, None, query).then(search, [query, language], results)
-        query.submit(search, [query, language], results)
-        language.change(speak, language, [query, heading]).then(search, [query, language], results)
+            chosen = button.click(lambda text=button.value: text, None, query)
+            chosen.then(search, asked, results, show_progress="hidden")
+        query.submit(search, asked, results, show_progress="hidden")
+        language.change(speak, language, [query, heading]).then(search, asked, results, show_progress="hidden")
         app.load(None, None, language, js=_PREFERRED).then(speak, language, [query, heading])
     return app
 
 
 def serve(args: DemoArguments, **options: Any) -> Any:
-    """Serve the page; options are passed to gradio's `launch`."""
+    """Serve the page without gradio's messages; options are passed to its `launch`."""
     import gradio as gr
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
     css = Path(__file__).with_name("demo.css").read_text(encoding="utf-8")
-    return page(args).launch(theme=theme, css=css, share=False, footer_links=[], **options)
+    return page(args).launch(theme=theme, css=css, share=False, quiet=True, footer_links=[], **options)
 
 
 _APP = '''"""Search page created by `disranker demo --space`."""
@@ -248,7 +290,9 @@ def make_parser() -> TrlParser:
 def main(args: DemoArguments) -> None:
     """Serve the page, or push it as a Space."""
     if args.space is None:
-        serve(args, server_name="127.0.0.1", server_port=args.port)
+        app, url, _ = serve(args, server_name="127.0.0.1", server_port=args.port, prevent_thread_lock=True)
+        print(f"{args.title}: {url} (Ctrl+C ends it)", flush=True)
+        app.get_blocks().block_thread()
         return
     api = HfApi()
     with tempfile.TemporaryDirectory() as folder, pushing(api, args.space, None, "space"):

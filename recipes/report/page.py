@@ -19,6 +19,7 @@ from hf_disranker.evaluation.evaluate import UNJUDGED
 from hf_disranker.evaluation.rankings import Evaluation, compare_evaluations
 from hf_disranker.evaluation.significance import Comparison, marks, refusal
 from hf_disranker.recipes.report import charts
+from hf_disranker.recipes.report.verdict import base_and_ours, is_distilled, teacher_of, tested, verdict
 
 _POINTS = 2000
 _CASES = 10
@@ -43,12 +44,13 @@ def write_report(
             options are read from the folder of each model, if it exists.
         path: Path of the HTML file.
         texts: If False, omit queries, titles and summaries and show ids only.
-        pairs: Names of the rankers to compare, as (first, second); None compares all pairs.
+        pairs: Names of the rankers to compare, as (first, second); None compares all pairs. A ranker that no pair
+            names is compared with the baseline, so that everything shown is tested.
         titles: Display names of the rankers.
         abtest: Output of `disranker abtest --out`.
     """
     shown = {one.name: (titles or {}).get(one.name, one.name) for one in evaluations}
-    compared = compare_evaluations(evaluations, pairs=pairs) if len(evaluations) > 1 else []
+    compared = compare_evaluations(evaluations, pairs=tested(evaluations, pairs)) if len(evaluations) > 1 else []
     bm25 = next((one.measures["ndcg@10"] for one in evaluations if one.about.get("role") == "bm25"), None)
     first = evaluations[0]
     why_not = refusal(first.measures["queries"], bm25)
@@ -58,7 +60,7 @@ def write_report(
         style=Markup(charts.STYLE),
         titles=shown,
         about=first.about,
-        verdict=_verdict(evaluations, shown, compared, why_not),
+        verdict=verdict(evaluations, shown, compared, why_not),
         rankers=_rankers(evaluations, shown, compared, why_not),
         pictures=[
             Markup(charts.intervals([interval_bar(one, shown[one.name], measure) for one in evaluations], name))
@@ -104,33 +106,6 @@ def _rankers(
     return rows
 
 
-def _base_and_ours(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, Evaluation]:
-    """Return BM25 or else the first ranker, and the distilled student or else the last ranker."""
-    base = next((one for one in evaluations if one.about.get("role") == "bm25"), evaluations[0])
-    return base, next(filter(_distilled, evaluations), evaluations[-1])
-
-
-def _verdict(
-    evaluations: Sequence[Evaluation], titles: Mapping[str, str], compared: Sequence[Comparison], why_not: str | None
-) -> str:
-    """Return one sentence on whether the student beats the baseline, and the ranker with the highest NDCG@10."""
-    base, ours = _base_and_ours(evaluations)
-    one = next((one for one in compared if {one.first, one.second} == {base.name, ours.name}), None)
-    if one is None:
-        return ""
-    sign = 1 if one.first == ours.name else -1
-    low, high = sorted(sign * end for end in one.interval)
-    difference = f"{sign * one.difference:+.3f} NDCG@10, 95% interval {low:+.3f} to {high:+.3f}"
-    sure = "not tested for significance" if why_not else f"p = {one.p_holm:.4f} after Holm's correction"
-    if why_not or one.p_holm >= 0.05:
-        verb = "shows no significant difference from"
-    else:
-        verb = "beats" if sign * one.difference > 0 else "loses to"
-    best = max(evaluations, key=lambda one: one.measures["ndcg@10"])
-    top = f"{titles[best.name]} has the highest NDCG@10 ({best.measures['ndcg@10']:.3f})"
-    return f"{titles[ours.name]} {verb} {titles[base.name]} ({difference}, {sure}); {top}."
-
-
 def _with_interval(measures: Mapping[str, Any], name: str) -> tuple[str, str]:
     digits = 2 if name == "pnr" else 3
     value, ends = measures[name], measures["intervals"].get(name)
@@ -143,11 +118,7 @@ def interval_bar(one: Evaluation, title: str, measure: str, note: str = "") -> c
     value, low, high = (
         np.nan if end is None else end for end in (one.measures[measure], *one.measures["intervals"][measure])
     )
-    return charts.Bar(title, value, low, high, note, _distilled(one))
-
-
-def _distilled(one: Evaluation) -> bool:
-    return one.about.get("role") == "student" and bool(one.about.get("teacher"))
+    return charts.Bar(title, value, low, high, note, is_distilled(one))
 
 
 def _comparison(one: Comparison, titles: Mapping[str, str]) -> dict[str, Any]:
@@ -162,7 +133,7 @@ def _comparison(one: Comparison, titles: Mapping[str, str]) -> dict[str, Any]:
         "effect": f"{one.effect:+.2f}",
         "queries": f"{one.queries:,}",
         "needed": f"{one.queries_needed:,}" if one.queries_needed else "–",
-        "changed": [f"{share:.0%}" for share in one.changed.values()],
+        "changed": {k: f"{share:.0%}" for k, share in one.changed.items()},
     }
 
 
@@ -181,11 +152,11 @@ def _scatters(evaluations: Sequence[Evaluation], titles: Mapping[str, str]) -> l
 
     Teacher scores are first mapped to the scale the student was trained on.
     """
-    teachers = {one.about.get("source"): one for one in evaluations if one.about.get("role") == "teacher"}
     found = []
-    for one in filter(_distilled, evaluations if teachers else ()):
-        # If the teacher folder was moved, the path stored in the student no longer matches.
-        teacher = teachers.get(one.about["teacher"], [*teachers.values()][-1])
+    for one in filter(is_distilled, evaluations):
+        teacher = teacher_of(one, evaluations)
+        if teacher is None:
+            continue
         both = _ranked(teacher).merge(_ranked(one), on=["query_id", "doc_id"])
         x, y, queries = (both[name].to_numpy() for name in ("score_x", "score_y", "query_id"))
         transform = one.about.get("score_transform") or {"shift": 0.0, "scale": 1.0}
@@ -274,7 +245,7 @@ def _changes(evaluations: Sequence[Evaluation], titles: Mapping[str, str], texts
     """Return the queries with the largest gains and losses, with the top documents of both rankers."""
     if len(evaluations) < 2:
         return None
-    base, ours = _base_and_ours(evaluations)
+    base, ours = base_and_ours(evaluations)
     values = base.queries.merge(ours.queries, on="query_id")[["query_id", "ndcg@10_x", "ndcg@10_y"]].dropna()
     values = values.assign(change=values["ndcg@10_y"] - values["ndcg@10_x"]).sort_values("change")
     gains = values[values["change"] > 0][::-1].head(_CASES)

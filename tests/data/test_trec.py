@@ -9,7 +9,7 @@ import pytest
 
 from hf_disranker.data.groups import load_groups
 from hf_disranker.data.schema import TableError
-from hf_disranker.data.tables import read_table
+from hf_disranker.data.tables import column_names, read_table, usual_split
 from hf_disranker.data.trec import (
     check_run_ids,
     judged_split,
@@ -62,6 +62,9 @@ def test_a_beir_folder_reads_wherever_a_table_does(beir, judgments, candidates):
     assert joined["title"].tolist() == judgments["title"].tolist()
     with pytest.raises(TableError, match="a BEIR folder has judgments, corpus and queries, no clicks table"):
         read_table(beir, "clicks")
+    assert usual_split(beir, None, "train") == "train" and "split" in column_names(beir)
+    with pytest.raises(TableError, match="only parquet can be streamed"):
+        load_groups(beir, streaming=True)
 
 
 def rewrite(path, change):

@@ -44,26 +44,44 @@ def test_columns_hold_places_scores_and_moves():
 def test_chinese_is_found_and_nothing_is_nothing():
     searcher = Searcher(CORPUS, {"student": ByLength()})
     assert [column.places.tolist() for column in searcher.search("读取")] == [[4], [4]]
-    assert searcher.search("unheard") == []
-    assert "No document shares a word" in demo.render([], CORPUS, "English", 0.1)
-    assert "没有文档" in demo.render([], CORPUS, "中文", 0.1)
+    assert list(searcher.search("unheard")) == []
+    assert "No document shares a word" in demo.render([], CORPUS, "English")
+    assert "没有文档" in demo.render([], CORPUS, "中文")
 
 
-def test_the_page_shows_moves_bars_and_cost():
-    places = np.array([1, 0, 3])
+def test_columns_come_one_by_one():
+    class Slow:
+        def predict(self, pairs):
+            raise AssertionError("the teacher is asked before the student is shown")
+
+    columns = Searcher(CORPUS[:4], {"student": ByLength(), "teacher": Slow()}).search("json")
+    assert [next(columns).name for _ in range(2)] == ["bm25", "student"]
+
+
+def test_the_page_shows_moves_bars_and_times():
+    scores = np.array([np.log(3), 0.0, -np.log(3)])  # logistic function: 0.75, 0.5, 0.25
     columns = [
         Column("bm25", np.array([0, 1, 3]), np.array([3.0, 2.0, 1.0]), np.zeros(3, int), 0.002),
-        Column("student", places, np.array([5.0, 4.0, 1.0]), np.array([1, -1, 0]), 0.036),
+        Column("student", np.array([1, 0, 3]), scores, np.array([1, -1, 0]), 0.036),
     ]
-    html = demo.render(columns, CORPUS, "English", 0.1)
-    assert "36 ms · $1.00 per million queries" in html  # 0.036 s of an hour at $0.10, a million times
+    html = demo.render(columns, CORPUS, "English", ["teacher"])
+    assert "3 documents in 36 ms" in html and "$" not in html
     assert html.count("▲1") == 1 and html.count("▼1") == 1 and html.count(">=<") == 1
-    assert [part.split("%")[0] for part in html.split("width:")[1:]] == ["100", "50", "0", "100", "75", "0"]
+    assert [part.split("%")[0] for part in html.split("width:")[1:]] == ["75", "50", "25"]
+    assert html.count("<section") == 3 and html.count("Scoring …") == 1
+
+
+def test_bars_of_teacher_and_student_share_a_scale():
+    column = Column("student", np.arange(2), np.array([0.46, 0.46]), np.zeros(2, int), 0.1)
+    (first, second), transform = demo.bar_lengths(column, None), {"shift": 4.0, "scale": 2.0}
+    assert first == second == pytest.approx(0.613, abs=1e-3)  # equal scores, equal bars
+    teacher = Column("teacher", np.arange(1), np.array([4.92]), np.zeros(1, int), 0.1)  # (4.92 - 4) / 2 = 0.46
+    assert demo.bar_lengths(teacher, transform) == pytest.approx(first)
 
 
 def test_every_text_of_the_corpus_is_escaped():
-    columns = Searcher(CORPUS, {"student": ByLength()}).search("json")
-    html = demo.render(columns, CORPUS, "English", 0.1)
+    columns = list(Searcher(CORPUS, {"student": ByLength()}).search("json"))
+    html = demo.render(columns, CORPUS, "English")
     assert "<script>" not in html and "<img" not in html and html.count("&lt;script&gt;") == 4
 
 
@@ -89,7 +107,7 @@ def served(student_dir, teacher_dir, tmp_path_factory):
     (folder / "queries.txt").write_text("read json\n读取\n", encoding="utf-8")
     tables = {"corpus": str(folder / "corpus.parquet"), "queries": str(folder / "queries.txt")}
     arguments = DemoArguments(student=student_dir, teacher=teacher_dir, **tables)
-    app, url, _ = demo.serve(arguments, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    app, url, _ = demo.serve(arguments, server_name="127.0.0.1", prevent_thread_lock=True)
     yield url
     app.get_blocks().close()
 

@@ -164,7 +164,7 @@ def parquet_files(source: Source) -> list[str]:
     Raises:
         FileNotFoundError: If a folder has no parquet file.
     """
-    if not isinstance(source, str | os.PathLike):
+    if not isinstance(source, str | os.PathLike) or is_beir(source):
         return []
     fs, path = locate(os.fspath(source))
     if not fs.isdir(path):
@@ -194,7 +194,9 @@ def usual_split(source: Source, named: str | None, usual: str) -> str | None:
         named: The user's choice; "" means all rows.
         usual: Default for a table with a column `split`. A table without one is read whole.
     """
-    return named if named is not None else usual if "split" in column_names(source) else None
+    if named is not None:
+        return named
+    return usual if is_beir(source) or "split" in column_names(source) else None
 
 
 def is_hub_id(source: str) -> bool:
