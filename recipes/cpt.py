@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_disranker.data.tables import read_table
 from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
@@ -22,7 +22,7 @@ from hf_disranker.models.checkpoint import (
     load_tokenizer,
     position_limit,
 )
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 from hf_disranker.training.cpt import ClickTrainer, CptConfig, click_dataset, click_losses, prepare_clicks
 from hf_disranker.training.runs import check_output_dir, save_run, train
 
@@ -40,7 +40,7 @@ class ScriptArguments:
     eval_rows: int = field(default=1000, metadata={"help": "Maximum number of held-out clicks."})
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("cpt", __doc__, ScriptArguments, CptConfig, ModelConfig)
 

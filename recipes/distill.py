@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import set_seed
-from trl import TrlParser
 
 from hf_disranker.data.groups import SAMPLINGS, load_groups, sample_documents
 from hf_disranker.data.tables import usual_split
 from hf_disranker.models.checkpoint import load_config, load_tokenizer
 from hf_disranker.models.student import DistilledRanker, family_class
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 from hf_disranker.scoring.store import teacher_of
 from hf_disranker.training.distillation import DistillationConfig, DistillationTrainer
 from hf_disranker.training.monitor import sample_groups, warn_shared_queries
@@ -62,7 +61,7 @@ class ScriptArguments:
     )
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("distill", __doc__, ScriptArguments, DistillationConfig)
 

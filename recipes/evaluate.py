@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from trl import TrlParser
 
 from hf_disranker.data.bm25 import bm25_scores
 from hf_disranker.data.schema import TableError
@@ -41,7 +40,7 @@ from hf_disranker.evaluation.rankings import (
     slices_text,
     table_text,
 )
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 from hf_disranker.recipes.score import LikelihoodArguments, is_likelihood, load_from
 from hf_disranker.scoring.engines import Engine, load_engine
 
@@ -93,7 +92,7 @@ class EvaluateArguments(LikelihoodArguments):
     )
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("evaluate", __doc__, EvaluateArguments)
 

@@ -18,12 +18,11 @@ from typing import Literal
 
 import pandas as pd
 import torch
-from trl import TrlParser
 
 from hf_disranker.data.outputs import check_output_folder
 from hf_disranker.data.tables import read_table
 from hf_disranker.models.ranker import Ranker
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 from hf_disranker.serving.export import Parity, export
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class ExportArguments:
     max_pairs: int = field(default=2000, metadata={"help": "Maximum number of pairs to check, from whole queries."})
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("export", __doc__, ExportArguments)
 

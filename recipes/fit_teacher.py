@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset
 from transformers import set_seed
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_disranker.data.groups import load_groups
 from hf_disranker.data.tables import usual_split
@@ -23,7 +23,7 @@ from hf_disranker.models.checkpoint import LABEL_EXPECTATION, load_config, load_
 from hf_disranker.models.loading import load_ranker_model
 from hf_disranker.models.student import is_encoder
 from hf_disranker.models.teacher import expect_labels
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 from hf_disranker.training.monitor import warn_shared_queries
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
 from hf_disranker.training.runs import check_output_dir, save_run, train
@@ -58,7 +58,7 @@ class ScriptArguments:
     )
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("fit_teacher", __doc__, ScriptArguments, RankingConfig, ModelConfig)
 

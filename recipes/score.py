@@ -14,10 +14,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trl import TrlParser
-
 from hf_disranker.data.candidates import Candidates
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 from hf_disranker.scoring.engines import SERVERS, Engine, HttpEngine, load_engine
 from hf_disranker.scoring.likelihood import (
     DEFAULT_DOCUMENT_TOKENS,
@@ -78,7 +76,7 @@ class ScoreArguments(LikelihoodArguments):
     )
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("score", __doc__, ScoreArguments)
 

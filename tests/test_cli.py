@@ -33,17 +33,12 @@ def test_help_lists_the_stages(run, arguments):
 
 
 @pytest.mark.parametrize("stage", cli.STAGES)
-def test_every_stage_has_a_help(run, capsys, stage):
-    with pytest.raises(SystemExit) as end:
-        run(stage, "--help")
-    assert end.value.code == 0
-    assert f"usage: disranker {stage} [--config FILE.yaml]" in capsys.readouterr().out
+def test_every_stage_has_a_help(run, stage):
+    assert run(stage, "--help").startswith(f"usage: disranker {stage} [--config FILE.yaml]")
 
 
-def test_a_stage_may_be_spelled_with_a_dash(run, capsys):
-    with pytest.raises(SystemExit) as end:
-        run("fit-teacher", "--help")
-    assert end.value.code == 0 and "usage: disranker fit_teacher" in capsys.readouterr().out
+def test_a_stage_may_be_spelled_with_a_dash(run):
+    assert run("fit-teacher", "-h").startswith("usage: disranker fit_teacher")
 
 
 def test_an_unknown_stage_is_refused_with_those_that_there_are(run):

@@ -22,13 +22,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from huggingface_hub import HfApi
-from trl import TrlParser
 
 from hf_disranker.data.bm25 import bm25_index, bm25_tokens
 from hf_disranker.data.tables import read_table
 from hf_disranker.models.hub import pushing
 from hf_disranker.models.ranker import Ranker
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 from hf_disranker.version import __version__
 
 _SHOWN = 10
@@ -240,7 +239,7 @@ def write_space(args: DemoArguments, folder: Path) -> None:
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of the page."""
     return recipe_parser("demo", __doc__, DemoArguments)
 

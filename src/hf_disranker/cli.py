@@ -6,8 +6,10 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from hf_disranker import recipes
 from hf_disranker.version import __version__
 
 STAGES = {
@@ -35,7 +37,8 @@ usage: disranker STAGE [--config FILE.yaml] [--option value ...]
 
 {stages}
 
-disranker STAGE --help     options, inputs and outputs of a stage
+disranker STAGE --help         inputs, outputs and options of a stage
+disranker STAGE --help-all     the options of transformers and trl too
 accelerate launch -m hf_disranker.recipes.STAGE ...     run a stage on several GPUs or machines
 """
 
@@ -52,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     stage, rest = arguments[0].replace("-", "_"), arguments[1:]
     if stage not in STAGES:
         sys.exit(f"disranker: there is no stage '{stage}'; there are: {', '.join(STAGES)}.")
+    if {"-h", "--help"} & set(rest):
+        print(help_file(stage).read_text(encoding="utf-8"), end="")
+        return
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_disranker").setLevel(logging.INFO)
     logging.getLogger("bm25s").setLevel(logging.WARNING)
@@ -74,6 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def load_stage(stage: str) -> Any:
     """Import the recipe of a stage, with its `make_parser` and `main`."""
     return importlib.import_module(f"hf_disranker.recipes.{_FOLDERS.get(stage, stage)}")
+
+
+def help_file(stage: str) -> Path:
+    """Return the file with the help of a stage, which is read instead of importing torch; see docs/help_texts.py."""
+    return Path(recipes.__path__[0], "help", f"{stage}.txt")
 
 
 def _raised_here(error: ValueError) -> bool:

@@ -1,9 +1,10 @@
-"""Checks of output paths: no command overwrites files that it did not write."""
+"""Json files, and checks of output paths: no command overwrites files that it did not write."""
 
 from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,16 @@ def json_in(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, OSError):
         return None
+
+
+def save_json(content: Any, path: str) -> None:
+    """Write indented json atomically, creating the folder."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    with open(temporary, "x", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+    os.replace(temporary, path)
 
 
 def made_by(path: str | os.PathLike[str], command: str) -> bool:

@@ -21,6 +21,7 @@ import transformers
 from huggingface_hub import ModelCard
 from sentence_transformers import CrossEncoder
 
+from hf_disranker.data.outputs import save_json
 from hf_disranker.data.tables import pair_texts
 from hf_disranker.data.templates import Templates
 from hf_disranker.evaluation import metrics
@@ -30,7 +31,6 @@ from hf_disranker.models.ranker import Ranker
 from hf_disranker.models.student import BertDistilledRanker
 from hf_disranker.runtime import FILES
 from hf_disranker.runtime import Ranker as LightRanker
-from hf_disranker.training.runs import save_json
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import subprocess
-import uuid
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_disranker.data.files import beir_files
-from hf_disranker.data.outputs import check_output_folder, json_in
+from hf_disranker.data.outputs import check_output_folder, json_in, save_json
 from hf_disranker.data.tables import parquet_files
 from hf_disranker.models.hub import TrainerHubMixin, publish
 
@@ -115,16 +114,6 @@ def _merged(model: PeftModel) -> PreTrainedModel:
         model = PeftModel(model.unload().dequantize(), config)
         set_peft_model_state_dict(model, weights)
     return model.merge_and_unload()
-
-
-def save_json(content: Any, path: str) -> None:
-    """Write indented json atomically, creating the folder."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    with open(temporary, "x", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-    os.replace(temporary, path)
 
 
 def save_record(output_dir: str, arguments: Sequence[Any], sources: Mapping[str, str | None]) -> None:
