@@ -87,6 +87,30 @@ def test_scores_of_any_origin_can_be_evaluated(run, tmp_path, judgments):
     assert "ndcg@10       1.0000  [1.0000, 1.0000]" in printed
 
 
+def test_score_and_evaluate_import_only_what_they_need(tmp_path, teacher_dir, student_dir, judgments):
+    judgments.to_parquet(tmp_path / "judgments.parquet")
+    code = f"""
+import sys
+from hf_disranker import cli
+table = {str(tmp_path / "judgments.parquet")!r}
+cli.main(["score", "--model", {teacher_dir!r}, "--pairs", table, "--out", {str(tmp_path / "scores")!r}])
+cli.main(["evaluate", "--model", {student_dir!r}, "--judgments", table])
+assert not {{"trl", "sklearn", "sentence_transformers"}} & sys.modules.keys()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_missing_package_is_named_with_its_extra(run, monkeypatch):
+    def main(_):
+        raise ImportError("Using `bitsandbytes` 4-bit quantization requires bitsandbytes.\nSee the manual.")
+
+    monkeypatch.setattr("hf_disranker.recipes.compare.main", main)
+    with pytest.raises(SystemExit) as end:
+        run("compare", "--runs", "eval")
+    assert end.value.code.endswith("requires bitsandbytes. Or: pip install hf-disranker[qlora]")
+
+
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 

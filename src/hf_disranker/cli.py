@@ -28,6 +28,8 @@ STAGES = {
 }
 # Stages whose first option may be given without its name.
 FIRST = {"compare": "--runs", "report": "--runs", "abtest": "--log"}
+# Extras by the package that the libraries name when they miss it.
+EXTRAS = {"bitsandbytes": "qlora", "gguf": "gguf"}
 # Stages with a folder of their own.
 _FOLDERS = {"quickstart": "quickstart.stages", "report": "report.stage", "demo": "demo.page"}
 
@@ -64,6 +66,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if stage in FIRST and rest and not rest[0].startswith("-"):
         rest = [FIRST[stage], *rest]
     sys.argv = [f"disranker {stage}", *rest]
+    _run(stage)
+
+
+def _run(stage: str) -> None:
+    """Run a stage with the options in sys.argv."""
     recipe = load_stage(stage)
     try:
         options = recipe.make_parser().parse_args_and_config()
@@ -74,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) or _raised_here(error):
             sys.exit(f"disranker {stage}: {error}")
+        raise
+    except ImportError as error:
+        if extra := next((extra for name, extra in EXTRAS.items() if name in str(error).lower()), None):
+            sys.exit(f"disranker {stage}: {str(error).splitlines()[0]} Or: pip install hf-disranker[{extra}]")
         raise
 
 

@@ -16,7 +16,6 @@ from transformers import EvalPrediction
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import pair_texts
 from hf_disranker.evaluation.evaluate import (
-    RankingEvaluator,
     best_passages,
     evaluate,
     join_run,
@@ -25,6 +24,7 @@ from hf_disranker.evaluation.evaluate import (
 )
 from hf_disranker.evaluation.rankings import Evaluation, compare_evaluations, load_evaluations
 from hf_disranker.training.ranking_trainer import ranking_metrics
+from hf_disranker.training.sentence_transformers import RankingEvaluator
 
 JUDGED = pd.DataFrame(
     {"query_id": ["a", "a", "a", "b", "b", "c"], "doc_id": ["1", "2", "3", "1", "2", "1"], "label": [2, 1, 0, 1, 0, 1]}

@@ -16,12 +16,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
-from sentence_transformers.base.evaluation import BaseEvaluator
 from tqdm.auto import tqdm
 
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import pair_texts
-from hf_disranker.data.templates import STUDENT_TEMPLATES
 from hf_disranker.data.trec import KEY
 from hf_disranker.evaluation import metrics
 from hf_disranker.evaluation.significance import bootstrap
@@ -254,37 +252,3 @@ def jsonable(values: Mapping[str, Any] | Iterable[float]) -> dict[Any, Any]:
     """Replace inf and nan, which json lacks, by None. Numbers of a sequence are keyed by position."""
     pairs = values.items() if isinstance(values, Mapping) else enumerate(values)
     return {name: value if math.isfinite(value) else None for name, value in pairs}
-
-
-class RankingEvaluator(BaseEvaluator):
-    """Evaluate a model during training, as `evaluator=` of sentence-transformers or by a call.
-
-    The results equal those of `RankingTrainer` and `DistillationTrainer` for their eval_dataset.
-
-    Args:
-        judgments: A judgments table with texts.
-        name: Prefix of the measures, as in `name_ndcg@10`.
-    """
-
-    primary_metric = "ndcg@10"
-
-    def __init__(self, judgments: pd.DataFrame, name: str = "") -> None:
-        super().__init__()
-        self.judgments, self.name = judgments, name
-        self.primary_metric = f"{name}_ndcg@10" if name else "ndcg@10"
-
-    def __call__(
-        self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
-    ) -> dict[str, float]:
-        """Evaluate a `Ranker` or `CrossEncoder`; the other arguments are ignored."""
-        from sentence_transformers import CrossEncoder
-        from torch.nn import Identity
-
-        pairs: list[Any] = pair_texts(self.judgments)
-        options: dict[str, Any] = {}
-        if isinstance(model, CrossEncoder):
-            pairs = [(query, STUDENT_TEMPLATES.render_document(**document)) for query, document in pairs]
-            options = {"activation_fn": Identity(), "show_progress_bar": False}
-        labels, queries = self.judgments["label"].to_numpy(), self.judgments["query_id"].to_numpy()
-        found = metrics.evaluate(labels, model.predict(pairs, **options), queries)
-        return {f"{self.name}_{name}" if self.name else name: value for name, value in found.items()}

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from sentence_transformers.base.modules import Transformer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_disranker.models.checkpoint import MARKER
@@ -34,6 +33,8 @@ def describe_model(model: torch.nn.Module, config: PreTrainedConfig) -> dict[str
 
 def describe_module(module: Any) -> list[Any]:
     """Describe a module of sentence-transformers; config and tokenizer of its model are described separately."""
+    from sentence_transformers.base.modules import Transformer
+
     if isinstance(module, Transformer):
         return [type(module).__name__, _plain(module.processing_kwargs)]
     return [type(module).__name__, _plain(getattr(module, "get_config_dict", dict)())]

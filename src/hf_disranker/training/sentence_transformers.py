@@ -1,21 +1,25 @@
-"""Loss and data conversion for sentence-transformers' `CrossEncoderTrainer`."""
+"""Loss, evaluator and data conversion for sentence-transformers' `CrossEncoderTrainer`."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import math
+from typing import Any
 
 import pandas as pd
 import torch
 from datasets import Dataset
 from sentence_transformers import CrossEncoder
+from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
 from hf_disranker.data.groups import group_rows
 from hf_disranker.data.schema import validate
+from hf_disranker.data.tables import pair_texts
 from hf_disranker.data.templates import STUDENT_TEMPLATES, Templates
+from hf_disranker.evaluation import metrics
 from hf_disranker.training.losses import margin_mse, point_mse
 
 logger = logging.getLogger(__name__)
@@ -151,3 +155,34 @@ def from_n_tuples(rows: Dataset) -> Dataset:
 
 def _digest(text: str) -> str:
     return hashlib.sha1(text.encode()).hexdigest()[:16]
+
+
+class RankingEvaluator(BaseEvaluator):
+    """Evaluate a model during training, as `evaluator=` of sentence-transformers or by a call.
+
+    The results equal those of `RankingTrainer` and `DistillationTrainer` for their eval_dataset.
+
+    Args:
+        judgments: A judgments table with texts.
+        name: Prefix of the measures, as in `name_ndcg@10`.
+    """
+
+    primary_metric = "ndcg@10"
+
+    def __init__(self, judgments: pd.DataFrame, name: str = "") -> None:
+        super().__init__()
+        self.judgments, self.name = judgments, name
+        self.primary_metric = f"{name}_ndcg@10" if name else "ndcg@10"
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Evaluate a `Ranker` or `CrossEncoder`; the other arguments are ignored."""
+        pairs: list[Any] = pair_texts(self.judgments)
+        options: dict[str, Any] = {}
+        if isinstance(model, CrossEncoder):
+            pairs = [(query, STUDENT_TEMPLATES.render_document(**document)) for query, document in pairs]
+            options = {"activation_fn": nn.Identity(), "show_progress_bar": False}
+        labels, queries = self.judgments["label"].to_numpy(), self.judgments["query_id"].to_numpy()
+        found = metrics.evaluate(labels, model.predict(pairs, **options), queries)
+        return {f"{self.name}_{name}" if self.name else name: value for name, value in found.items()}
