@@ -10,6 +10,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import yaml
@@ -29,6 +30,26 @@ _COMMON = (
 # What users of other libraries type for an option.
 _HABITS = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
 _WIDTH = 96
+
+
+@dataclass(kw_only=True)
+class TableArguments:
+    """Tables with other column names."""
+
+    columns: str | None = field(
+        default=None, metadata={"help": "Columns as OURS=YOURS, for example query=search_term,title=product_name."}
+    )
+
+    def __post_init__(self) -> None:
+        self.column_names()  # refuse a mistake early
+
+    def column_names(self) -> dict[str, str]:
+        """Return the table's name of each of our columns."""
+        pairs = [pair.partition("=") for pair in str(self.columns or "").split(",") if pair.strip()]
+        names = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+        if len(names) < len(pairs) or not all(names) or not all(names.values()):
+            raise ValueError(f"--columns is OURS=YOURS,OURS=YOURS with each of ours once, got {self.columns!r}.")
+        return names
 
 
 def recipe_parser(stage: str, description: str | None, *arguments: type) -> RecipeParser:

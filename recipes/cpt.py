@@ -22,13 +22,13 @@ from hf_disranker.models.checkpoint import (
     load_tokenizer,
     position_limit,
 )
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
 from hf_disranker.training.cpt import ClickTrainer, CptConfig, click_dataset, click_losses, prepare_clicks
 from hf_disranker.training.runs import check_output_dir, save_run, train
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(TableArguments):
     """Data."""
 
     clicks: str = field(metadata={"help": "Table of clicks: file, URL or Hub data set id."})
@@ -50,11 +50,13 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
     check_output_dir(training_args, model_args.model_name_or_path)
     config = load_config(model_args.model_name_or_path, revision=model_args.model_revision)
     check_length(config, training_args.max_length or 1)  # before the tables are read
-    clicks = prepare_clicks(read_table(script_args.clicks, "clicks"), script_args.min_users, training_args.seed)
+    columns = script_args.column_names()
+    clicks = read_table(script_args.clicks, "clicks", columns=columns)
+    clicks = prepare_clicks(clicks, script_args.min_users, training_args.seed)
     templates = Templates(text=script_args.text_template)
-    held_out = (
-        read_table(script_args.eval_clicks, "clicks")[: script_args.eval_rows] if script_args.eval_clicks else None
-    )
+    held_out = None
+    if script_args.eval_clicks:
+        held_out = read_table(script_args.eval_clicks, "clicks", columns=columns)[: script_args.eval_rows]
 
     set_seed(training_args.seed)  # same new LoRA weights in every run and process
     model, tokenizer = load_model(model_args)

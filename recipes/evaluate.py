@@ -107,13 +107,15 @@ def main(args: EvaluateArguments) -> Evaluation:
         inputs = (args.judgments, args.run, args.scores, args.corpus, args.queries, args.candidates, args.expect)
         check_evaluation_output(args.out, inputs)
     expected = read_expected(args.expect) if args.expect else {}
-    args.split = judged_split(args.judgments, args.split) or ""
-    judgments = read_judgments(args.judgments, args.split, args.corpus, args.queries)
+    columns = args.column_names()
+    args.split = judged_split(args.judgments, args.split, columns=columns) or ""
+    judgments = read_judgments(args.judgments, args.split, args.corpus, args.queries, columns)
     rows, about = rank(args, judgments)
     if args.max_over:
         rows = best_passages(rows, args.max_over)
     source = args.model or args.run or args.scores or "bm25"
     about |= {name: getattr(args, name) for name in ("judgments", "split", "corpus", "queries", "max_over")}
+    about |= {"columns": columns}
     name = args.name or source.rstrip("/").rsplit("/", 1)[-1]
     evaluation = Evaluation.of(name, rows, args.measures, args.by, **about)
     print(table_text(evaluation.measures))
@@ -129,15 +131,16 @@ def main(args: EvaluateArguments) -> Evaluation:
 def rank(args: EvaluateArguments, judgments: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the scored rows and a description of the ranker; all checks run before the scoring."""
     if source := args.run or args.scores:
-        rows = join_run(judgments, read_run(source))
+        rows = join_run(judgments, read_run(source, args.column_names()))
         check(args, rows)
         return rows, {"role": "run", "source": source}
-    rows, corpus = judgments, read_table(args.corpus, "corpus") if args.corpus else None
+    columns, rows = args.column_names(), judgments
+    corpus = read_table(args.corpus, "corpus", columns=columns) if args.corpus else None
     if not args.candidates and rows.groupby("query_id")["label"].min().median() > 0:
         logger.warning("Most queries have no document of grade 0, so any order is right: name --candidates.")
     if args.candidates:
-        corpus = read_table(args.judgments, "corpus") if corpus is None else corpus
-        rows = read_candidates(args.candidates, judgments, corpus)
+        corpus = read_table(args.judgments, "corpus", columns=columns) if corpus is None else corpus
+        rows = read_candidates(args.candidates, judgments, corpus, columns)
     if "title" not in rows.columns:
         raise TableError(f"{args.judgments} has no texts to rank: name --corpus and --queries.")
     joined = join_run(judgments, rows.assign(teacher_score=np.arange(len(rows)))) if args.candidates else rows

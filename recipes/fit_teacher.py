@@ -23,7 +23,7 @@ from hf_disranker.models.checkpoint import LABEL_EXPECTATION, load_config, load_
 from hf_disranker.models.loading import load_ranker_model
 from hf_disranker.models.student import is_encoder
 from hf_disranker.models.teacher import expect_labels
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
 from hf_disranker.training.monitor import warn_shared_queries
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
 from hf_disranker.training.runs import check_output_dir, save_run, train
@@ -32,7 +32,7 @@ logger = logging.getLogger("hf_disranker")
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(TableArguments):
     """Data and head."""
 
     judgments: str = field(metadata={"help": "Table of judgments: file, URL, Hub data set id or BEIR folder."})
@@ -108,17 +108,18 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
 
 def load_datasets(script_args: ScriptArguments, training_args: RankingConfig) -> tuple[Dataset, Dataset | None]:
     """Load the judgments to train and to evaluate on; a table without splits is not evaluated on."""
-    train_split = usual_split(script_args.judgments, script_args.train_split, "train")
-    train_dataset = load_groups(script_args.judgments, split=train_split)
+    columns = script_args.column_names()
+    train_split = usual_split(script_args.judgments, script_args.train_split, "train", columns)
+    train_dataset = load_groups(script_args.judgments, split=train_split, columns=columns)
     if training_args.eval_strategy == "no":
         return train_dataset, None
     eval_judgments = script_args.eval_judgments or script_args.judgments
-    eval_split = usual_split(eval_judgments, script_args.eval_split, "dev")
+    eval_split = usual_split(eval_judgments, script_args.eval_split, "dev", columns)
     if script_args.eval_judgments is None and eval_split is None:
         logger.warning("%s has no splits: training on all rows, without evaluation.", script_args.judgments)
         training_args.eval_strategy = "no"
         return train_dataset, None
-    eval_dataset = load_groups(eval_judgments, split=eval_split)
+    eval_dataset = load_groups(eval_judgments, split=eval_split, columns=columns)
     warn_shared_queries(train_dataset["query"], eval_dataset["query"])
     return train_dataset, eval_dataset
 

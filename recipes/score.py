@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_disranker.data.candidates import Candidates
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
 from hf_disranker.scoring.engines import SERVERS, Engine, HttpEngine, load_engine
 from hf_disranker.scoring.likelihood import (
     DEFAULT_DOCUMENT_TOKENS,
@@ -32,7 +32,7 @@ SERVER_OPTIONS = ("url", "concurrency")
 
 
 @dataclass(kw_only=True)
-class LikelihoodArguments:
+class LikelihoodArguments(TableArguments):
     """Scoring by query likelihood, without labels."""
 
     likelihood: bool = field(
@@ -94,7 +94,7 @@ def main(args: ScoreArguments) -> None:
     if args.verify:
         check(make_engine(args), store, args.tolerance)
         return
-    candidates = Candidates(args.pairs, args.corpus)
+    candidates = Candidates(args.pairs, args.corpus, columns=args.column_names())
     candidates.check()  # before the model loads
     reuse = ScoreStore(args.reuse) if args.reuse else None
     if reuse:

@@ -111,6 +111,25 @@ def test_a_missing_package_is_named_with_its_extra(run, monkeypatch):
     assert end.value.code.endswith("requires bitsandbytes. Or: pip install hf-disranker[qlora]")
 
 
+def test_tables_under_other_names_go_through_the_stages(run, tmp_path, judgments, teacher_dir):
+    names = {"query": "search_term", "title": "product_name", "label": "grade", "split": "fold"}
+    judgments.rename(columns=names).to_csv(tmp_path / "export.csv", index=False)
+    columns = ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in names.items())]
+    run("score", "--model", teacher_dir, "--pairs", tmp_path / "export.csv", "--out", tmp_path / "scores", *columns)
+    where = ["--judgments", tmp_path / "export.csv", *columns]
+    printed = run("evaluate", "--scores", tmp_path / "scores", *where, "--out", tmp_path / "eval" / "teacher.json")
+    assert f"{'documents':>26} {(judgments['split'] == 'dev').sum():12d}" in printed
+    assert run("report", tmp_path / "eval", "--out", tmp_path / "report.html")
+    for wrong, message in (
+        ("query=search", "export.csv: no column 'search' to read as 'query'; it has: query_id, search_term"),
+        ("query", "--columns is OURS=YOURS,OURS=YOURS with each of ours once, got 'query'."),
+        ("query=a,query=b", "with each of ours once"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run("evaluate", "--bm25", "--judgments", tmp_path / "export.csv", "--columns", wrong)
+        assert message in end.value.code
+
+
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from hf_disranker.data.files import row_groups
+from hf_disranker.data.columns import Columns, with_arrow_columns
+from hf_disranker.data.files import RowGroup, row_groups
 from hf_disranker.data.schema import TABLES, TableError, check_names, corpus_rows, validate
 from hf_disranker.data.tables import (
     Source,
@@ -36,16 +38,23 @@ class Candidates:
         source: As in `read_table`, or a list of such. Sources other than parquet are loaded whole.
         corpus: Source of the texts if the rows have ids only; loaded into memory.
         table: Schema of the rows: candidates or scores.
+        columns: As in `read_table`.
 
     Raises:
         FileNotFoundError, TableError: As in `read_table`, for errors visible before the rows are read.
     """
 
-    def __init__(self, source: Source | list[str], corpus: Source | None = None, table: str = "candidates") -> None:
+    def __init__(
+        self,
+        source: Source | list[str],
+        corpus: Source | None = None,
+        table: str = "candidates",
+        columns: Columns | None = None,
+    ) -> None:
         sources = source if isinstance(source, list) else [source]
         self.name = ", ".join(source_name(one) for one in sources)
         self._schema = table
-        self._parts = [part for one in sources for part in _parts(one, table)]
+        self._parts = [part for one in sources for part in _parts(one, table, columns)]
         self._starts = np.cumsum([0, *(rows for rows, _ in self._parts)])
         self._held: tuple[int, pa.Table] | None = None
         self._digest = ""
@@ -54,7 +63,7 @@ class Candidates:
         self._texts: pa.Table | None = None
         check_names(self._part(0).column_names, table, self.name)
         if not has_texts(self._part(0).column_names):
-            texts = read_texts(corpus, self.name)
+            texts = read_texts(corpus, self.name, columns)
             self._texts, self._corpus_ids = _arrow(texts), pd.Index(texts["doc_id"])
 
     def __len__(self) -> int:
@@ -131,15 +140,20 @@ class Candidates:
         return rows
 
 
-def _parts(source: Source, table: str) -> Iterator[tuple[int, Callable[[], pa.Table]]]:
+def _parts(source: Source, table: str, columns: Columns | None) -> Iterator[tuple[int, Callable[[], pa.Table]]]:
     """Yield the length and reader of each row group; a source other than parquet is one part."""
     files = parquet_files(source)
     if not files:
-        rows = pa.Table.from_pandas(read_table(source, table, texts=False), preserve_index=False)
+        rows = pa.Table.from_pandas(read_table(source, table, texts=False, columns=columns), preserve_index=False)
         yield len(rows), lambda: rows
     for path in files:
         fs, _ = locate(os.fspath(source))  # type: ignore[arg-type]
-        yield from ((group.rows, group.read) for group in row_groups(fs, path))
+        for group in row_groups(fs, path):
+            yield group.rows, partial(_read_group, group, columns, table)
+
+
+def _read_group(group: RowGroup, columns: Columns | None, table: str) -> pa.Table:
+    return with_arrow_columns(group.read(), columns, table, group.path)
 
 
 def _arrow(frame: pd.DataFrame) -> pa.Table:
