@@ -200,7 +200,7 @@ def _simplify(action: argparse.Action) -> None:
         action.help = argparse.SUPPRESS
     action.option_strings = [name]
     if action.type is string_to_bool:
-        action.metavar = "true|false"
+        action.metavar, action.nargs, action.const = "true|false", "?", True  # `bool | None` lacks the last two
     elif not action.choices:
         last = action.dest.rsplit("_", 1)[-1].upper()
         action.metavar = "N" if action.type is int else "X" if action.type is float else last

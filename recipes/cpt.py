@@ -7,6 +7,7 @@ merged, and a row is repeated according to its weight. The loss covers title and
 weights are trained and merged at the end. An interrupted run resumes from its last checkpoint.
 """
 
+import logging
 import math
 from dataclasses import dataclass, field
 
@@ -25,6 +26,8 @@ from hf_disranker.models.checkpoint import (
 from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
 from hf_disranker.training.cpt import ClickTrainer, CptConfig, click_dataset, click_losses, prepare_clicks
 from hf_disranker.training.runs import check_output_dir, save_run, train
+
+logger = logging.getLogger("hf_disranker")
 
 
 @dataclass
@@ -64,6 +67,10 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
     limit = position_limit(config) or tokenizer.model_max_length
     max_length = training_args.max_length or min(tokenizer.model_max_length, limit)
     train_dataset = click_dataset(clicks, tokenizer, max_length, templates)
+    cut = sum(len(ids) == max_length for ids in train_dataset["input_ids"])
+    logger.info("cpt: training on %d clicks, %d of them cut at %d tokens.", len(train_dataset), cut, max_length)
+    if left_out := len(clicks) - len(train_dataset):
+        logger.warning("%d clicks are left out: their queries alone have %d tokens or more.", left_out, max_length)
     eval_dataset = click_dataset(held_out, tokenizer, max_length, templates) if held_out is not None else None
 
     trainer = ClickTrainer(

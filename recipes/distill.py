@@ -20,7 +20,7 @@ from hf_disranker.recipes.command_line import RecipeParser, TableArguments, reci
 from hf_disranker.scoring.store import teacher_of
 from hf_disranker.training.distillation import DistillationConfig, DistillationTrainer
 from hf_disranker.training.monitor import sample_groups, warn_shared_queries
-from hf_disranker.training.runs import check_output_dir, save_run, train
+from hf_disranker.training.runs import check_output_dir, report_data, save_run, train
 
 
 @dataclass
@@ -85,6 +85,7 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
         eval_dataset = load_groups(script_args.judgments, split=eval_split, columns=columns)
         warn_shared_queries(sample_groups(train_dataset)["query"], eval_dataset["query"])
 
+    report_data("distill", train_dataset, eval_dataset)
     student = load_student(script_args, training_args)
     if not student.config.marker.teacher and training_args.score_transform == "none":
         student.start_at(float(np.mean(np.concatenate(sample_groups(train_dataset)["teacher_scores"]))))

@@ -123,6 +123,7 @@ def main(args: EvaluateArguments) -> Evaluation:
         print(slices_text(args.by, evaluation.measures["slices"]))
     if args.out:
         evaluation.save(args.out)
+        print(f"Saved to {args.out}. Next: disranker compare or report, with the files of several rankers")
     if lines := differences(evaluation.measures, expected):
         sys.exit("\n".join([f"{args.expect}: {len(lines)} measure(s) differ.", *lines]))
     return evaluation

@@ -26,7 +26,7 @@ from hf_disranker.models.teacher import expect_labels
 from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
 from hf_disranker.training.monitor import warn_shared_queries
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
-from hf_disranker.training.runs import check_output_dir, save_run, train
+from hf_disranker.training.runs import check_output_dir, report_data, save_run, train
 
 logger = logging.getLogger("hf_disranker")
 
@@ -72,6 +72,7 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
         raise ValueError(f"--student_layers is for an encoder; {source} is a {config.model_type}.")
     train_dataset, eval_dataset = load_datasets(script_args, training_args)
 
+    report_data("fit_teacher", train_dataset, eval_dataset)
     set_seed(training_args.seed)  # same new head in every run and process
     tokenizer = load_tokenizer(source, revision=revision)
     if script_args.head == LABEL_EXPECTATION:

@@ -106,6 +106,8 @@ def main(args: ScoreArguments) -> None:
     ranker = getattr(engine, "ranker", None)
     cut = f"; {ranker.documents_cut} documents and {ranker.queries_cut} queries were truncated" if ranker else ""
     print(f"Scored {done} of {len(candidates)} pairs into {args.out}{cut}.")
+    if done:
+        print(f"Next: disranker distill --model ENCODER --scores {args.out} --out FOLDER")
 
 
 def check(engine: Engine, store: ScoreStore, tolerance: float) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from hf_disranker import cli
+from hf_disranker.recipes.quickstart.from_scratch import small_llama
 from hf_disranker.scoring.store import ScoreStore
 
 
@@ -128,6 +130,33 @@ def test_tables_under_other_names_go_through_the_stages(run, tmp_path, judgments
         with pytest.raises(SystemExit) as end:
             run("evaluate", "--bm25", "--judgments", tmp_path / "export.csv", "--columns", wrong)
         assert message in end.value.code
+
+
+def test_training_stages_say_what_matters_and_end_with_a_card(tmp_path, tiny_teacher, judgments, clicks):
+    tokenizer = tiny_teacher[1]
+    torch.manual_seed(0)
+    small_llama(tokenizer, layers=1, size=32).save_pretrained(tmp_path / "decoder")
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    judgments.to_parquet(tmp_path / "judgments.parquet")
+    clicks.to_parquet(tmp_path / "clicks.parquet")
+    code = """
+from hf_disranker import cli
+short = "--max_steps 2 --max_length 48 --use_cpu true --report_to none --gradient_checkpointing".split()
+cli.main(["cpt", "--model", "decoder", "--clicks", "clicks.parquet", "--out", "cpt", *short])
+cli.main(["fit_teacher", "--model", "cpt", "--judgments", "judgments.parquet", "--out", "teacher", *short])
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    for noise in ("LOAD REPORT", "Loading weights", "Writing model shards", "examples/s", "FutureWarning"):
+        assert noise not in ended.stderr, ended.stderr
+    lines = [line for line in ended.stderr.splitlines() if "it/s]" not in line and line.strip()]
+    assert "cpt: training on 12 clicks, 0 of them cut at 48 tokens." in lines
+    assert "Model saved to cpt. Next: disranker fit_teacher --model cpt --judgments TABLE --out FOLDER" in lines
+    assert "fit_teacher: training on 8 queries with 37 documents, evaluating on 4 queries with 20 documents." in lines
+    assert lines[-1].startswith("Model saved to teacher (ndcg@10 0.") and lines[-1].endswith("--out FOLDER")
+    for folder, words in (("cpt", "Data: 12 clicks"), ("teacher", 'Ranker.from_pretrained("teacher")')):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert words in card and "None" not in card.split("##")[0]
 
 
 def files(folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ STAGES = {
 FIRST = {"compare": "--runs", "report": "--runs", "abtest": "--log"}
 # Extras by the package that the libraries name when they miss it.
 EXTRAS = {"bitsandbytes": "qlora", "gguf": "gguf"}
+# Messages of transformers: new heads and embeddings, which a stage trains, and file systems without exact times.
+_NOISE = ("LOAD REPORT", "new embeddings will be initialized", "new lm_head weights", "mtime may not be reliable")
 # Stages with a folder of their own.
 _FOLDERS = {"quickstart": "quickstart.stages", "report": "report.stage", "demo": "demo.page"}
 
@@ -62,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_disranker").setLevel(logging.INFO)
-    logging.getLogger("bm25s").setLevel(logging.WARNING)
     if stage in FIRST and rest and not rest[0].startswith("-"):
         rest = [FIRST[stage], *rest]
     sys.argv = [f"disranker {stage}", *rest]
@@ -72,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(stage: str) -> None:
     """Run a stage with the options in sys.argv."""
     recipe = load_stage(stage)
+    quiet_libraries()
     try:
         options = recipe.make_parser().parse_args_and_config()
     except (ValueError, OSError) as error:
@@ -86,6 +89,29 @@ def _run(stage: str) -> None:
         if extra := next((extra for name, extra in EXTRAS.items() if name in str(error).lower()), None):
             sys.exit(f"disranker {stage}: {str(error).splitlines()[0]} Or: pip install hf-disranker[{extra}]")
         raise
+
+
+def quiet_libraries() -> None:
+    """Silence bars and messages of the libraries that say nothing to a user of the stages.
+
+    A head or weights that are missing where they must not be are errors of ours.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # set to DEBUG by its import
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as library
+
+        library.disable_progress_bar()  # of loading and saving weights; those of training are kept
+        for handler in (*logging.getLogger("transformers").handlers, *logging.getLogger().handlers):
+            handler.addFilter(_says_something)
+    if "datasets" in sys.modules:
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in _NOISE)
 
 
 def load_stage(stage: str) -> Any:
