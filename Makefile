@@ -13,7 +13,7 @@ MAIN_BRANCHES := transformers trl sentence-transformers
 BENCH := OMP_NUM_THREADS=1 $(BIN)/python benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test test-all test-lowest test-main bench bench-full models showcase showcase-scores check check-all package release-check docs clean
+.PHONY: help install quickstart demo test test-all test-lowest test-main bench bench-full models showcase showcase-scores check check-all package release-check help-texts docs clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ release-check: package  ## The same, and that version, changelog and citation ag
 	grep -qF '## [$(VERSION)]' CHANGELOG.md || { echo "CHANGELOG.md has no section for $(VERSION)" >&2; exit 1; }
 	grep -qFx 'version: $(VERSION)' CITATION.cff || { echo "CITATION.cff has another version than $(VERSION)" >&2; exit 1; }
 	test "$(or $(TAG),v$(VERSION))" = "v$(VERSION)" || { echo "tag $(TAG) is not v$(VERSION)" >&2; exit 1; }
+
+help-texts: $(INSTALLED)  ## Write the help of every stage into recipes/help
+	$(BIN)/python docs/help_texts.py
 
 docs: $(INSTALLED)  ## The documentation as a site in build/site; a warning or a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

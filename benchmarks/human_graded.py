@@ -37,13 +37,13 @@ from transformers import AutoTokenizer, set_seed
 from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer, Ranker
 from hf_disranker.data.bm25 import bm25_scores, mine_candidates
 from hf_disranker.data.groups import load_groups
+from hf_disranker.data.outputs import save_json
 from hf_disranker.data.tables import pair_texts, read_table, write_table
 from hf_disranker.evaluation.evaluate import per_query, summarise
 from hf_disranker.evaluation.significance import compare, refusal
 from hf_disranker.recipes.quickstart.stages import bf16_is_faster
 from hf_disranker.recipes.showcase.models import MODELS
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
-from hf_disranker.training.runs import save_json
 
 CONFIG = Path(__file__).parent / "configs" / "human_graded.yaml"
 BASELINES = ("bm25", "MiniLM, cosine")

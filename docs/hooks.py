@@ -83,7 +83,7 @@ def _option_table(stage: str, kind: type) -> Iterator[str]:
         name, text = NAMES.get(option.name, option.name), _cell(option.metadata["help"])
         yield f"| `{name}` | {_default(option)} | {text} | {stated} |"
     if foreign:
-        yield f"\n{'and all' if rows else 'All'} options of `{foreign[0]}`: see `disranker {stage} --help`.\n"
+        yield f"\n{'and all' if rows else 'All'} options of `{foreign[0]}`: see `disranker {stage} --help-all`.\n"
 
 
 def _is_ours(kind: type) -> bool:

@@ -16,15 +16,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pandas as pd
-from trl import TrlParser
 
 from hf_disranker.data.impressions import read_log
-from hf_disranker.data.outputs import check_output, made_by
+from hf_disranker.data.outputs import check_output, made_by, save_json
 from hf_disranker.evaluation import online
 from hf_disranker.evaluation.online import Effect, buckets_of, by_user, effects
 from hf_disranker.evaluation.significance import LEVEL
-from hf_disranker.recipes.command_line import recipe_parser
-from hf_disranker.training.runs import save_json
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 
 MADE_BY = "disranker abtest"
 MOST_SLICES = 20
@@ -52,7 +50,7 @@ class AbtestArguments:
     out: str | None = field(default=None, metadata={"help": "Json file for the results."})
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("abtest", __doc__, AbtestArguments)
 

@@ -3,83 +3,258 @@
 from __future__ import annotations
 
 import argparse
-import copy
+import dataclasses
+import difflib
 import inspect
-from typing import Any
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
-from trl import TrlParser
+import yaml
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 # Options of the libraries, and our name for them in every stage.
 NAMES = {"model_name_or_path": "model", "output_dir": "out"}
+_HELP = {
+    "model_name_or_path": "Model to start from: folder or Hub id.",
+    "output_dir": "Folder for the model and its checkpoints.",
+}
+# Options of the libraries that the short help names.
+_COMMON = (
+    *("num_train_epochs", "max_steps", "gradient_accumulation_steps", "bf16", "seed", "report_to", "push_to_hub"),
+    *("use_peft", "lora_r", "lora_target_modules", "load_in_4bit", "dtype", "attn_implementation"),
+)
+# What users of other libraries type for an option.
+_HABITS = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
+_WIDTH = 96
 
 
-def recipe_parser(stage: str, description: str | None, *arguments: type) -> TrlParser:
+@dataclass(kw_only=True)
+class TableArguments:
+    """Tables with other column names."""
+
+    columns: str | None = field(
+        default=None, metadata={"help": "Columns as OURS=YOURS, for example query=search_term,title=product_name."}
+    )
+
+    def __post_init__(self) -> None:
+        self.column_names()  # refuse a mistake early
+
+    def column_names(self) -> dict[str, str]:
+        """Return the table's name of each of our columns."""
+        pairs = [pair.partition("=") for pair in str(self.columns or "").split(",") if pair.strip()]
+        names = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+        if len(names) < len(pairs) or not all(names) or not all(names.values()):
+            raise ValueError(f"--columns is OURS=YOURS,OURS=YOURS with each of ours once, got {self.columns!r}.")
+        return names
+
+
+def recipe_parser(stage: str, description: str | None, *arguments: type) -> RecipeParser:
     """Build the parser of a recipe.
 
-    Options come from a YAML file (`--config`) and the command line, which wins. The help has a group for model and
-    output and one for each dataclass, ours before those of the libraries.
+    Options come from a YAML file (`--config`) and the command line, which wins. `--help` shows required options first,
+    then a group for each of our dataclasses; `--help-all` adds the options of the libraries.
 
     Args:
         stage: Name of the stage, for the usage line.
         description: Text above the options.
         arguments: Dataclasses to parse into.
     """
-    parser = RecipeParser(
+    return RecipeParser(
         arguments,
         prog=f"disranker {stage}",
         usage=f"disranker {stage} [--config FILE.yaml] [--option value ...]",
         description=description,
         formatter_class=_Formatter,
+        add_help=False,
+        allow_abbrev=False,
     )
-    bases = dict.fromkeys(base for kind in arguments for base in kind.__mro__ if inspect.get_annotations(base))
-    owner = {name: base for base in reversed(bases) for name in inspect.get_annotations(base)}
-    options = parser._optionals._group_actions
-    if renamed := [action for action in options if action.dest in NAMES]:
-        parser.add_argument_group("Model and output")._group_actions += renamed
-        options[:] = [action for action in options if action.dest not in NAMES]
-    for base in sorted(bases, key=lambda base: not _is_ours(base)):
-        title = f"{base.__name__} of {_package(base)}"
-        if _is_ours(base):
-            title = (base.__doc__ or "").split("\n")[0].rstrip(".")
-        group = parser.add_argument_group(title)
-        group._group_actions += [action for action in options if owner.get(action.dest) is base]
-    options[:] = [action for action in options if action.dest not in owner]
+
+
+class RecipeParser(HfArgumentParser):
+    """`HfArgumentParser` with YAML files, a short help, and `--model` and `--out` for the libraries' names."""
+
+    _more: str | None = None
+
+    def __init__(self, dataclass_types: Sequence[type], **kwargs: Any) -> None:
+        super().__init__(dataclass_types, **kwargs)
+        fields = (one for kind in dataclass_types for one in dataclasses.fields(kind))
+        made: dict[str, Any] = {one.name: one.default_factory for one in fields}
+        for action in self._actions:
+            if action.nargs == "?" and made[action.dest] is not dataclasses.MISSING:
+                action.default = made[action.dest]()  # HfArgumentParser takes False for a bool
+            _simplify(action)
+            if name := NAMES.get(action.dest):
+                self._option_string_actions[f"--{name}"] = action
+                action.option_strings, action.metavar = [f"--{name}"], name.upper()
+                action.required, action.help = action.required or name == "model", _HELP[action.dest]
+        options = list(self._actions)
+        self.add_argument("--config", metavar="FILE.yaml", help="Read options from this file.")
+        self.add_argument("-h", "--help", action=_Help, help="Show this help.")
+        self._group(options)
+
+    def _group(self, options: list[argparse.Action]) -> None:
+        """Put required options first, then those of each dataclass, ours before the libraries'."""
+        kinds = dict.fromkeys(kind for parsed in self.dataclass_types for kind in parsed.__mro__ if _has_fields(kind))
+        owner = {name: kind for kind in reversed(kinds) for name in inspect.get_annotations(kind)}
+        first = sorted((one for one in options if one.required), key=lambda one: one.dest not in NAMES)
+        groups = {"Required": first, "Output": [one for one in options if one.dest in NAMES and not one.required]}
+        placed = {action.dest for actions in groups.values() for action in actions}
+        of = {name: [action for action in options if action.dest == name] for name in owner}
+        theirs: dict[str, list[argparse.Action]] = {}
+        for kind in kinds:
+            names = [name for name in inspect.get_annotations(kind) if owner[name] is kind and name not in placed]
+            (groups if _is_ours(kind) else theirs)[_title(kind)] = [action for name in names for action in of[name]]
+        self._theirs = {title for title, actions in theirs.items() if actions}
+        about = "Show the options of the libraries too." if self._theirs else argparse.SUPPRESS
+        self.add_argument("--help-all", action=_Help, help=about)
+        groups["Help and configuration"] = [action for action in self._actions if action not in options]
+        self._optionals._group_actions.clear()
+        for title, actions in (groups | theirs).items():
+            self.add_argument_group(title)._group_actions += actions
+        found = {action.dest for actions in theirs.values() for action in actions}
+        if common := [f"--{name}" for name in _COMMON if name in found]:
+            self._more = textwrap.fill(f"--help-all adds the libraries' options, such as {', '.join(common)}.", _WIDTH)
+
+    def format_help(self, everything: bool = False) -> str:
+        """Return the help with our options, or with all."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            if everything or group.title not in self._theirs:
+                formatter.start_section(group.title)
+                formatter.add_arguments(group._group_actions)
+                formatter.end_section()
+        formatter.add_text(None if everything else self._more)
+        return formatter.format_help()
+
+    def parse_args_and_config(self, args: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """Parse the command line and the YAML file that it names into the dataclasses.
+
+        Args:
+            args: The command line; None takes that of this process.
+
+        Raises:
+            OSError: If the YAML file cannot be read.
+            SystemExit: If an option is unknown, missing or has a wrong value; the message is on stderr.
+        """
+        args = list(sys.argv[1:] if args is None else args)
+        known, args = _config_parser().parse_known_args(args)
+        if known.config:
+            self._read_config(known.config)
+        *parsed, unknown = self.parse_args_into_dataclasses(
+            args, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            self.error(self._unknown(unknown[0].split("=")[0]))
+        return tuple(part for part in parsed if not isinstance(part, argparse.Namespace))
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with a plain line."""
+        print(f"{self.prog}: {message}\nOptions: {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+    def _read_config(self, path: str) -> None:
+        """Take the values of a YAML file as defaults; its key `env` sets environment variables."""
+        with open(path, encoding="utf-8") as file:
+            try:
+                values = yaml.safe_load(file)
+            except yaml.YAMLError as error:
+                self.error(f"{path} is not YAML: {error}")
+        if not isinstance(values, dict):
+            self.error(f"{path} must contain lines of `option: value`.")
+        os.environ.update({name: str(value) for name, value in values.pop("env", {}).items()})
+        for name, value in values.items():
+            action = self._option_string_actions.get(f"--{name}")
+            if action is None or action.nargs == 0:
+                self.error(f"{path}: {self._unknown(str(name))}")
+            action.default = [value] if action.nargs == "+" and isinstance(value, str) else value
+            action.required = False
+
+    def _unknown(self, name: str) -> str:
+        """Describe an option that does not exist, with those that it may mean."""
+        if not name.startswith("-"):
+            name = f"--{name}"
+        plain, options = name.lstrip("-").replace("-", "_"), [action.option_strings[0][2:] for action in self._actions]
+        close = [_HABITS[plain]] if _HABITS.get(plain) in options else []
+        close += [option for option in options if option.startswith(plain)] if len(plain) > 2 else []
+        close = close or difflib.get_close_matches(plain, options, 1, 0.7)
+        meant = f" Did you mean {' or '.join(f'--{option}' for option in dict.fromkeys(close[:3]))}?" if close else ""
+        return f"there is no option {name}.{meant}"
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
     return parser
 
 
-class RecipeParser(TrlParser):
-    """`TrlParser` with `--model` and `--out` for the libraries' names, which keep working in YAML files too."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._dest_of: dict[str, str] = {}
-        for action in self._actions:
-            if name := NAMES.get(action.dest):
-                action.option_strings = [f"--{name}", *action.option_strings]
-                self._option_string_actions[f"--{name}"] = action
-                action.metavar = name.upper()
-                action.required = action.required or name == "model"
-            if action.nargs != 0:
-                self._dest_of |= {option.lstrip("-"): action.dest for option in action.option_strings}
-
-    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
-        """Accept as a key of the YAML file what the command line accepts as an option."""
-        return super().set_defaults_with_config(**{self._dest_of.get(key, key): kwargs[key] for key in kwargs})
+def _simplify(action: argparse.Action) -> None:
+    """Show one spelling of an option, and a short name for its value; the others still parse."""
+    name = action.option_strings[0]
+    if name.startswith("--no_"):
+        action.help = argparse.SUPPRESS
+    action.option_strings = [name]
+    if action.type is string_to_bool:
+        action.metavar, action.nargs, action.const = "true|false", "?", True  # `bool | None` lacks the last two
+    elif not action.choices:
+        last = action.dest.rsplit("_", 1)[-1].upper()
+        action.metavar = "N" if action.type is int else "X" if action.type is float else last
 
 
-def _package(kind: type) -> str:
-    return kind.__module__.split(".")[0]
+def _has_fields(kind: type) -> bool:
+    return bool(inspect.get_annotations(kind))
 
 
 def _is_ours(kind: type) -> bool:
-    return _package(kind) in ("hf_disranker", "recipes", "__main__")
+    return kind.__module__.split(".")[0] in ("hf_disranker", "recipes", "__main__")
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keep the line breaks of the description; show defaults and the first spelling of an option."""
+def _title(kind: type) -> str:
+    if _is_ours(kind):
+        return (kind.__doc__ or "").split("\n")[0].rstrip(".")
+    return f"{kind.__name__} of {kind.__module__.split('.')[0]}"
+
+
+class _Help(argparse.Action):
+    """Print the short help, or all of it."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:  # noqa: A002
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        print(parser.format_help(everything=option_string == "--help-all"), end="")
+        parser.exit()
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keep the line breaks of the description; show defaults that say something."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=_WIDTH)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, value = action.help or "", action.default
+        if action.required or value is None or value is False or value in ("", []) or _explains_default(action):
+            return text
+        shown = " ".join(map(str, value)) if isinstance(value, list) else str(getattr(value, "value", value))
+        shown = shown.replace("\n", "\\n").replace("%", "%%")
+        return f"{text} (default: {shown})" if value != argparse.SUPPRESS else text
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs == "?" and (not action.default or _explains_default(action)):
+            return ""  # a flag
+        if action.nargs == "+":
+            return f"{action.metavar} ..."
+        return "true|false" if action.nargs == "?" else super()._format_args(action, default_metavar)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.option_strings and action.option_strings[0].startswith("--"):
-            action = copy.copy(action)
-            action.option_strings = action.option_strings[:1]
-        return super()._format_action_invocation(action)
+        return super()._format_action_invocation(action).rstrip()
+
+
+def _explains_default(action: argparse.Action) -> bool:
+    return "; default:" in (action.help or "")

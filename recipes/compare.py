@@ -12,13 +12,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from trl import TrlParser
-
-from hf_disranker.data.outputs import check_output, json_in
+from hf_disranker.data.outputs import check_output, json_in, save_json
 from hf_disranker.evaluation.rankings import compare_evaluations, load_evaluations
 from hf_disranker.evaluation.significance import Comparison, bootstrap, marks, refusal
-from hf_disranker.recipes.command_line import recipe_parser
-from hf_disranker.training.runs import save_json
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 
 
 @dataclass
@@ -30,7 +27,7 @@ class CompareArguments:
     out: str | None = field(default=None, metadata={"help": "Json file for the comparisons."})
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("compare", __doc__, CompareArguments)
 

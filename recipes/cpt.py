@@ -7,11 +7,12 @@ merged, and a row is repeated according to its weight. The loss covers title and
 weights are trained and merged at the end. An interrupted run resumes from its last checkpoint.
 """
 
+import logging
 import math
 from dataclasses import dataclass, field
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_disranker.data.tables import read_table
 from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
@@ -22,13 +23,15 @@ from hf_disranker.models.checkpoint import (
     load_tokenizer,
     position_limit,
 )
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
 from hf_disranker.training.cpt import ClickTrainer, CptConfig, click_dataset, click_losses, prepare_clicks
 from hf_disranker.training.runs import check_output_dir, save_run, train
 
+logger = logging.getLogger("hf_disranker")
+
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(TableArguments):
     """Data."""
 
     clicks: str = field(metadata={"help": "Table of clicks: file, URL or Hub data set id."})
@@ -40,7 +43,7 @@ class ScriptArguments:
     eval_rows: int = field(default=1000, metadata={"help": "Maximum number of held-out clicks."})
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("cpt", __doc__, ScriptArguments, CptConfig, ModelConfig)
 
@@ -50,11 +53,13 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
     check_output_dir(training_args, model_args.model_name_or_path)
     config = load_config(model_args.model_name_or_path, revision=model_args.model_revision)
     check_length(config, training_args.max_length or 1)  # before the tables are read
-    clicks = prepare_clicks(read_table(script_args.clicks, "clicks"), script_args.min_users, training_args.seed)
+    columns = script_args.column_names()
+    clicks = read_table(script_args.clicks, "clicks", columns=columns)
+    clicks = prepare_clicks(clicks, script_args.min_users, training_args.seed)
     templates = Templates(text=script_args.text_template)
-    held_out = (
-        read_table(script_args.eval_clicks, "clicks")[: script_args.eval_rows] if script_args.eval_clicks else None
-    )
+    held_out = None
+    if script_args.eval_clicks:
+        held_out = read_table(script_args.eval_clicks, "clicks", columns=columns)[: script_args.eval_rows]
 
     set_seed(training_args.seed)  # same new LoRA weights in every run and process
     model, tokenizer = load_model(model_args)
@@ -62,6 +67,10 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
     limit = position_limit(config) or tokenizer.model_max_length
     max_length = training_args.max_length or min(tokenizer.model_max_length, limit)
     train_dataset = click_dataset(clicks, tokenizer, max_length, templates)
+    cut = sum(len(ids) == max_length for ids in train_dataset["input_ids"])
+    logger.info("cpt: training on %d clicks, %d of them cut at %d tokens.", len(train_dataset), cut, max_length)
+    if left_out := len(clicks) - len(train_dataset):
+        logger.warning("%d clicks are left out: their queries alone have %d tokens or more.", left_out, max_length)
     eval_dataset = click_dataset(held_out, tokenizer, max_length, templates) if held_out is not None else None
 
     trainer = ClickTrainer(

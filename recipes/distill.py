@@ -11,21 +11,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import set_seed
-from trl import TrlParser
 
 from hf_disranker.data.groups import SAMPLINGS, load_groups, sample_documents
 from hf_disranker.data.tables import usual_split
 from hf_disranker.models.checkpoint import load_config, load_tokenizer
 from hf_disranker.models.student import DistilledRanker, family_class
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
 from hf_disranker.scoring.store import teacher_of
 from hf_disranker.training.distillation import DistillationConfig, DistillationTrainer
 from hf_disranker.training.monitor import sample_groups, warn_shared_queries
-from hf_disranker.training.runs import check_output_dir, save_run, train
+from hf_disranker.training.runs import check_output_dir, report_data, save_run, train
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(TableArguments):
     """Student and data."""
 
     model: str = field(
@@ -62,7 +61,7 @@ class ScriptArguments:
     )
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("distill", __doc__, ScriptArguments, DistillationConfig)
 
@@ -75,16 +74,18 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     sources = [script_args.scores, *script_args.more_scores]
     teachers = [teacher for teacher in map(teacher_of, sources) if teacher]
     source = sources if script_args.more_scores else script_args.scores
-    train_dataset = load_groups(source, corpus=script_args.corpus, streaming=script_args.streaming)
+    columns = script_args.column_names()
+    train_dataset = load_groups(source, corpus=script_args.corpus, streaming=script_args.streaming, columns=columns)
     train_dataset = sample_documents(
         train_dataset, script_args.documents_per_query, script_args.document_sampling, training_args.seed
     )
     eval_dataset = None
     if script_args.judgments and training_args.eval_strategy != "no":
-        eval_split = usual_split(script_args.judgments, script_args.eval_split, "dev")
-        eval_dataset = load_groups(script_args.judgments, split=eval_split)
+        eval_split = usual_split(script_args.judgments, script_args.eval_split, "dev", columns)
+        eval_dataset = load_groups(script_args.judgments, split=eval_split, columns=columns)
         warn_shared_queries(sample_groups(train_dataset)["query"], eval_dataset["query"])
 
+    report_data("distill", train_dataset, eval_dataset)
     student = load_student(script_args, training_args)
     if not student.config.marker.teacher and training_args.score_transform == "none":
         student.start_at(float(np.mean(np.concatenate(sample_groups(train_dataset)["teacher_scores"]))))

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from trl import TrlParser
 
 from hf_disranker.data.bm25 import bm25_scores
 from hf_disranker.data.schema import TableError
@@ -40,7 +39,7 @@ from hf_disranker.evaluation.rankings import (
     Evaluation,
     check_evaluation_output,
 )
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 from hf_disranker.recipes.score import LikelihoodArguments, is_likelihood, load_from
 from hf_disranker.scoring.engines import Engine, load_engine
 
@@ -92,7 +91,7 @@ class EvaluateArguments(LikelihoodArguments):
     )
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("evaluate", __doc__, EvaluateArguments)
 
@@ -107,13 +106,15 @@ def main(args: EvaluateArguments) -> Evaluation:
         inputs = (args.judgments, args.run, args.scores, args.corpus, args.queries, args.candidates, args.expect)
         check_evaluation_output(args.out, inputs)
     expected = read_expected(args.expect) if args.expect else {}
-    args.split = judged_split(args.judgments, args.split) or ""
-    judgments = read_judgments(args.judgments, args.split, args.corpus, args.queries)
+    columns = args.column_names()
+    args.split = judged_split(args.judgments, args.split, columns=columns) or ""
+    judgments = read_judgments(args.judgments, args.split, args.corpus, args.queries, columns)
     rows, about = rank(args, judgments)
     if args.max_over:
         rows = best_passages(rows, args.max_over)
     source = args.model or args.run or args.scores or "bm25"
     about |= {name: getattr(args, name) for name in ("judgments", "split", "corpus", "queries", "max_over")}
+    about |= {"columns": columns}
     name = args.name or source.rstrip("/").rsplit("/", 1)[-1]
     evaluation = Evaluation.of(name, rows, args.measures, args.by, **about)
     print(table_text(evaluation.measures))
@@ -121,6 +122,7 @@ def main(args: EvaluateArguments) -> Evaluation:
         print(slices_text(args.by, evaluation.measures["slices"]))
     if args.out:
         evaluation.save(args.out)
+        print(f"Saved to {args.out}. Next: disranker compare or report, with the files of several rankers")
     if lines := differences(evaluation.measures, expected):
         sys.exit("\n".join([f"{args.expect}: {len(lines)} measure(s) differ.", *lines]))
     return evaluation
@@ -129,15 +131,16 @@ def main(args: EvaluateArguments) -> Evaluation:
 def rank(args: EvaluateArguments, judgments: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the scored rows and a description of the ranker; all checks run before the scoring."""
     if source := args.run or args.scores:
-        rows = join_run(judgments, read_run(source))
+        rows = join_run(judgments, read_run(source, args.column_names()))
         check(args, rows)
         return rows, {"role": "run", "source": source}
-    rows, corpus = judgments, read_table(args.corpus, "corpus") if args.corpus else None
+    columns, rows = args.column_names(), judgments
+    corpus = read_table(args.corpus, "corpus", columns=columns) if args.corpus else None
     if not args.candidates and rows.groupby("query_id")["label"].min().median() > 0:
         logger.warning("Most queries have no document of grade 0, so any order is right: name --candidates.")
     if args.candidates:
-        corpus = read_table(args.judgments, "corpus") if corpus is None else corpus
-        rows = read_candidates(args.candidates, judgments, corpus)
+        corpus = read_table(args.judgments, "corpus", columns=columns) if corpus is None else corpus
+        rows = read_candidates(args.candidates, judgments, corpus, columns)
     if "title" not in rows.columns:
         raise TableError(f"{args.judgments} has no texts to rank: name --corpus and --queries.")
     joined = join_run(judgments, rows.assign(teacher_score=np.arange(len(rows)))) if args.candidates else rows

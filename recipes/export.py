@@ -18,12 +18,11 @@ from typing import Literal
 
 import pandas as pd
 import torch
-from trl import TrlParser
 
 from hf_disranker.data.outputs import check_output_folder
 from hf_disranker.data.tables import read_table
 from hf_disranker.models.ranker import Ranker
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
 from hf_disranker.serving.export import Parity, export
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ _FEW = [  # query, then documents
 
 
 @dataclass
-class ExportArguments:
+class ExportArguments(TableArguments):
     """Ranker, format and pairs to check."""
 
     model: str = field(metadata={"help": "Ranker: folder or Hub id."})
@@ -50,7 +49,7 @@ class ExportArguments:
     max_pairs: int = field(default=2000, metadata={"help": "Maximum number of pairs to check, from whole queries."})
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("export", __doc__, ExportArguments)
 
@@ -70,7 +69,8 @@ def read_pairs(args: ExportArguments, ranker: Ranker) -> pd.DataFrame:
         logger.warning("No --pairs: checked on nine built-in pairs, which say little about your data.")
         few = [(query, query, text, "", text) for query, *texts in _FEW for text in texts]
         return pd.DataFrame(few, columns=["query_id", "query", "doc_id", "title", "summary"])
-    rows = read_table(args.pairs, "candidates", split=args.split, corpus=args.corpus)
+    columns = args.column_names()
+    rows = read_table(args.pairs, "candidates", split=args.split, corpus=args.corpus, columns=columns)
     sizes = rows.groupby("query_id", sort=False).size().cumsum()
     rows = rows[rows["query_id"].isin(sizes.index[: max(1, int((sizes <= args.max_pairs).sum()))])]
     encode, limit = ranker.collator.encode, ranker.collator.max_query_length

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset
 from transformers import set_seed
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_disranker.data.groups import load_groups
 from hf_disranker.data.tables import usual_split
@@ -23,16 +23,16 @@ from hf_disranker.models.checkpoint import LABEL_EXPECTATION, load_config, load_
 from hf_disranker.models.loading import load_ranker_model
 from hf_disranker.models.student import is_encoder
 from hf_disranker.models.teacher import expect_labels
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
 from hf_disranker.training.monitor import warn_shared_queries
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
-from hf_disranker.training.runs import check_output_dir, save_run, train
+from hf_disranker.training.runs import check_output_dir, report_data, save_run, train
 
 logger = logging.getLogger("hf_disranker")
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(TableArguments):
     """Data and head."""
 
     judgments: str = field(metadata={"help": "Table of judgments: file, URL, Hub data set id or BEIR folder."})
@@ -58,7 +58,7 @@ class ScriptArguments:
     )
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("fit_teacher", __doc__, ScriptArguments, RankingConfig, ModelConfig)
 
@@ -72,6 +72,7 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
         raise ValueError(f"--student_layers is for an encoder; {source} is a {config.model_type}.")
     train_dataset, eval_dataset = load_datasets(script_args, training_args)
 
+    report_data("fit_teacher", train_dataset, eval_dataset)
     set_seed(training_args.seed)  # same new head in every run and process
     tokenizer = load_tokenizer(source, revision=revision)
     if script_args.head == LABEL_EXPECTATION:
@@ -108,17 +109,18 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
 
 def load_datasets(script_args: ScriptArguments, training_args: RankingConfig) -> tuple[Dataset, Dataset | None]:
     """Load the judgments to train and to evaluate on; a table without splits is not evaluated on."""
-    train_split = usual_split(script_args.judgments, script_args.train_split, "train")
-    train_dataset = load_groups(script_args.judgments, split=train_split)
+    columns = script_args.column_names()
+    train_split = usual_split(script_args.judgments, script_args.train_split, "train", columns)
+    train_dataset = load_groups(script_args.judgments, split=train_split, columns=columns)
     if training_args.eval_strategy == "no":
         return train_dataset, None
     eval_judgments = script_args.eval_judgments or script_args.judgments
-    eval_split = usual_split(eval_judgments, script_args.eval_split, "dev")
+    eval_split = usual_split(eval_judgments, script_args.eval_split, "dev", columns)
     if script_args.eval_judgments is None and eval_split is None:
         logger.warning("%s has no splits: training on all rows, without evaluation.", script_args.judgments)
         training_args.eval_strategy = "no"
         return train_dataset, None
-    eval_dataset = load_groups(eval_judgments, split=eval_split)
+    eval_dataset = load_groups(eval_judgments, split=eval_split, columns=columns)
     warn_shared_queries(train_dataset["query"], eval_dataset["query"])
     return train_dataset, eval_dataset
 

@@ -16,13 +16,11 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
-from trl import TrlParser
 
 from hf_disranker.data.impressions import read_credit
-from hf_disranker.data.outputs import check_output, made_by
+from hf_disranker.data.outputs import check_output, made_by, save_json
 from hf_disranker.evaluation.online import draft_lists, preference
-from hf_disranker.recipes.command_line import recipe_parser
-from hf_disranker.training.runs import save_json
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 
 MADE_BY = "disranker interleave"
 COLUMNS = ["query_id", "draft", "rank", "doc_id", "team"]
@@ -43,7 +41,7 @@ class InterleaveArguments:
     drafts: int = field(default=16, metadata={"help": "Lists per query."})
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("interleave", __doc__, InterleaveArguments)
 

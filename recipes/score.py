@@ -14,10 +14,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trl import TrlParser
-
 from hf_disranker.data.candidates import Candidates
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
 from hf_disranker.scoring.engines import SERVERS, Engine, HttpEngine, load_engine
 from hf_disranker.scoring.likelihood import (
     DEFAULT_DOCUMENT_TOKENS,
@@ -34,7 +32,7 @@ SERVER_OPTIONS = ("url", "concurrency")
 
 
 @dataclass(kw_only=True)
-class LikelihoodArguments:
+class LikelihoodArguments(TableArguments):
     """Scoring by query likelihood, without labels."""
 
     likelihood: bool = field(
@@ -77,7 +75,7 @@ class ScoreArguments(LikelihoodArguments):
     )
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("score", __doc__, ScoreArguments)
 
@@ -95,7 +93,7 @@ def main(args: ScoreArguments) -> None:
     if args.verify:
         check(make_engine(args), store, args.tolerance)
         return
-    candidates = Candidates(args.pairs, args.corpus)
+    candidates = Candidates(args.pairs, args.corpus, columns=args.column_names())
     candidates.check()  # before the model loads
     engine = make_engine(args)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # of accelerate launch
@@ -104,6 +102,8 @@ def main(args: ScoreArguments) -> None:
     ranker = getattr(engine, "ranker", None)
     cut = f"; {ranker.documents_cut} documents and {ranker.queries_cut} queries were truncated" if ranker else ""
     print(f"Scored {done} of {len(candidates)} pairs into {args.out}{cut}.")
+    if done:
+        print(f"Next: disranker distill --model ENCODER --scores {args.out} --out FOLDER")
 
 
 def check(engine: Engine, store: ScoreStore, tolerance: float) -> None:

@@ -24,13 +24,12 @@ import numpy as np
 import pandas as pd
 from huggingface_hub import HfApi
 from scipy.special import expit
-from trl import TrlParser
 
 from hf_disranker.data.bm25 import bm25_index, bm25_tokens
 from hf_disranker.data.tables import read_table
 from hf_disranker.models.hub import pushing
 from hf_disranker.models.ranker import Ranker
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
 from hf_disranker.version import __version__
 
 _SHOWN = 10
@@ -41,7 +40,7 @@ TEXTS: dict[str, dict[str, str]] = json.loads(
 
 
 @dataclass
-class DemoArguments:
+class DemoArguments(TableArguments):
     """Arguments of the search page."""
 
     corpus: str = field(metadata={"help": "Table of documents: file, URL or Hub data set id."})
@@ -170,13 +169,16 @@ def _move(column: Column, at: int, texts: dict[str, str]) -> str:
     return f'<span class="move {kind}" role="img" aria-label="{told}" title="{told}">{sign}</span>'
 
 
-def example_queries(source: str | None, split: str = "", count: int = 6) -> list[str]:
+def example_queries(
+    source: str | None, split: str = "", count: int = 6, columns: dict[str, str] | None = None
+) -> list[str]:
     """Return the shortest queries of a table, or the first lines of a text file."""
     if source is None:
         return []
     if source.endswith(".txt"):
         return Path(source).read_text(encoding="utf-8").splitlines()[:count]
-    queries = read_table(source, "candidates", split=split, texts=False)["query"].str.strip().unique()
+    rows = read_table(source, "candidates", split=split, texts=False, columns=columns)
+    queries = rows["query"].str.strip().unique()
     telling = [query for query in queries if len(bm25_tokens(query)) > 2]
     return sorted(telling, key=len)[:count]
 
@@ -188,21 +190,22 @@ def page(args: DemoArguments) -> Any:
         import gradio as gr
     except ImportError as error:
         raise ValueError("The page needs gradio: pip install hf-disranker[demo]") from error
-    corpus = read_table(args.corpus, "corpus")
+    columns = args.column_names()
+    corpus = read_table(args.corpus, "corpus", columns=columns)
     names = {"student": args.student} | ({"teacher": args.teacher} if args.teacher else {})
     searcher = Searcher(corpus, {name: Ranker.from_pretrained(path) for name, path in names.items()}, args.depth)
     list(searcher.search(corpus["title"].iloc[0]))  # warm-up
     transform = searcher.rankers["student"].model.config.marker.score_transform
-    examples = example_queries(args.queries, args.split)
+    examples = example_queries(args.queries, args.split, columns=columns)
 
     def search(query: str, language: str) -> Iterator[str]:
         """Yield the page after each column, so that the teacher delays nothing else."""
-        columns: list[Column] = []
+        found: list[Column] = []
         for column in searcher.search(query.strip()):
-            columns.append(column)
+            found.append(column)
             if column.name != "bm25":  # shown together with the student
-                yield render(columns, corpus, language, [*names][len(columns) - 1 :], transform)
-        if not columns:
+                yield render(found, corpus, language, [*names][len(found) - 1 :], transform)
+        if not found:
             yield render([], corpus, language) if query.strip() else ""
 
     def speak(language: str) -> tuple[Any, str]:
@@ -265,9 +268,11 @@ def write_space(args: DemoArguments, folder: Path) -> None:
     """Write the files of a Space: app, corpus, local models and example queries."""
     import gradio
 
-    arguments = asdict(args) | {"corpus": "corpus.parquet", "queries": None, "split": "", "port": None, "space": None}
-    read_table(args.corpus, "corpus").to_parquet(folder / "corpus.parquet", index=False)
-    if examples := example_queries(args.queries, args.split):
+    arguments = asdict(args) | {"corpus": "corpus.parquet", "split": ""}
+    arguments |= dict.fromkeys(("queries", "port", "space", "columns"))
+    columns = args.column_names()
+    read_table(args.corpus, "corpus", columns=columns).to_parquet(folder / "corpus.parquet", index=False)
+    if examples := example_queries(args.queries, args.split, columns=columns):
         arguments["queries"] = "queries.txt"
         (folder / "queries.txt").write_text("\n".join(examples), encoding="utf-8")
     for name in ("student", "teacher"):
@@ -282,7 +287,7 @@ def write_space(args: DemoArguments, folder: Path) -> None:
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of the page."""
     return recipe_parser("demo", __doc__, DemoArguments)
 

@@ -20,14 +20,13 @@ from typing import Literal
 
 import pandas as pd
 import torch
-from trl import TrlParser
 
 from hf_disranker.data.bm25 import click_judgments, with_random_documents
+from hf_disranker.data.outputs import save_json
 from hf_disranker.data.tables import read_table, write_table
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 from hf_disranker.recipes.quickstart import from_scratch, python_docs
 from hf_disranker.recipes.quickstart.results import STUDENTS, TEACHERS, show_results
-from hf_disranker.training.runs import save_json
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -77,7 +76,7 @@ class QuickstartArguments:
     seed: int = field(default=0, metadata={"help": "Seed for weight initialisation and training order."})
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of the quickstart."""
     return recipe_parser("quickstart", __doc__, QuickstartArguments)
 

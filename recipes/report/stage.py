@@ -10,11 +10,9 @@ The page uses no scripts and no external resources. All evaluations must be of t
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import TrlParser
-
 from hf_disranker.data.outputs import check_output, json_in, made_by
 from hf_disranker.evaluation.rankings import load_evaluations
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 from hf_disranker.recipes.report.page import is_report, write_report
 
 
@@ -28,7 +26,7 @@ class ReportArguments:
     texts: bool = field(default=True, metadata={"help": "Include queries and documents; --no_texts shows ids only."})
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of this stage."""
     return recipe_parser("report", __doc__, ReportArguments)
 

@@ -128,7 +128,7 @@ def examine_teacher(out: Path, folder: Path) -> Examined:
     )
     if max(differences) > TOLERANCE:
         raise ValueError(f"The shipped scores are not those of {folder}: {largest}, more than {TOLERANCE}.")
-    speed = score_with(engine, stores[1].read().head(_TIMED), progress=False).pairs_per_s
+    _, speed = score_with(engine, stores[1].read().head(_TIMED), progress=False)
     return Examined(f"Shipped scores: verified, {largest}.", speed)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from hf_disranker import recipes
 from hf_disranker.version import __version__
 
 STAGES = {
@@ -27,6 +30,10 @@ STAGES = {
 }
 # Stages whose first option may be given without its name.
 FIRST = {"compare": "--runs", "report": "--runs", "abtest": "--log"}
+# Extras by the package that the libraries name when they miss it.
+EXTRAS = {"bitsandbytes": "qlora", "gguf": "gguf"}
+# Messages of transformers: new heads and embeddings, which a stage trains, and file systems without exact times.
+_NOISE = ("LOAD REPORT", "new embeddings will be initialized", "new lm_head weights", "mtime may not be reliable")
 # Stages with a folder of their own.
 _FOLDERS = {
     "quickstart": "quickstart.stages",
@@ -41,7 +48,8 @@ usage: disranker STAGE [--config FILE.yaml] [--option value ...]
 
 {stages}
 
-disranker STAGE --help     options, inputs and outputs of a stage
+disranker STAGE --help         inputs, outputs and options of a stage
+disranker STAGE --help-all     the options of transformers and trl too
 accelerate launch -m hf_disranker.recipes.STAGE ...     run a stage on several GPUs or machines
 """
 
@@ -58,13 +66,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     stage, rest = arguments[0].replace("-", "_"), arguments[1:]
     if stage not in STAGES:
         sys.exit(f"disranker: there is no stage '{stage}'; there are: {', '.join(STAGES)}.")
+    if {"-h", "--help"} & set(rest):
+        print(help_file(stage).read_text(encoding="utf-8"), end="")
+        return
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_disranker").setLevel(logging.INFO)
-    logging.getLogger("bm25s").setLevel(logging.WARNING)
     if stage in FIRST and rest and not rest[0].startswith("-"):
         rest = [FIRST[stage], *rest]
     sys.argv = [f"disranker {stage}", *rest]
+    _run(stage)
+
+
+def _run(stage: str) -> None:
+    """Run a stage with the options in sys.argv."""
     recipe = load_stage(stage)
+    quiet_libraries()
     try:
         options = recipe.make_parser().parse_args_and_config()
     except (ValueError, OSError) as error:
@@ -75,11 +91,43 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(error, OSError) or _raised_here(error):
             sys.exit(f"disranker {stage}: {error}")
         raise
+    except ImportError as error:
+        if extra := next((extra for name, extra in EXTRAS.items() if name in str(error).lower()), None):
+            sys.exit(f"disranker {stage}: {str(error).splitlines()[0]} Or: pip install hf-disranker[{extra}]")
+        raise
+
+
+def quiet_libraries() -> None:
+    """Silence bars and messages of the libraries that say nothing to a user of the stages.
+
+    A head or weights that are missing where they must not be are errors of ours.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # set to DEBUG by its import
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as library
+
+        library.disable_progress_bar()  # of loading and saving weights; those of training are kept
+        for handler in (*logging.getLogger("transformers").handlers, *logging.getLogger().handlers):
+            handler.addFilter(_says_something)
+    if "datasets" in sys.modules:
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in _NOISE)
 
 
 def load_stage(stage: str) -> Any:
     """Import the recipe of a stage, with its `make_parser` and `main`."""
     return importlib.import_module(f"hf_disranker.recipes.{_FOLDERS.get(stage, stage)}")
+
+
+def help_file(stage: str) -> Path:
+    """Return the file with the help of a stage, which is read instead of importing torch; see docs/help_texts.py."""
+    return Path(recipes.__path__[0], "help", f"{stage}.txt")
 
 
 def _raised_here(error: ValueError) -> bool:

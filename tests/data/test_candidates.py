@@ -142,5 +142,5 @@ def test_a_named_index_is_a_column_and_another_is_dropped(tmp_path, judgments):
 
 def test_a_title_in_upper_case_is_not_looked_for_in_the_corpus(tmp_path, judgments):
     judgments.rename(columns={"title": "Title"}).to_parquet(tmp_path / "rows.parquet")
-    with pytest.raises(TableError, match="rename the column 'Title' to 'title'"):
+    with pytest.raises(TableError, match="the column 'Title' is called 'title' here"):
         Candidates(tmp_path / "rows.parquet")

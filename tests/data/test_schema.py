@@ -53,7 +53,7 @@ def test_scores_become_float32_and_amounts_float64():
 def test_a_missing_column_is_named_with_those_that_are_there():
     assert error_of(rows().drop(columns=["summary", "label"])) == (
         "my.csv: a judgments table needs the column(s) summary, label; it has: query_id, query, doc_id, title. "
-        "Rename your columns to query_id, query, doc_id, title, summary, label."
+        "If yours have other names: --columns summary=YOURS,label=YOURS."
     )
 
 
@@ -137,7 +137,8 @@ def test_numbers_of_every_kind_are_read_exactly():
 def test_a_column_is_not_passed_over_for_its_case_or_blanks(table, column):
     known = column.strip().lower()
     error = error_of(rows(weight=1.0).rename(columns={known: column}), table)
-    assert error == f"my.csv: rename the column {column!r} to '{known}': lower case, no spaces."
+    how = f"rename it, or --columns {known}={column.strip()}"
+    assert error == f"my.csv: the column {column!r} is called '{known}' here: {how}."
     validate(rows(weight=1.0).assign(**{column: "x"}), table, "my.csv")  # beside the real one it may be anything
 
 

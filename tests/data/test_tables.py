@@ -145,9 +145,10 @@ def test_a_folder_without_parquet_is_refused(tmp_path):
         ("empty.csv", b"", "empty.csv: the file is empty."),
         ("torn.parquet", b"PAR1 and no more", "torn.parquet: cannot be read as parquet: "),
         ("torn.jsonl", b'{"doc_id": "1", "titl', "torn.jsonl: cannot be read as jsonl: "),
-        ("latin.csv", "doc_id,title,summary\n1,a,b\n2,café,x\n".encode("latin-1"), "latin.csv: line 3 is not UTF-8"),
+        ("latin.csv", "doc_id,title\n1,a\n2,é\n".encode("latin-1"), "line 3 is not UTF-8 but probably CP1252"),
         ("latin.jsonl", '{"doc_id": "1"}\n{"doc_id": "é"}\n'.encode("latin-1"), "latin.jsonl: line 2 is not UTF-8"),
-        ("excel.csv", "doc_id,title,summary\n1,a,b\n".encode("utf-16"), "it is UTF-16: save it as UTF-8."),
+        ("gbk.csv", "doc_id,title,summary\n1,如何,b\n".encode("gbk"), "2 is not UTF-8 but probably GB18030"),
+        ("excel.csv", "doc_id,title,summary\n1,a,b\n".encode("utf-16"), "it is UTF-16: save it as UTF-8"),
         ("wide.csv", b"doc_id,title,summary\n1,a,b,\n2,c,d,\n", "csv: line 2 has 4 fields, the header 3: a text with"),
         ("uneven.csv", b"doc_id,title,summary\n1,a,b\n2,c,d,e\n", "uneven.csv: cannot be read as csv: line 3 has 4 "),
         ("short.csv", b'doc_id,title,summary\n\n1,"a\nb",c\n2,d\n', "line 5 has 2 fields, the header 3: is the row"),
@@ -156,8 +157,8 @@ def test_a_folder_without_parquet_is_refused(tmp_path):
         ("semicolon.csv", b"doc_id;title;summary\n1;a, b, c, d;b\n", "its fields are separated by semicolons: save"),
         ("tab.csv", b"doc_id\ttitle\tsummary\n1\ta\tb\n", "its fields are separated by tabs: save it with commas"),
         ("double.csv", b"doc_id,title,summary,title\n1,a,b,c\n", "its header names the column 'title' twice."),
-        ("upper.csv", b"doc_id,title,SUMMARY\n1,a,b\n", "upper.csv: rename the column 'SUMMARY' to 'summary'"),
-        ("padded.csv", b"doc_id, title,summary\n1,a,b\n", "padded.csv: rename the column ' title' to 'title'"),
+        ("upper.csv", b"doc_id,title,SUMMARY\n1,a,b\n", "upper.csv: the column 'SUMMARY' is called 'summary' here: "),
+        ("padded.csv", b"doc_id, title,summary\n1,a,b\n", "rename it, or --columns title=title."),
         ("array.jsonl", b'[{"doc_id": "1"},\n{"doc_id": "2"}]\n', "line 1 is not JSON"),
         ("values.jsonl", b'{"doc_id": "1"}\n\n"2"\n', "line 3 is not a JSON object; each line is one."),
         ("notes.csv.gz", b"doc_id,title,summary\n", "notes.csv.gz: cannot be read as csv: Not a gzipped file"),
@@ -196,7 +197,8 @@ def test_a_query_with_a_line_break_is_reported(tmp_path, caplog):
 @pytest.mark.parametrize("name", ["clicks", "Count"])
 def test_a_weight_of_another_name_is_reported(clicks, caplog, name):
     read_table(clicks.rename(columns={"weight": name}), "clicks")
-    assert caplog.messages == [f"<DataFrame>: the column '{name}' is not read. If it counts clicks, name it weight."]
+    message = f"<DataFrame>: the column '{name}' is not read. If it counts clicks: --columns weight={name}."
+    assert caplog.messages == [message]
     caplog.clear()
     read_table(clicks.assign(count=1), "clicks")
     assert not caplog.messages

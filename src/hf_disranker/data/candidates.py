@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from hf_disranker.data.files import row_groups
+from hf_disranker.data.columns import Columns, with_arrow_columns
+from hf_disranker.data.files import RowGroup, row_groups
 from hf_disranker.data.schema import TABLES, TableError, check_names, corpus_rows, validate
 from hf_disranker.data.tables import (
     Source,
@@ -34,14 +36,15 @@ class Candidates:
     """Pairs to score; sources as in `read_table`.
 
     Parquet stays on disk, except for one row group; other sources, and the corpus for rows with ids only, are loaded.
+    `columns` as in `read_table`.
 
     Raises:
         FileNotFoundError, TableError: As in `read_table`, for errors visible before the rows are read.
     """
 
-    def __init__(self, source: Source, corpus: Source | None = None) -> None:
+    def __init__(self, source: Source, corpus: Source | None = None, columns: Columns | None = None) -> None:
         self.name = source_name(source)
-        self._parts = list(_parts(source))
+        self._parts = list(_parts(source, columns))
         self._starts = np.cumsum([0, *(rows for rows, _ in self._parts)])
         self._held: tuple[int, pa.Table] | None = None
         self._digest = ""
@@ -50,7 +53,7 @@ class Candidates:
         self._texts: pa.Table | None = None
         check_names(self._part(0).column_names, _TABLE, self.name)
         if not has_texts(self._part(0).column_names):
-            texts = read_texts(corpus, self.name)
+            texts = read_texts(corpus, self.name, columns)
             self._texts, self._corpus_ids = _arrow(texts), pd.Index(texts["doc_id"])
 
     def __len__(self) -> int:
@@ -123,15 +126,20 @@ class Candidates:
         return rows
 
 
-def _parts(source: Source) -> Iterator[tuple[int, Callable[[], pa.Table]]]:
+def _parts(source: Source, columns: Columns | None) -> Iterator[tuple[int, Callable[[], pa.Table]]]:
     """Yield the length and reader of each row group; a source other than parquet is one part."""
     files = parquet_files(source)
     if not files:
-        rows = pa.Table.from_pandas(read_table(source, _TABLE, texts=False), preserve_index=False)
+        rows = pa.Table.from_pandas(read_table(source, _TABLE, texts=False, columns=columns), preserve_index=False)
         yield len(rows), lambda: rows
     for path in files:
         fs, _ = locate(os.fspath(source))  # type: ignore[arg-type]
-        yield from ((group.rows, group.read) for group in row_groups(fs, path))
+        for group in row_groups(fs, path):
+            yield group.rows, partial(_read_group, group, columns)
+
+
+def _read_group(group: RowGroup, columns: Columns | None) -> pa.Table:
+    return with_arrow_columns(group.read(), columns, _TABLE, group.path)
 
 
 def _arrow(frame: pd.DataFrame) -> pa.Table:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -243,18 +244,20 @@ def _text(file: IO[bytes]) -> io.TextIOWrapper:
     start = file.read(4)
     file.seek(0)
     if start.startswith(_UTF16) or b"\0" in start:
-        raise ValueError("it is UTF-16: save it as UTF-8.")
+        raise ValueError("it is UTF-16: save it as UTF-8, as by iconv -f UTF-16 -t UTF-8.")
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
 
 
 def _not_utf8(file: IO[bytes]) -> str:
-    """Describe where a file is not UTF-8."""
-    try:
-        file.read().decode()
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        return f"line {line} is not UTF-8 (byte {error.object[error.start]:#04x}): save the file as UTF-8."
-    raise AssertionError("the file changed while it was read")
+    """Describe where a file is not UTF-8, and what it probably is."""
+    content = file.read()
+    text = content.decode(errors="surrogateescape")
+    bad = next(place for place, letter in enumerate(text) if "\udc80" <= letter <= "\udcff")
+    # Bytes above 127 come in pairs in GBK; in Latin-1 most are alone.
+    runs = re.findall(rb"[\x80-\xff]+", content)
+    code = "GB18030" if 2 * sum(len(run) > 1 for run in runs) > len(runs) else "CP1252"
+    line = text.count("\n", 0, bad) + 1
+    return f"line {line} is not UTF-8 but probably {code}: save it as UTF-8, as by iconv -f {code} -t UTF-8."
 
 
 _READERS: dict[str, Callable[[IO[bytes]], pd.DataFrame]] = {

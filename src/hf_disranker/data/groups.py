@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
+from hf_disranker.data.columns import Columns, with_columns
 from hf_disranker.data.files import row_groups
 from hf_disranker.data.schema import TableError, with_index
 from hf_disranker.data.tables import (
@@ -37,7 +38,11 @@ _REMEMBERED = 100_000
 
 
 def load_groups(
-    source: Source | Sequence[Source], split: str | None = None, corpus: Source | None = None, streaming: bool = False
+    source: Source | Sequence[Source],
+    split: str | None = None,
+    corpus: Source | None = None,
+    streaming: bool = False,
+    columns: Columns | None = None,
 ) -> Dataset | IterableDataset:
     """Load a judgments or scores table as one row per query with all its documents.
 
@@ -48,6 +53,7 @@ def load_groups(
         corpus: As in `read_table`.
         streaming: If True, read lazily, for tables that do not fit into memory: a Hub data set id, or a path or URL of
             parquet files, with texts and with the rows of a query next to each other.
+        columns: As in `read_table`.
 
     Returns:
         Rows {query_id, query, doc_ids, titles, summaries, labels?, teacher_scores?} in order of first appearance. The
@@ -64,18 +70,21 @@ def load_groups(
         if not is_hub_id(name) and not parquet_files(name):
             fs, path = locate(name)
             raise TableError(f"{name}: only parquet can be streamed.") if fs.exists(path) else not_found(name)
-        return IterableDataset.from_generator(_stream_groups, gen_kwargs={"source": name, "split": split})
+        options = {"source": name, "split": split, "columns": columns}
+        return IterableDataset.from_generator(_stream_groups, gen_kwargs=options)
     if isinstance(source, list | tuple):
-        return group_rows(_average(source, split, corpus))
-    frame, name = read_rows(source, "judgments", split)
+        return group_rows(_average(source, split, corpus, columns))
+    frame, name = read_rows(source, "judgments", split, columns)
     table = "scores" if "teacher_score" in frame.columns else "judgments"
-    groups = group_rows(check_rows(frame, name, table, split, corpus))
+    groups = group_rows(check_rows(frame, name, table, split, corpus, columns=columns))
     groups.info.dataset_name = source_name(source)
     return groups
 
 
-def _average(sources: Sequence[Source], split: str | None, corpus: Source | None) -> pd.DataFrame:
-    tables = [read_table(source, "scores", split, corpus) for source in sources]
+def _average(
+    sources: Sequence[Source], split: str | None, corpus: Source | None, columns: Columns | None
+) -> pd.DataFrame:
+    tables = [read_table(source, "scores", split, corpus, columns=columns) for source in sources]
     for source, table in zip(sources, tables, strict=True):
         if len(table) != len(tables[0]) or mean_scores([tables[0], table]).isna().any():
             raise TableError(
@@ -102,11 +111,11 @@ def mean_scores(tables: Sequence[pd.DataFrame], scales: Sequence[Sequence[float]
     return pd.concat(aligned, axis=1).mean(axis=1, skipna=False)
 
 
-def _stream_groups(source: str, split: str | None) -> Iterator[dict[str, Any]]:
+def _stream_groups(source: str, split: str | None, columns: Columns | None) -> Iterator[dict[str, Any]]:
     """Yield the rows of `load_groups`, checking some thousand table rows at a time."""
     seen: set[str] = set()
     rest: list[pd.DataFrame] = []
-    for chunk in chain(_stream_rows(source, split), [None]):
+    for chunk in chain(_stream_rows(source, split, columns), [None]):
         if chunk is not None:
             frame = pd.concat([*rest, chunk])
             table = "scores" if "teacher_score" in frame.columns else "judgments"
@@ -126,12 +135,13 @@ def _stream_groups(source: str, split: str | None) -> Iterator[dict[str, Any]]:
         yield from group_rows(frame)
 
 
-def _stream_rows(source: str, split: str | None) -> Iterator[pd.DataFrame]:
+def _stream_rows(source: str, split: str | None, columns: Columns | None) -> Iterator[pd.DataFrame]:
     """Yield the rows of a split, some thousand at a time."""
     found, start = False, 0
     for frame in _chunks(source):
         frame = with_index(frame).set_axis(range(start, start + len(frame)))  # row numbers in errors
         start += len(frame)
+        frame = with_columns(frame, columns, "scores" if "teacher_score" in frame else "judgments", source)
         chosen = frame if not split else frame[frame["split"] == split] if "split" in frame else frame[:0]
         found |= len(chosen) > 0
         if len(chosen):

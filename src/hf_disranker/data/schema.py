@@ -77,7 +77,7 @@ def validate(frame: pd.DataFrame, table: str, source: str) -> pd.DataFrame:
         found = ", ".join(map(str, frame.columns)) or "none"
         raise TableError(
             f"{source}: a {table} table needs the column(s) {', '.join(missing)}; it has: {found}. "
-            f"Rename your columns to {', '.join(schema.required)}."
+            f"If yours have other names: --columns {','.join(f'{name}=YOURS' for name in missing)}."
         )
     if frame.empty:
         raise TableError(f"{source}: the {table} table has no rows.")
@@ -101,7 +101,8 @@ def check_names(columns: Iterable[object], table: str, source: str) -> None:
         if known not in names:
             for name in names:
                 if isinstance(name, str) and name.strip().casefold() == known:
-                    raise TableError(f"{source}: rename the column {name!r} to '{known}': lower case, no spaces.")
+                    how = f"rename it, or --columns {known}={name.strip()}"
+                    raise TableError(f"{source}: the column {name!r} is called '{known}' here: {how}.")
 
 
 def unread_weight(columns: Iterable[object]) -> str | None:

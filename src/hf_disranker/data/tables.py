@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset
 from fsspec.core import url_to_fs
 
+from hf_disranker.data.columns import Columns, with_columns
 from hf_disranker.data.files import is_beir, is_table_file, read_beir, read_file
 from hf_disranker.data.schema import TableError, empty_queries, join_texts, unread_weight, validate, with_index
 
@@ -32,7 +33,12 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def read_table(
-    source: Source, table: str, split: str | None = None, corpus: Source | None = None, texts: bool = True
+    source: Source,
+    table: str,
+    split: str | None = None,
+    corpus: Source | None = None,
+    texts: bool = True,
+    columns: Columns | None = None,
 ) -> pd.DataFrame:
     """Read and validate a table.
 
@@ -42,6 +48,8 @@ def read_table(
         split: Keep the rows with this value in the column `split`; None or "" keeps all.
         corpus: Source of the texts for a table with ids only.
         texts: If False, do not join texts to a table with ids only.
+        columns: The table's name of each column that has another one, such as {"query": "search_term"}. Where
+            query_id or doc_id is missing and no other name ends with "id", it is made from the texts.
 
     Returns:
         The validated rows, numbered from 0.
@@ -50,17 +58,24 @@ def read_table(
         FileNotFoundError: If there is no such file, folder or data set.
         TableError: If the table breaks its schema, or a document is not in the corpus.
     """
-    frame, name = read_rows(source, table, split)
-    return check_rows(frame, name, table, split, corpus, texts)
+    frame, name = read_rows(source, table, split, columns)
+    return check_rows(frame, name, table, split, corpus, texts, columns)
 
 
 def check_rows(
-    frame: pd.DataFrame, name: str, table: str, split: str | None, corpus: Source | None, texts: bool = True
+    frame: pd.DataFrame,
+    name: str,
+    table: str,
+    split: str | None,
+    corpus: Source | None,
+    texts: bool = True,
+    columns: Columns | None = None,
 ) -> pd.DataFrame:
     """Validate rows read from the source `name`; arguments as in `read_table`."""
     if table == "clicks":
         if unread := unread_weight(frame.columns):
-            logger.warning("%s: the column '%s' is not read. If it counts clicks, name it weight.", name, unread)
+            text = "%s: the column '%s' is not read. If it counts clicks: --columns weight=%s."
+            logger.warning(text, name, unread, unread)
         if "query" in frame.columns:
             frame = _without_empty_queries(frame, name)
     frame = validate(frame, table, name)
@@ -69,7 +84,7 @@ def check_rows(
     if split:
         frame = _only_split(frame, split, name)
     if texts and table in ("candidates", "scores") and not has_texts(frame.columns):
-        frame = join_texts(frame, read_texts(corpus, name), name)
+        frame = join_texts(frame, read_texts(corpus, name, columns), name)
     if has_texts(frame.columns):
         empty = int(((frame["title"].str.strip() == "") & (frame["summary"].str.strip() == "")).sum())
         if empty:
@@ -82,11 +97,11 @@ def has_texts(columns: Any) -> bool:
     return {"title", "summary"} <= set(columns)
 
 
-def read_texts(corpus: Source | None, name: str) -> pd.DataFrame:
+def read_texts(corpus: Source | None, name: str, columns: Columns | None = None) -> pd.DataFrame:
     """Read the corpus for a table `name` without texts; TableError if there is none."""
     if corpus is None:
         raise TableError(f"{name}: the rows have no title and summary; name the corpus with the texts.")
-    return read_table(corpus, "corpus")[["doc_id", "title", "summary"]]
+    return read_table(corpus, "corpus", columns=columns)[["doc_id", "title", "summary"]]
 
 
 def _report_line_breaks(queries: pd.Series, name: str) -> None:
@@ -117,8 +132,17 @@ def _only_split(frame: pd.DataFrame, split: str, name: str) -> pd.DataFrame:
     return chosen
 
 
-def read_rows(source: Source, table: str, split: str | None = None) -> tuple[pd.DataFrame, str]:
-    """Read unchecked rows and the source's name; `table` and `split` choose the files of a BEIR folder."""
+def read_rows(
+    source: Source, table: str, split: str | None = None, columns: Columns | None = None
+) -> tuple[pd.DataFrame, str]:
+    """Read unchecked rows and the source's name; arguments as in `read_table`."""
+    frame, name = _rows_as_stored(source, table, split)
+    scored = table == "judgments" and "teacher_score" in {*frame.columns, *(columns or {})}
+    return with_columns(frame, columns, "scores" if scored else table, name), name
+
+
+def _rows_as_stored(source: Source, table: str, split: str | None = None) -> tuple[pd.DataFrame, str]:
+    """Read rows and the source's name; `table` and `split` choose the files of a BEIR folder."""
     if isinstance(source, Dataset):
         return source.to_pandas(), source_name(source)
     if isinstance(source, DatasetDict):
@@ -183,20 +207,21 @@ def column_names(source: Source) -> list[str]:
     if files := parquet_files(source):
         with locate(os.fspath(source))[0].open(files[0], "rb") as file:  # type: ignore[arg-type]
             return pq.read_schema(file).names
-    return list(read_rows(source, "judgments")[0].columns)
+    return list(_rows_as_stored(source, "judgments")[0].columns)
 
 
-def usual_split(source: Source, named: str | None, usual: str) -> str | None:
+def usual_split(source: Source, named: str | None, usual: str, columns: Columns | None = None) -> str | None:
     """Choose the split to read.
 
     Args:
         source: See the module docstring.
         named: The user's choice; "" means all rows.
         usual: Default for a table with a column `split`. A table without one is read whole.
+        columns: As in `read_table`.
     """
     if named is not None:
         return named
-    return usual if is_beir(source) or "split" in column_names(source) else None
+    return usual if is_beir(source) or "split" in {*column_names(source), *(columns or {})} else None
 
 
 def is_hub_id(source: str) -> bool:

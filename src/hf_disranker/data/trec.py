@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from hf_disranker.data.columns import Columns
 from hf_disranker.data.files import is_beir, is_table_file
 from hf_disranker.data.schema import TableError, grades_from_zero, join_queries, join_texts, refuse, validate
 from hf_disranker.data.tables import Source, read_table, usual_split
@@ -18,7 +19,11 @@ _RUN = ["query_id", "q0", "doc_id", "rank", "teacher_score", "tag"]
 
 
 def read_judgments(
-    source: Source, split: str | None = None, corpus: Source | None = None, queries: Source | None = None
+    source: Source,
+    split: str | None = None,
+    corpus: Source | None = None,
+    queries: Source | None = None,
+    columns: Columns | None = None,
 ) -> pd.DataFrame:
     """Read judgments from a table, a TREC qrels file or a BEIR folder.
 
@@ -28,6 +33,7 @@ def read_judgments(
         split: Keep the rows of this split, by default "test" for BEIR; TREC qrels have no splits.
         corpus: For qrels, source of the documents' texts; None for no title and summary, enough to evaluate a run.
         queries: For qrels, source of the queries' texts; None uses their ids.
+        columns: As in `read_table`, for tables.
 
     Returns:
         A judgments table. Negative TREC labels (spam) become 0.
@@ -39,32 +45,32 @@ def read_judgments(
     if is_beir(source):
         return read_table(source, "judgments", split=split or "test")
     if (path := _trec_file(source)) is None:
-        return read_table(source, "judgments", split=split)
+        return read_table(source, "judgments", split=split, columns=columns)
     rows = _read_columns(path, _QRELS).drop(columns="iteration")
     rows = rows.assign(label=grades_from_zero(rows["label"]), query=rows["query_id"], title="", summary="")
     rows = validate(rows, "judgments", str(path)).drop(columns=["title", "summary"]).reset_index(drop=True)
     if queries is not None:
-        rows = join_queries(rows, read_table(queries, "queries"), str(path))
-    return rows if corpus is None else join_texts(rows, read_table(corpus, "corpus"), str(path))
+        rows = join_queries(rows, read_table(queries, "queries", columns=columns), str(path))
+    return rows if corpus is None else join_texts(rows, read_table(corpus, "corpus", columns=columns), str(path))
 
 
-def judged_split(source: Source, named: str | None, usual: str = "dev") -> str | None:
+def judged_split(source: Source, named: str | None, usual: str = "dev", columns: Columns | None = None) -> str | None:
     """Choose the split of judgments as `tables.usual_split` does; for BEIR, "test" if there is no usual one."""
     if named is not None or _trec_file(source) is not None:
         return named
     if isinstance(source, str | os.PathLike) and Path(source, "qrels").is_dir():
         return usual if Path(source, "qrels", f"{usual}.tsv").is_file() else "test"
-    return usual_split(source, named, usual)
+    return usual_split(source, named, usual, columns)
 
 
-def read_run(source: Source) -> pd.DataFrame:
+def read_run(source: Source, columns: Columns | None = None) -> pd.DataFrame:
     """Read a ranking as a scores table without texts: a score store or table, or a TREC run (any other extension).
 
     Raises:
         TableError: If a row of a run does not have six columns, a score is not finite, or a document occurs twice.
     """
     if (path := _trec_file(source)) is None:
-        return read_table(source, "scores", texts=False)
+        return read_table(source, "scores", texts=False, columns=columns)
     rows = _read_columns(path, _RUN)[[*KEY, "teacher_score"]]
     # float64: scores of a run may differ by less than the precision of float32.
     scores = pd.to_numeric(rows["teacher_score"], errors="coerce").astype("float64")
@@ -84,15 +90,18 @@ def check_run_ids(table: pd.DataFrame) -> None:
         refuse(table[name], several, f"column '{name}'", what)
 
 
-def read_candidates(source: Source, judgments: pd.DataFrame, corpus: pd.DataFrame) -> pd.DataFrame:
+def read_candidates(
+    source: Source, judgments: pd.DataFrame, corpus: pd.DataFrame, columns: Columns | None = None
+) -> pd.DataFrame:
     """Read a first stage's documents (candidates table or TREC run) for the judged queries.
 
-    Texts are joined from the corpus, the query and its other columns from the judgments.
+    Texts are joined from the corpus, the query and its other columns from the judgments; `columns` as in `read_table`.
 
     Raises:
         TableError: If there is no document for a judged query, or a document is not in the corpus.
     """
-    rows = (read_run(source) if _trec_file(source) else read_table(source, "candidates", texts=False))[KEY]
+    is_run = _trec_file(source) is not None
+    rows = (read_run(source) if is_run else read_table(source, "candidates", texts=False, columns=columns))[KEY]
     documents = {"doc_id", "title", "summary", "label"}
     by_query = judgments.drop_duplicates("query_id")[[name for name in judgments if name not in documents]]
     rows = rows.merge(by_query, on="query_id")
@@ -141,7 +150,10 @@ def _read_columns(path: Path, names: list[str]) -> pd.DataFrame:
     rows = rows.set_axis(pd.RangeIndex(1, len(rows) + 1, name="line"))
     rows = rows[rows[0] != ""]
     if rows.shape[1] != len(names):
-        raise TableError(f"{path}: rows have {rows.shape[1]} columns, not the {len(names)} of {' '.join(names)}.")
+        hint = " Save a tab-separated table as .csv." if path.suffix == ".tsv" else ""
+        raise TableError(
+            f"{path}: rows have {rows.shape[1]} columns, not the {len(names)} of {' '.join(names)}.{hint}"
+        )
     if (short := rows.iloc[:, -1] == "").any():
         raise TableError(f"{path}: line {rows.index[short][0]} has fewer columns than {' '.join(names)}.")
     return rows.set_axis(names, axis=1)

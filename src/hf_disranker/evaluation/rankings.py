@@ -120,8 +120,9 @@ def load_evaluations(paths: Iterable[str | os.PathLike[str]]) -> list[Evaluation
         if source[0] is None or source != sources[0]:
             raise ValueError(f"{file} has other judgments than {files[0]}: {source} and {sources[0]}.")
     # Only some evaluations, such as BM25's, name a corpus; its texts serve all.
-    texts = [next(filter(None, (one.get(name) for one in about)), None) for name in ("corpus", "queries")]
-    judgments = read_judgments(*sources[0], *texts)
+    corpus, queries = (next(filter(None, (one.get(name) for one in about)), None) for name in ("corpus", "queries"))
+    columns = {ours: theirs for one in about for ours, theirs in (one.get("columns") or {}).items()}
+    judgments = read_judgments(*sources[0], corpus, queries, columns)
     found = [Evaluation.load(file, judgments) for file in files]
     names = [evaluation.name for evaluation in found]
     if len(set(names)) < len(names):

@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import requests
 import torch
 from requests.adapters import HTTPAdapter
-from sentence_transformers import CrossEncoder
 from urllib3.util import Retry
 
 from hf_disranker.data.templates import STUDENT_TEMPLATES
@@ -24,6 +23,9 @@ from hf_disranker.models.checkpoint import load_config
 from hf_disranker.models.loading import check_head, check_labels, check_loaded_head, is_ranker
 from hf_disranker.models.ranker import Ranker, score_in_halves
 from hf_disranker.scoring.provenance import describe_model, describe_module, tokenizer_digest, versions
+
+if TYPE_CHECKING:
+    from sentence_transformers import CrossEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +165,8 @@ def load_engine(
         return RankerEngine(Ranker.from_pretrained(model, process_device(), token_budget, dtype=dtype), model)
     if token_budget:
         raise ValueError(f"{model} is scored by sentence-transformers, which has no token budget: omit token_budget.")
+    from sentence_transformers import CrossEncoder  # imports scikit-learn; a ranker does without
+
     encoder = CrossEncoder(model, device=process_device(), model_kwargs={"dtype": dtype})
     check_loaded_head(model, encoder.transformers_model)
     return CrossEncoderEngine(encoder, model)

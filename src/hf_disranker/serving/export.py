@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 import transformers
 from huggingface_hub import ModelCard
-from sentence_transformers import CrossEncoder
 
 from hf_disranker.data.outputs import save_json
 from hf_disranker.data.tables import pair_texts
@@ -31,6 +30,8 @@ from hf_disranker.models.ranker import Ranker
 from hf_disranker.models.student import BertDistilledRanker
 from hf_disranker.runtime import FILES
 from hf_disranker.runtime import Ranker as LightRanker
+
+logger = logging.getLogger(__name__)
 
 Predict = Callable[[Sequence[tuple[str, dict[str, str]]]], np.ndarray]
 
@@ -152,6 +153,8 @@ def write_format(file_format: str, ranker: Ranker, folder: Path) -> Predict:
 
 def write_cross_encoder(ranker: Ranker, folder: Path) -> Predict:
     """Score with sentence-transformers; the checkpoint needs no further file."""
+    from sentence_transformers import CrossEncoder
+
     model, templates = CrossEncoder(str(folder), device="cpu"), ranker.collator.templates
 
     def predict(pairs: Sequence[tuple[str, dict[str, str]]]) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
 from torch.nn.utils.rnn import pad_sequence
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -23,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
+from hf_disranker.models.card import is_hub_id
 from hf_disranker.models.checkpoint import check_length
 from hf_disranker.models.teacher import fit_embeddings, prepare_tokenizer
 from hf_disranker.training.losses import EvaluationLossMixin, LossTerm
@@ -32,6 +34,27 @@ logger = logging.getLogger(__name__)
 
 _CHUNK = 10_000
 _PROMPT, _TITLE, _SUMMARY = range(3)
+_CARD_OPTIONS = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length", "seed")
+_CARD = """\
+---
+{data}
+---
+
+# {name}
+
+A language model after continued pre-training on search clicks with hf-disranker (`pip install hf-disranker`): it
+reads a query and continues with the title and summary that users clicked. `disranker fit_teacher --model {folder}`
+makes it a ranker.
+
+- Started from: {base}
+- Data: {rows} clicks, as `{template}`, with the loss on title and summary
+
+| hyper-parameter | value |
+|---|---|
+{options}
+
+It may have memorized queries and documents of its click log: check what it may reveal before you publish it.
+"""
 
 
 @dataclass
@@ -50,7 +73,7 @@ class CptConfig(StageArguments, SFTConfig):
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Trade time for memory."})
     bf16: bool | None = field(default=False, metadata={"help": "Compute in bf16."})
     dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for transfers to a GPU."}
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for transfers; default: with a GPU."}
     )
     save_total_limit: int | None = field(default=1, metadata={"help": "Maximum number of checkpoints."})
     report_to: str = field(default="none", metadata={"help": "Experiment tracker: none, trackio, tensorboard ..."})
@@ -112,6 +135,30 @@ class ClickTrainer(EvaluationLossMixin, SFTTrainer):
             cast_weights(self.model, args.weights_dtype)
         if args.packing:
             check_packing(self.model)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write README.md into the output folder; the arguments are those of trl and are not used."""
+        if self.is_world_process_zero():
+            folder, model = self.args.output_dir, self.accelerator.unwrap_model(self.model)
+            base = model.config._name_or_path
+            data = ModelCardData(
+                base_model=base if is_hub_id(base) else None,
+                library_name="transformers",
+                pipeline_tag="text-generation",
+                tags=["hf-disranker", "generated_from_trainer"],
+            )
+            text = _CARD.format(
+                data=data.to_yaml(),
+                name=os.path.basename(os.path.normpath(folder)),
+                folder=folder,
+                base=base if is_hub_id(base) else "a model that is not published",
+                rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else "streamed",
+                template=getattr(model.config, "click_templates", TEACHER_TEMPLATES.to_dict())["text"],
+                options="\n".join(f"| {name} | {getattr(self.args, name)} |" for name in _CARD_OPTIONS),
+            )
+            ModelCard(text).save(os.path.join(folder, "README.md"))
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """See `Trainer.compute_loss`."""

@@ -15,17 +15,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from datasets import IterableDataset
 from fsspec.core import url_to_fs
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_disranker.data.files import beir_files
 from hf_disranker.data.outputs import check_output_folder, json_in, save_json
 from hf_disranker.data.tables import parquet_files
-from hf_disranker.models.card import training_facts
+from hf_disranker.models.card import model_card, training_facts
 from hf_disranker.models.hub import TrainerHubMixin
 
 logger = logging.getLogger(__name__)
@@ -61,8 +63,32 @@ def resume_point(output_dir: str) -> str | None:
     return None
 
 
+class _OneBar(ProgressCallback):
+    """Progress bar of training without a bar for each evaluation in it."""
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        if self.training_bar is None:
+            super().on_prediction_step(*args, **kwargs)
+
+
+def report_data(stage: str, train_dataset: Any, eval_dataset: Any) -> None:
+    """Log the size of the groups to train and evaluate on."""
+    parts = [f"training on {_size(train_dataset)}"]
+    parts.append(f"evaluating on {_size(eval_dataset)}" if eval_dataset is not None else "no evaluation")
+    logger.info("%s: %s.", stage, ", ".join(parts))
+
+
+def _size(groups: Any) -> str:
+    if isinstance(groups, IterableDataset):
+        return "a stream of queries"
+    return f"{len(groups):,} queries with {sum(map(len, groups['doc_ids'])):,} documents"
+
+
 def train(trainer: Any) -> dict[str, float]:
     """Train, resuming from the newest checkpoint, and return the evaluation measures; empty without an eval set."""
+    if any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks):
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_OneBar)
     trainer.train(resume_from_checkpoint=resume_point(trainer.args.output_dir))
     return trainer.evaluate() if trainer.eval_dataset is not None else {}
 
@@ -87,6 +113,10 @@ def save_run(
     if measures:
         save_json(measures, f"{out}/{measures_name}")
     save_record(out, arguments, sources)
+    if isinstance(trainer, TrainerHubMixin):
+        model_card(model.config, out, training_facts(trainer)).save(f"{out}/README.md")
+    else:
+        trainer.create_model_card()
     if trainer.args.push_to_hub and isinstance(trainer, TrainerHubMixin):
         model.push_to_hub(
             trainer.hub_model_id,
@@ -96,7 +126,15 @@ def save_run(
             revision=trainer.args.hub_revision,
             token=trainer.args.hub_token,
         )
-    logger.info("Model saved to %s. Next: %s", out, next_step)
+    logger.info("Model saved to %s%s. Next: %s", out, _headline(measures), next_step)
+
+
+def _headline(measures: Mapping[str, float]) -> str:
+    """Format the measures that are looked at first; empty if there are none."""
+    names = ("eval_ndcg@10", "eval_pnr", "perplexity_before", "perplexity_after")
+    found = {name.removeprefix("eval_").replace("_", " "): measures[name] for name in names if name in measures}
+    shown = [f"{name} {value:.4g}" for name, value in found.items()]
+    return f" ({', '.join(shown)})" if shown else ""
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> PreTrainedModel:

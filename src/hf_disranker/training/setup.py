@@ -75,7 +75,7 @@ class RankingConfig(StageArguments, TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between log entries."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Maximum number of checkpoints."})
     dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for transfers to a GPU."}
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for transfers; default: with a GPU."}
     )
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
     ddp_find_unused_parameters: bool | None = field(
