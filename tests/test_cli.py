@@ -153,7 +153,8 @@ cli.main(["fit_teacher", "--model", "cpt", "--judgments", "judgments.parquet", "
     assert "cpt: training on 12 clicks, 0 of them cut at 48 tokens." in lines
     assert "Model saved to cpt. Next: disranker fit_teacher --model cpt --judgments TABLE --out FOLDER" in lines
     assert "fit_teacher: training on 8 queries with 37 documents, evaluating on 4 queries with 20 documents." in lines
-    assert lines[-1].startswith("Model saved to teacher (ndcg@10 0.") and lines[-1].endswith("--out FOLDER")
+    assert lines[-2].startswith("Evaluation: ndcg@10 0.")
+    assert lines[-1] == "Model saved to teacher. Next: disranker score --model teacher --pairs TABLE --out FOLDER"
     for folder, words in (("cpt", "Data: 12 clicks"), ("teacher", 'Ranker.from_pretrained("teacher")')):
         card = (tmp_path / folder / "README.md").read_text()
         assert words in card and "None" not in card.split("##")[0]

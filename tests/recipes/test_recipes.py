@@ -199,3 +199,4 @@ def test_a_student_without_a_teacher_keeps_the_chosen_layers(tables, student_dir
     run("fit_teacher", "--model", student_dir, *rest)
     assert json.loads((tables / "student" / "config.json").read_text())["num_hidden_layers"] == 1
     assert f"Model saved to {tables / 'student'}. Next: disranker evaluate --model" in caplog.text
+    assert "fitted to graded judgments, without a teacher" in (tables / "student" / "README.md").read_text()

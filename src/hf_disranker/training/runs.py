@@ -126,15 +126,16 @@ def save_run(
             revision=trainer.args.hub_revision,
             token=trainer.args.hub_token,
         )
-    logger.info("Model saved to %s%s. Next: %s", out, _headline(measures), next_step)
+    if shown := _headline(measures):
+        logger.info("Evaluation: %s.", shown)
+    logger.info("Model saved to %s. Next: %s", out, next_step)
 
 
 def _headline(measures: Mapping[str, float]) -> str:
     """Format the measures that are looked at first; empty if there are none."""
     names = ("eval_ndcg@10", "eval_pnr", "perplexity_before", "perplexity_after")
     found = {name.removeprefix("eval_").replace("_", " "): measures[name] for name in names if name in measures}
-    shown = [f"{name} {value:.4g}" for name, value in found.items()]
-    return f" ({', '.join(shown)})" if shown else ""
+    return ", ".join(f"{name} {value:.4g}" for name, value in found.items())
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> PreTrainedModel:
