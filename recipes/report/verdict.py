@@ -67,7 +67,7 @@ def verdict(
 def _context(ours: Evaluation, evaluations: Sequence[Evaluation], titles: Mapping[str, str]) -> str:
     """Relate the student to its teacher in quality and speed, and name the best ranker if it is a third one."""
     parts, teacher = "", teacher_of(ours, evaluations) if is_distilled(ours) else None
-    if teacher is not None:
+    if teacher is not None and teacher.measures["ndcg@10"]:
         share = ours.measures["ndcg@10"] / teacher.measures["ndcg@10"]
         parts = f" and has {share:.0%} of the NDCG@10 of {titles[teacher.name]}"
         speed, slower = (one.about.get("pairs_per_s") for one in (ours, teacher))
