@@ -29,11 +29,11 @@ $(INSTALLED): setup.cfg pyproject.toml $(CONSTRAINTS)
 
 install: $(INSTALLED)  ## Build the environment in .venv
 
-quickstart: $(INSTALLED)  ## All stages on the Python documentation of this machine, 15 to 30 minutes
+quickstart: $(INSTALLED)  ## All stages on the Python documentation of this machine, ten minutes with the installation
 	$(BIN)/disranker quickstart $(ARGS)
 
 demo: $(INSTALLED)  ## A search page on what the quickstart made
-	test -e runs/quickstart/report/results.json || $(BIN)/disranker quickstart
+	test -e runs/quickstart/report/results.txt || $(BIN)/disranker quickstart
 	$(BIN)/disranker demo --corpus runs/quickstart/data/corpus.parquet --student runs/quickstart/student \
 		--teacher runs/quickstart/teacher --queries recipes/configs/quickstart/queries.txt $(ARGS)
 

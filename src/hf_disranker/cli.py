@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from hf_disranker.version import __version__
 
 STAGES = {
-    "quickstart": "all stages on the Python documentation of this machine, in 15 to 30 minutes",
+    "quickstart": "all stages on the Python documentation of this machine, in minutes",
     "cpt": "1   continued pre-training of a language model on clicks",
     "fit_teacher": "2   fit a ranker to graded judgments",
     "score": "3a  score unlabelled pairs with a teacher",
@@ -27,7 +28,7 @@ STAGES = {
 # Stages whose first option may be given without its name.
 FIRST = {"compare": "--runs", "report": "--runs", "abtest": "--log"}
 # Stages with a folder of their own.
-_FOLDERS = {"quickstart": "quickstart.stages", "report": "report.stage", "demo": "demo.page"}
+_FOLDERS = {"quickstart": "quickstart.run", "report": "report.stage", "demo": "demo.page"}
 
 USAGE = """disranker {version}: distil a large language model's ranking skill into a BERT.
 
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if stage in FIRST and rest and not rest[0].startswith("-"):
         rest = [FIRST[stage], *rest]
     sys.argv = [f"disranker {stage}", *rest]
+    # Read when torch loads. Threads that spin while they wait take the core from the thread that they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     recipe = load_stage(stage)
     try:
         options = recipe.make_parser().parse_args_and_config()
