@@ -251,21 +251,22 @@ def has_finished(folder: Path, run: Mapping[str, Any]) -> bool:
 def output_to(path: Path) -> Iterator[None]:
     """Append what is printed and logged to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    console = (sys.stderr, sys.stdout)
     with open(path, "a", encoding="utf-8") as log:
         try:
+            _move_handlers(console, log)
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                _log_to(log)
                 yield
         finally:
-            _log_to(sys.stderr)
+            _move_handlers((log,), console[0])
 
 
-def _log_to(stream: TextIO) -> None:
-    """Point every handler of a logger that writes to a stream at another; libraries bring handlers of their own."""
-    known = (one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger))
-    for handler in (handler for logger in (logging.root, *known) for handler in logger.handlers):
-        if type(handler) is logging.StreamHandler:
-            handler.setStream(stream)
+def _move_handlers(streams: tuple[TextIO, ...], to: TextIO) -> None:
+    """Let handlers of all loggers that write to one of the streams write to another; libraries bring their own."""
+    loggers = (one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger))
+    for handler in (handler for logger in (logging.root, *loggers) for handler in logger.handlers):
+        if type(handler) is logging.StreamHandler and handler.stream in streams:
+            handler.setStream(to)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def test_scores_of_another_teacher_are_not_kept(tmp_path):
         teacher = f"teacher of run {number}"
 
         def work(teacher=teacher):
-            ScoreStore(tmp_path / "scores").open({"teacher": teacher, "made_by": "disranker score"})
+            ScoreStore(tmp_path / "scores").open({"teacher": teacher, "pairs": 1, "shard_rows": 1})
 
         stages._run_once(tmp_path / "scores", {"recipe": "score", "after": teacher}, work)
     assert ScoreStore(tmp_path / "scores").manifest()["teacher"] == "teacher of run 1"
