@@ -46,9 +46,9 @@ def main() -> None:
         for name in ("report/results.json", "report/comparison.json", "machine.json")
     )
     seconds = [seconds_of(folder) for folder in folders]
-    tables = [time_table(machines, seconds), measures_table(rankers), tests_table(tests)]
-    (args.out / "results.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-    print("\n\n".join(tables))
+    text = "\n\n".join([time_table(machines, seconds), measures_table(rankers), tests_table(tests)])
+    (args.out / "results.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 def run(seed: int, folder: Path, environment: dict[str, str], busy: bool) -> None:

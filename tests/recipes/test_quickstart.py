@@ -166,6 +166,22 @@ def test_a_wait_policy_of_the_user_stays(monkeypatch):
     assert seen == ["ACTIVE"]
 
 
+def test_the_benchmark_shows_machine_times_and_tables(finished, tmp_path, monkeypatch, capsys):
+    benchmark = importlib.import_module("quickstart")  # pytest has benchmarks/ on its path
+    (tmp_path / "3").symlink_to(finished[0])
+    machine = {"cpu": "A chip", "cores": 2, "torch": "2.13 AVX2", "busy": True, "seconds": 77.2}
+    save_json(machine, str(tmp_path / "3" / "machine.json"))
+    monkeypatch.setattr(sys, "argv", ["quickstart", "--seeds", "3", "--out", str(tmp_path)])
+    benchmark.main()
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "results.md").read_text()
+    assert printed.startswith("A chip, 2 cores, one kept busy, torch 2.13 AVX2\n")
+    for stage in run.STAGES:
+        assert re.search(rf"^\| {stage.name} \| \d+ \(\d+\), 1 \|$", printed, flags=re.M)
+    assert re.search(r"^\| the whole command \| 77 \(\d+\) \|$", printed, flags=re.M)
+    assert "| BERT, distilled | BERT, labels alone | " in printed and "| LLM teacher | 0." in printed
+
+
 def test_a_stage_that_did_not_finish_runs_again_with_those_that_read_it(finished, capsys):
     folder, options, _ = finished
     models = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.safetensors")}
