@@ -47,7 +47,7 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(CONFIGS / "quickstart", "500,3500,5,500"),
+    "tiny": Preset(CONFIGS / "quickstart", "500,3000,5,500"),
     "hub": Preset(
         CONFIGS / "quickstart_hub",
         "1500,8000,7,1000",
@@ -194,7 +194,7 @@ def run_logged(work: Any, out: Path, stage: Stage) -> str:
         with output_to(log):
             work.run_stage(out, stage)
     except BaseException:
-        print(f"  failed, see {log}", flush=True)
+        print(f"  stopped, see {log}", flush=True)
         raise
     return f"{time.perf_counter() - begin:6.0f} s"
 
@@ -220,9 +220,10 @@ def plan(args: QuickstartArguments) -> list[Stage]:
 
 def check_folder(out: Path, stages: list[Stage]) -> None:
     """Raise ValueError if the folder contains stage folders that no quickstart created."""
-    foreign = [stage.name for stage in stages if stage.name != "data" and (out / stage.name).exists()]
+    folders = [out / stage.name for stage in stages if stage.name != "data"]
+    foreign = [folder for folder in folders if folder.exists() and not (folder / "started.json").exists()]
     if foreign and not (out / "data" / "manifest.json").is_file():
-        raise ValueError(f"{out / foreign[0]} exists and was not created by a quickstart: choose another --out.")
+        raise ValueError(f"{foreign[0]} exists and was not created by a quickstart: choose another --out.")
 
 
 def is_finished(out: Path, stage: Stage) -> bool:

@@ -213,7 +213,7 @@ def test_a_failed_stage_names_its_log(finished, monkeypatch, capsys):
     (folder / "report" / "finished.json").unlink()
     with pytest.raises(ZeroDivisionError):
         run_quickstart(*options)
-    assert stage_lines(capsys.readouterr().out)[-1].endswith(f"failed, see {folder}/logs/report.log")
+    assert stage_lines(capsys.readouterr().out)[-1].endswith(f"stopped, see {folder}/logs/report.log")
     (folder / "report" / "finished.json").write_text(before)
 
 
