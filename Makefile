@@ -29,7 +29,7 @@ $(INSTALLED): setup.cfg pyproject.toml $(CONSTRAINTS)
 
 install: $(INSTALLED)  ## Build the environment in .venv
 
-quickstart: $(INSTALLED)  ## All stages on the Python documentation of this machine, 15 to 30 minutes
+quickstart: $(INSTALLED)  ## All stages on the Python documentation of this machine, ten minutes with the installation
 	$(BIN)/disranker quickstart $(ARGS)
 
 models: $(INSTALLED)  ## SmolLM2-135M-Instruct and all-MiniLM-L6-v2 (Apache-2.0) into runs/models, 180 MB; ARGS=--gemma for Gemma 3
@@ -42,7 +42,7 @@ showcase-scores: $(INSTALLED)  ## The shipped scores anew, hours on a CPU; needs
 	$(BIN)/python -m hf_disranker.recipes.showcase.scoring $(ARGS)
 
 demo: $(INSTALLED)  ## A search page on what the quickstart made
-	test -e runs/quickstart/report/results.json || $(BIN)/disranker quickstart
+	test -e runs/quickstart/report/results.txt || $(BIN)/disranker quickstart
 	$(BIN)/disranker demo --corpus runs/quickstart/data/corpus.parquet --student runs/quickstart/student \
 		--teacher runs/quickstart/teacher --queries recipes/configs/quickstart/queries.txt $(ARGS)
 

@@ -1,18 +1,31 @@
-"""The quickstart with several seeds: how much of its table is chance.
+"""The quickstart with several seeds: its table, how much of it is chance, and how long it takes.
 
     python benchmarks/quickstart.py --seeds 0 1 2 --out runs/quickstart_seeds
+    python benchmarks/quickstart.py --avx2 --busy      # as on a CPU without AVX-512 and BF16, one core busy
 
-Runs `disranker quickstart` once for each seed (finished runs are kept) and prints markdown: every ranker's measures by
-seed, and the paired tests by seed.
+Runs `disranker quickstart` once for each seed (finished runs are kept) and prints markdown, also in OUT/results.md:
+the machine, seconds of each stage, every ranker's measures and the paired tests by seed.
 """
 
 import argparse
+import contextlib
 import json
+import os
+import platform
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hf_disranker.recipes.quickstart.results import TITLES
+from hf_disranker.recipes.quickstart.run import STAGES
+from hf_disranker.training.runs import save_json
+
+# What the libraries read to leave out newer instructions.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+_CAPABILITY = "import torch; print(torch.__version__, torch.backends.cpu.get_cpu_capability())"
 
 
 def main() -> None:
@@ -20,14 +33,75 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart_seeds"))
+    parser.add_argument("--avx2", action="store_true", help="use no newer instructions than AVX2")
+    parser.add_argument("--busy", action="store_true", help="keep one core busy meanwhile")
     args = parser.parse_args()
     folders = [args.out / str(seed) for seed in args.seeds]
-    for seed, folder in zip(args.seeds, folders, strict=True):
-        command = [sys.executable, "-m", "hf_disranker.cli", "quickstart", "--out", str(folder), "--seed", str(seed)]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-    print(measures_table([json.loads((folder / "report" / "results.json").read_text()) for folder in folders]))
-    print()
-    print(tests_table([json.loads((folder / "report" / "comparison.json").read_text()) for folder in folders]))
+    with busy_core() if args.busy else contextlib.nullcontext():
+        for seed, folder in zip(args.seeds, folders, strict=True):
+            if not (folder / "machine.json").exists():
+                run(seed, folder, os.environ | (AVX2 if args.avx2 else {}), args.busy)
+    rankers, tests, machines = (
+        [json.loads((folder / name).read_text()) for folder in folders]
+        for name in ("report/results.json", "report/comparison.json", "machine.json")
+    )
+    seconds = [seconds_of(folder) for folder in folders]
+    text = "\n\n".join([time_table(machines, seconds), measures_table(rankers), tests_table(tests)])
+    (args.out / "results.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def run(seed: int, folder: Path, environment: dict[str, str], busy: bool) -> None:
+    """Run the quickstart with a seed; record the machine and the seconds of the whole command."""
+    shown = subprocess.run([sys.executable, "-c", _CAPABILITY], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "hf_disranker.cli", "quickstart", "--out", str(folder), "--seed", str(seed)]
+    begin, load = time.perf_counter(), os.getloadavg()[0]
+    subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
+    seconds = round(time.perf_counter() - begin, 1)
+    machine = {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)), "torch": shown.stdout.strip()}
+    save_json({**machine, "busy": busy, "load_before": load, "seconds": seconds}, f"{folder}/machine.json")
+
+
+@contextlib.contextmanager
+def busy_core() -> Iterator[None]:
+    """Keep one core busy."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+
+
+def cpu_model() -> str:
+    """Return the name of the CPU."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().split("\n"):
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def seconds_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the record of each stage of a run, with its seconds of wall-clock and CPU time and its threads."""
+    return {stage.name: json.loads((folder / stage.name / "finished.json").read_text()) for stage in STAGES}
+
+
+def time_table(machines: list[dict], seconds: list[dict[str, dict[str, Any]]]) -> str:
+    """Seconds of each stage, wall-clock and CPU, with its threads, a column for each seed."""
+    lines = ["| stage: seconds (CPU seconds), threads |" + " seed |" * len(machines), "|---|" + "---|" * len(machines)]
+    for name in seconds[0]:
+        cells = [
+            f"{run[name]['seconds']:.0f} ({run[name]['cpu_seconds']:.0f}), {run[name]['threads']}" for run in seconds
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    cpu = [sum(stage["cpu_seconds"] for stage in run.values()) for run in seconds]
+    cells = [f"{machine['seconds']:.0f} ({total:.0f})" for machine, total in zip(machines, cpu, strict=True)]
+    lines.append(f"| the whole command | {' | '.join(cells)} |")
+    known = {
+        f"{one['cpu']}, {one['cores']} cores{', one kept busy' * one['busy']}, torch {one['torch']}"
+        for one in machines
+    }
+    return "\n".join(sorted(known)) + "\n\n" + "\n".join(lines)
 
 
 def measures_table(runs: list[list[dict]]) -> str:

@@ -75,25 +75,25 @@ def photograph(run: Path, query: str = "train a random forest") -> None:
 
 def method(table: str) -> str:
     """Draw teacher, scores and student, with the quickstart's numbers from the README's table."""
-    teachers, student = (_row(table, name) for name in ("mean of both teachers", "BERT, distilled"))
+    teacher, student = (_row(table, name) for name in ("LLM teacher", "BERT, distilled"))
     body = [
         *_box(0, 20, 150, 44, "clicks"),
         *_box(0, 78, 150, 44, "judgments"),
-        *_box(216, 20, 190, 102, "LLM teachers", "CPT, then a ranking loss", "on the last token"),
+        *_box(216, 20, 190, 102, "LLM teacher", "CPT, then a ranking loss", "on the last token"),
         *_box(0, 216, 150, 44, "unlabelled pairs"),
         *_box(216, 187, 190, 102, "BERT student", "a stock classifier", "on disk", kind="ours"),
         *_arrow(150, 42, 210, 58),
         *_arrow(150, 100, 210, 84),
         *_arrow(150, 228, 262, 128),
         *_arrow(311, 122, 311, 181),
-        '<text x="324" y="160" class="quiet">their scores: Point-MSE + Margin-MSE</text>',
+        '<text x="324" y="160" class="quiet">its scores: Point-MSE + Margin-MSE</text>',
         '<text x="430" y="18" class="quiet">in the quickstart:</text>',
-        *_numbers(64, teachers),
+        *_numbers(64, teacher),
         *_numbers(231, student),
     ]
     label = (
-        "Clicks and judgments make LLM teachers. Their scores of unlabelled pairs make a BERT student. In the "
-        f"quickstart: two teachers, NDCG@10 {teachers[0]}, {teachers[1]} pairs/s; "
+        "Clicks and judgments make an LLM teacher. Its scores of unlabelled pairs make a BERT student. In the "
+        f"quickstart: teacher, NDCG@10 {teacher[0]}, {teacher[1]} pairs/s; "
         f"student {student[0]}, {student[1]} pairs/s."
     )
     return _FRAME.format(width=640, height=302, label=label, body="\n".join(body))

@@ -26,17 +26,13 @@ TITLES = {
     "bm25": "BM25",
     "label_student": "BERT, labels alone",
     "click_student": "BERT, clicks, labels",
-    "teacher_no_cpt": "LLM teacher, no CPT",
     "teacher": "LLM teacher",
-    "teachers": "mean of both teachers",
     "student": "BERT, distilled",
 }  # in the order of the table
-STUDENTS, TEACHERS = ("label_student", "click_student", "student"), ("teacher", "teacher_no_cpt")
+STUDENTS = ("label_student", "click_student", "student")
 # Paired tests: the ranker that should win comes first.
 COMPARED = (
     ("teacher", "bm25"),
-    ("teacher", "teacher_no_cpt"),
-    ("teachers", "teacher"),
     ("student", "bm25"),
     ("student", "label_student"),
     ("student", "click_student"),
@@ -59,37 +55,26 @@ def show_results(out: Path) -> None:
     """Evaluate every ranker on the development queries, print the results and write the report.
 
     Args:
-        out: Folder of the quickstart; files are written to its subfolder `report`.
+        out: Folder of the quickstart; files are written to its subfolder `report`, what is printed to `results.txt`.
     """
-    print("\n== report: every ranker on the same development queries", flush=True)
-    source = f"{out}/data/judgments.parquet"
-    dev = read_table(source, "judgments", split="dev")
     corpus = read_table(f"{out}/data/corpus.parquet", "corpus")
-    rankers = {name: Ranker.from_pretrained(out / name) for name in (*STUDENTS, *TEACHERS)}
-    facts: dict[str, Any] = {"judgments": source, "split": "dev"}
-    scores = bm25_scores(dev, corpus[corpus["split"] == "dev"])
-    evaluations = {"bm25": Evaluation.of("bm25", dev.assign(score=scores), role="bm25", **facts)}
-    for name, ranker in rankers.items():
-        scores, speed = score_with(ranker, dev, progress=False)
-        about = facts | describe(ranker) | {"source": str(out / name), "pairs_per_s": speed}
-        evaluations[name] = Evaluation.of(name, dev.assign(score=scores), **about)
-    evaluations["teachers"] = mean_of([evaluations[name] for name in TEACHERS], facts)
-    report = out / "report"
+    rankers = {name: Ranker.from_pretrained(out / name) for name in (*STUDENTS, "teacher")}
+    evaluations = evaluate_all(out, rankers, corpus[corpus["split"] == "dev"])
+    report, results = out / "report", [summary(evaluation) for evaluation in evaluations.values()]
     for name, evaluation in evaluations.items():
         evaluation.save(report / "eval" / f"{name}.json")
-    shown = [evaluations[name] for name in TITLES]
-    results = [summary(evaluation) for evaluation in shown]
     save_json(results, f"{report}/results.json")
-    (report / "results.svg").write_text(results_picture(shown), encoding="utf-8")
-    write_report(shown, report / "report.html", pairs=COMPARED, titles=TITLES)
-    print("\n" + results_table(results))
-    student, teachers = (summary(evaluations[name]) for name in ("student", "teachers"))
-    kept, faster = (student[name] / teachers[name] for name in ("ndcg@10", "pairs_per_s"))
-    print(f"\nThe distilled BERT keeps {kept:.0%} of its teachers' NDCG@10 at {faster:.1f} times their pairs/s.")
-    show_comparisons(out, evaluations)
+    (report / "results.svg").write_text(results_picture([*evaluations.values()]), encoding="utf-8")
+    write_report([*evaluations.values()], report / "report.html", pairs=COMPARED, titles=TITLES)
     searches = search_examples(EXAMPLE_QUERIES, corpus, rankers["student"])
     (report / "searches.txt").write_text("\n\n".join(searches) + "\n", encoding="utf-8")
-    print(f"""
+    student, teacher = (summary(evaluations[name]) for name in ("student", "teacher"))
+    kept, faster = (student[name] / teacher[name] for name in ("ndcg@10", "pairs_per_s"))
+    text = f"""{results_table(results)}
+
+The distilled BERT has {kept:.0%} of its teacher's NDCG@10 at {faster:.1f} times its pairs/s.
+{comparisons(out, evaluations)}
+
 {searches[0]}
 
 Open {report}/report.html for scores, learning curves, gains and losses. More searches: {report}/searches.txt.
@@ -100,16 +85,29 @@ The student is a stock BERT classifier; sentence-transformers loads it directly:
     ranker = CrossEncoder("{out}/student")
     print(ranker.rank("plot a histogram", ["smtplib: send mail", "numpy.histogram: bins of a data set"]))
 
-Next: run the same stages on your own data, see `disranker cpt --help` and the README.""")
+Next: run the same stages on your own data, see `disranker cpt --help` and the README.
+"""
+    (report / "results.txt").write_text(text, encoding="utf-8")
+    print(text)
 
 
-def mean_of(teachers: list[Evaluation], facts: dict[str, Any]) -> Evaluation:
-    """Evaluate the teachers' mean score, which the student was trained on, at the cost of running all of them."""
-    scores = np.mean([one.rows["score"] for one in teachers], axis=0)
-    about = {"role": "teacher", "source": " + ".join(one.about["source"] for one in teachers)}
-    about["parameters"] = sum(one.about["parameters"] for one in teachers)
-    about["pairs_per_s"] = 1 / sum(1 / one.about["pairs_per_s"] for one in teachers)
-    return Evaluation.of("teachers", teachers[0].rows.assign(score=scores), **facts, **about)
+def evaluate_all(out: Path, rankers: Mapping[str, Ranker], corpus: pd.DataFrame) -> dict[str, Evaluation]:
+    """Evaluate BM25 and the rankers on the same pairs, in the order of the table.
+
+    Args:
+        out: Folder of the quickstart.
+        rankers: Rankers by name.
+        corpus: Documents for BM25's word statistics.
+    """
+    source = f"{out}/data/sample/judgments.parquet"
+    dev = read_table(source, "judgments", split="dev")
+    facts: dict[str, Any] = {"judgments": source, "split": "dev"}
+    evaluations = {"bm25": Evaluation.of("bm25", dev.assign(score=bm25_scores(dev, corpus)), role="bm25", **facts)}
+    for name, ranker in rankers.items():
+        scores, speed = score_with(ranker, dev, progress=False)
+        about = facts | describe(ranker) | {"source": str(out / name), "pairs_per_s": speed}
+        evaluations[name] = Evaluation.of(name, dev.assign(score=scores), **about)
+    return {name: evaluations[name] for name in TITLES}
 
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:
@@ -119,27 +117,31 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
     return row | {kind: measures[kind] for kind in ("ndcg@5", "ndcg@10", "pnr", "intervals")}
 
 
-def show_comparisons(out: Path, evaluations: dict[str, Evaluation]) -> None:
-    """Print the pre-training loss, the students' agreement with the teachers and the paired tests."""
+def comparisons(out: Path, evaluations: dict[str, Evaluation]) -> str:
+    """Describe the pre-training loss, the students' agreement with the teacher and the paired tests; save both."""
     losses = json.loads((out / "cpt" / "cpt.json").read_text())
     before, after = losses["loss_before"], losses["loss_after"]
     uniform = np.log(AutoConfig.from_pretrained(out / "cpt").vocab_size)
-    print(f"\nHeld-out loss on title + summary: {before:.2f} -> {after:.2f} nats per token (uniform: {uniform:.2f}).")
-    teachers = evaluations["teachers"].rows
-    queries, scores = teachers["query_id"], teachers["score"]
+    teacher = evaluations["teacher"].rows
     taus = {
-        name: metrics.query_mean(metrics.kendall_tau(evaluations[name].rows["score"], scores, queries))
+        name: metrics.query_mean(
+            metrics.kendall_tau(evaluations[name].rows["score"], teacher["score"], teacher["query_id"])
+        )
         for name in STUDENTS
     }
-    shown = ", ".join(f"{name} {tau:.3f}" for name, tau in taus.items())
-    print(f"Kendall tau with the teachers, mean over queries: {shown}.")
-    print("Paired differences in NDCG@10 (95% interval; p of a randomisation test, p after Holm's correction):")
+    agreement = ", ".join(f"{name} {tau:.3f}" for name, tau in taus.items())
+    lines = [
+        f"Held-out loss on title + summary: {before:.2f} -> {after:.2f} nats per token (uniform: {uniform:.2f}).",
+        f"Kendall tau with the teacher, mean over queries: {agreement}.",
+        "Paired differences in NDCG@10 (95% interval; p of a randomisation test, p after Holm's correction):",
+    ]
     compared = compare_evaluations([*evaluations.values()], pairs=COMPARED)
     for one in compared:
         names, (low, high) = f"{TITLES[one.first]:22} - {TITLES[one.second]:22}", one.interval
-        print(f"  {names} {one.difference:+.3f}  [{low:+.3f}, {high:+.3f}]  p = {one.p:.4f}, {one.p_holm:.4f}")
-    comparisons = [asdict(one) | {"rankers": [one.first, one.second]} for one in compared]
-    save_json({"kendall_tau_with_teachers": taus, "ndcg@10": comparisons}, f"{out}/report/comparison.json")
+        lines.append(f"  {names} {one.difference:+.3f}  [{low:+.3f}, {high:+.3f}]  p = {one.p:.4f}, {one.p_holm:.4f}")
+    tests = [asdict(one) | {"rankers": [one.first, one.second]} for one in compared]
+    save_json({"kendall_tau_with_teacher": taus, "ndcg@10": tests}, f"{out}/report/comparison.json")
+    return "\n".join(lines)
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:

@@ -1,49 +1,28 @@
-"""Run all stages on real text, from random weights: search over the Python documentation installed on this machine.
+"""Stages of the quickstart: the data, the models to start from, and a recipe as a stage that runs once."""
 
-    disranker quickstart
-
-A small language model is fine-tuned on clicks and a few judgments, once from scratch and once after continued
-pre-training on the clicks. Both score many unlabelled pairs, and a small BERT is trained on their mean score.
-Baselines show the effect of each step: the same BERT without a teacher, and each teacher alone. Each stage runs the
-recipe of that name with a config from configs/quickstart; finished stages are skipped.
-"""
+from __future__ import annotations
 
 import importlib
-import json
 import shutil
+import statistics
 import time
 import timeit
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import pandas as pd
 import torch
 
 from hf_disranker.data.bm25 import click_judgments, with_random_documents
-from hf_disranker.data.outputs import save_json
+from hf_disranker.data.outputs import json_in, save_json
 from hf_disranker.data.tables import read_table, write_table
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 from hf_disranker.recipes.quickstart import from_scratch, python_docs
-from hf_disranker.recipes.quickstart.results import STUDENTS, TEACHERS, show_results
+from hf_disranker.recipes.quickstart.results import show_results
+from hf_disranker.recipes.quickstart.run import CONFIGS, Stage, has_finished, inputs, record
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+__all__ = ["CONFIGS", "MAX_LENGTH", "bf16_is_faster", "fast_precision", "make_data", "run_recipe", "run_stage"]
 
-
-@dataclass(frozen=True)
-class Preset:
-    """Configs and base checkpoints of a quickstart; without checkpoints small models are built from random weights."""
-
-    configs: Path
-    decoder: str | None = None
-    bert: str | None = None
-
-
-PRESETS = {
-    "tiny": Preset(CONFIGS / "quickstart"),
-    "hub": Preset(CONFIGS / "quickstart_hub", "Qwen/Qwen3-0.6B-Base", "sentence-transformers/all-MiniLM-L6-v2"),
-}
 # Training queries with clicks in addition to the judged ones; all other queries are unlabelled.
 CLICKED_QUERIES = 2000
 # For each clicked or relevant document: some of BM25's top 20 and one random document.
@@ -51,66 +30,29 @@ OTHERS = 3
 # Unlabelled documents of a query: BM25's top ones, some from lower ranks and one random document.
 FIRST, FURTHER = 3, 3
 MAX_LENGTH = 48
+# Characters of a summary that vocabularies and initial weights are made of: more than the models read.
+_CHARACTERS = 300
+_THREADS = torch.get_num_threads()
 
 
-@dataclass
-class QuickstartArguments:
-    """Arguments of the quickstart."""
-
-    out: str = field(default="runs/quickstart", metadata={"help": "Folder for data, models, scores and report."})
-    preset: Literal["tiny", "hub"] = field(
-        default="tiny",
-        metadata={
-            "help": "tiny: small models from random weights, on two CPU cores. hub: pre-trained LLM and BERT, on GPU."
-        },
-    )
-    configs: str | None = field(
-        default=None, metadata={"help": "Folder with a config for each stage; by default that of the preset."}
-    )
-    decoder: str | None = field(
-        default=None, metadata={"help": "Base LLM: folder or Hub id; by default that of the preset."}
-    )
-    bert: str | None = field(
-        default=None, metadata={"help": "Base model of the student: folder or Hub id; by default that of the preset."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed for weight initialisation and training order."})
+def run_stage(out: Path, stage: Stage) -> None:
+    """Run a stage that is not finished, with as many threads as are fastest now."""
+    torch.set_num_threads(choose_threads(_THREADS))
+    print(f"{torch.get_num_threads()} of {_THREADS} threads", flush=True)
+    arguments, after = list(stage.options), inputs(out, stage)
+    if arguments[:1] == ["--config"]:
+        passing = [] if stage.recipe == "score" else fast_precision()
+        run_recipe(out / stage.name, stage.recipe, arguments, passing, after)
+        return
+    functions: dict[str, Callable[..., None]] = {"data": data, "base": make_base_models, "report": show_results}
+    given = [int(number) for option in arguments for number in option.split(",")]
+    _run_once(out / stage.name, record(stage.recipe, arguments, after), lambda: functions[stage.recipe](out, *given))
 
 
-def make_parser() -> RecipeParser:
-    """Return the argument parser of the quickstart."""
-    return recipe_parser("quickstart", __doc__, QuickstartArguments)
-
-
-def main(args: QuickstartArguments) -> None:
-    """Run all unfinished stages, then show the results."""
-    begin = time.perf_counter()
-    out = Path(args.out)
-    check_folder(out)
+def data(out: Path, judged: int, unlabelled: int, documents: int, dev: int) -> None:
+    """Build the data set and the part of it that the quickstart takes."""
     make_data(out / "data")
-    preset = PRESETS[args.preset]
-    decoder, bert = args.decoder or preset.decoder, args.bert or preset.bert
-    if not (decoder and bert):
-        make_base_models(out, args.seed)
-    decoder, bert = decoder or str(out / "base" / "decoder"), bert or str(out / "base" / "bert")
-    precision = fast_precision()
-    for name, recipe, arguments in stages(out, Path(args.configs or preset.configs), decoder, bert):
-        training = recipe != "score"
-        run_recipe(
-            out / name,
-            recipe,
-            [*arguments, "--seed", str(args.seed)] if training else arguments,
-            precision if training else [],
-        )
-    show_results(out)
-    print(f"\nDone in {(time.perf_counter() - begin) / 60:.1f} minutes. Everything is in {out}/.")
-
-
-def check_folder(out: Path) -> None:
-    """Raise ValueError if the folder contains stage folders that no quickstart created."""
-    stages = ("base", "cpt", "scores", "scores_no_cpt", "report", *STUDENTS, *TEACHERS)
-    foreign = [name for name in stages if (out / name).exists()]
-    if foreign and not (out / "data" / "manifest.json").is_file():
-        raise ValueError(f"{out / foreign[0]} exists and was not created by a quickstart: choose another --out.")
+    make_sample(out / "data", judged, unlabelled, documents, dev)
 
 
 def make_data(folder: Path) -> None:
@@ -140,14 +82,37 @@ def make_data(folder: Path) -> None:
     write_table(with_random_documents(pairs, train, 1), f"{folder}/unlabelled.parquet")
 
 
+def make_sample(data: Path, judged: int, unlabelled: int, documents: int, dev: int) -> None:
+    """Write the first queries of the data set in hash order, as many as a few minutes allow, to its folder `sample`.
+
+    Args:
+        data: Folder of `make_data`.
+        judged: Number of judged training queries.
+        unlabelled: Number of unlabelled queries.
+        documents: Number of documents of an unlabelled query, drawn from all that it has.
+        dev: Number of development queries.
+    """
+    labels = read_table(f"{data}/labels.parquet", "judgments")
+    pairs = read_table(f"{data}/clicks_and_labels.parquet", "judgments")
+    left_out = labels["query_id"].drop_duplicates()[judged:]
+    candidates = _first(read_table(f"{data}/unlabelled.parquet", "candidates"), unlabelled)
+    drawn = candidates.sample(frac=1, random_state=0).groupby("query_id").head(documents)
+    write_table(_first(labels, judged), f"{data}/sample/labels.parquet")
+    write_table(pairs[~pairs["query_id"].isin(left_out)], f"{data}/sample/clicks_and_labels.parquet")
+    write_table(drawn.sort_index(), f"{data}/sample/unlabelled.parquet")
+    judgments = read_table(f"{data}/judgments.parquet", "judgments", split="dev")
+    write_table(_first(judgments, dev), f"{data}/sample/judgments.parquet")
+
+
+def _first(table: pd.DataFrame, queries: int) -> pd.DataFrame:
+    return table[table["query_id"].isin(table["query_id"].drop_duplicates()[:queries])]
+
+
 def make_base_models(out: Path, seed: int) -> None:
     """Build a decoder and a BERT whose initial weights encode word similarity and exact word matching."""
-    if (out / "base" / "bert" / "config.json").exists():
-        return
-    print("\n== base: vocabularies and initial weights, from the training documents", flush=True)
     corpus = read_table(f"{out}/data/corpus.parquet", "corpus")
     train = corpus[corpus["split"] == "train"]
-    texts = (train["title"] + " " + train["summary"]).tolist()
+    texts = (train["title"] + " " + train["summary"].str[:_CHARACTERS]).tolist()
     torch.manual_seed(seed)
     decoder_tokens = from_scratch.train_bpe(texts, vocab_size=4000, max_length=MAX_LENGTH)
     decoder = from_scratch.small_llama(decoder_tokens, layers=3, size=192, initializer_range=0.05)
@@ -161,56 +126,62 @@ def make_base_models(out: Path, seed: int) -> None:
         model.save_pretrained(out / "base" / name)
 
 
-def stages(out: Path, configs: Path, decoder: str, bert: str) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield the name, recipe and command line of each stage, in order."""
-    data = out / "data"
-
-    def stage(name: str, recipe: str, config: str, *options: object) -> tuple[str, str, list[str]]:
-        to = "--out" if recipe == "score" else "--output_dir"
-        return name, recipe, ["--config", f"{configs}/{config}.yaml", *map(str, options), to, str(out / name)]
-
-    def fit(name: str, config: str, start: str | Path, judgments: str) -> tuple[str, str, list[str]]:
-        return stage(name, "fit_teacher", config, "--model_name_or_path", start, "--judgments", data / judgments)
-
-    clicks = ["--clicks", data / "click_log.parquet", "--eval_clicks", data / "heldout_clicks.parquet"]
-    yield stage("cpt", "cpt", "cpt", "--model_name_or_path", decoder, *clicks)
-    yield fit("teacher", "teacher", out / "cpt", "clicks_and_labels.parquet")
-    yield fit("teacher_no_cpt", "teacher", decoder, "clicks_and_labels.parquet")
-    pairs = ["--pairs", data / "unlabelled.parquet"]
-    yield stage("scores", "score", "score", "--model", out / "teacher", *pairs)
-    yield stage("scores_no_cpt", "score", "score", "--model", out / "teacher_no_cpt", *pairs)
-    both = ["--scores", out / "scores", "--more_scores", out / "scores_no_cpt"]
-    yield stage("student", "distill", "distill", "--student", bert, *both)
-    yield fit("click_student", "fit_student", bert, "clicks_and_labels.parquet")
-    yield fit("label_student", "fit_student", bert, "labels.parquet")
-
-
-def run_recipe(folder: Path, recipe: str, arguments: list[str], passing: list[str]) -> None:
+def run_recipe(
+    folder: Path, recipe: str, arguments: list[str], passing: list[str], after: Mapping[str, object] | None = None
+) -> None:
     """Run a recipe as one stage, unless it has already finished.
 
     Args:
         folder: Folder of the stage; `finished.json` in it records what was run.
         recipe: Name of a module in `hf_disranker.recipes`.
-        arguments: Command line, beginning with `--config FILE`. If it or the file changes, the stage restarts from
-            scratch.
+        arguments: Command line, beginning with `--config FILE`. If it, the file or `after` changes, the stage restarts
+            from scratch.
         passing: Additional arguments that do not trigger a restart, such as the precision.
+        after: Runs of other stages whose output it reads, see `inputs`.
     """
-    run = {"recipe": recipe, "arguments": arguments, "config": Path(arguments[1]).read_text()}
-    finished = folder / "finished.json"
-    if finished.exists() and json.loads(finished.read_text()).items() >= run.items():
+    run = record(recipe, arguments, after or {})
+    if has_finished(folder, run):
         print(f"\n== {folder}: already finished, skipped", flush=True)
         return
     print(f"\n== {folder}: disranker {recipe} {' '.join(arguments)}", flush=True)
+
+    def work() -> None:
+        module = importlib.import_module(f"hf_disranker.recipes.{recipe}")
+        module.main(*module.make_parser().parse_args_and_config(arguments + passing))
+
+    _run_once(folder, run, work)
+
+
+def _run_once(folder: Path, run: Mapping[str, Any], work: Callable[[], None]) -> None:
+    """Run a stage and record it with its time, resuming only what was started with the same options."""
     started = folder / "started.json"
-    if not started.exists() or json.loads(started.read_text()) != run:
-        # Never resume from checkpoints of other options.
+    if json_in(started) != run:
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+        if run["recipe"] == "score" and started.exists():
+            shutil.rmtree(folder)  # the store of another teacher
         save_json(run, str(started))
-    begin = time.perf_counter()
-    module = importlib.import_module(f"hf_disranker.recipes.{recipe}")
-    module.main(*module.make_parser().parse_args_and_config(arguments + passing))
-    save_json({**run, "seconds": round(time.perf_counter() - begin, 1)}, str(finished))
+    begin, cpu = time.perf_counter(), time.process_time()
+    work()
+    seconds = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
+    facts = {name: round(value, 1) for name, value in seconds.items()} | {"threads": torch.get_num_threads()}
+    save_json({**run, **facts, "at": time.time()}, str(folder / "finished.json"))
+
+
+def choose_threads(most: int) -> int:
+    """Return `most`, or 1 if it is as fast: another program keeps the cores busy, or the layers are too small.
+
+    A forward and backward pass of layers like those of the quickstart is timed, a third of a second in all.
+    """
+    if most == 1:
+        return 1
+    layers = torch.nn.Sequential(torch.nn.Linear(192, 384), torch.nn.GELU(), torch.nn.Linear(384, 192))
+    inputs, seconds = torch.randn(1024, 192), {}
+    for threads in (1, most):
+        torch.set_num_threads(threads)
+        times = timeit.repeat(lambda: layers(inputs).square().sum().backward(), number=1, repeat=9)
+        seconds[threads] = statistics.median(times)
+    return most if 1.2 * seconds[most] < seconds[1] else 1
 
 
 def fast_precision() -> list[str]:
@@ -224,10 +195,6 @@ def bf16_is_faster() -> bool:
     """Return True if the CPU multiplies matrices at least 1.5 times as fast in bf16 as in fp32."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.randn(1024, 1024).to(dtype)
-        seconds[dtype] = min(timeit.repeat("matrix @ matrix", globals={"matrix": matrix}, number=1, repeat=5))
+        matrix = torch.randn(512, 512).to(dtype)
+        seconds[dtype] = min(timeit.repeat("matrix @ matrix", globals={"matrix": matrix}, number=1, repeat=3))
     return 1.5 * seconds[torch.bfloat16] < seconds[torch.float32]
-
-
-if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from hf_disranker import recipes
 from hf_disranker.version import __version__
 
 STAGES = {
-    "quickstart": "all stages on the Python documentation of this machine, in 15 to 30 minutes",
+    "quickstart": "all stages on the Python documentation of this machine, in minutes",
     "showcase": "a pretrained language model distilled, from its shipped scores, in ten minutes",
     "cpt": "1   continued pre-training of a language model on clicks",
     "fit_teacher": "2   fit a ranker to graded judgments",
@@ -36,7 +37,7 @@ EXTRAS = {"bitsandbytes": "qlora", "gguf": "gguf"}
 _NOISE = ("LOAD REPORT", "new embeddings will be initialized", "new lm_head weights", "mtime may not be reliable")
 # Stages with a folder of their own.
 _FOLDERS = {
-    "quickstart": "quickstart.stages",
+    "quickstart": "quickstart.run",
     "showcase": "showcase.stages",
     "report": "report.stage",
     "demo": "demo.page",
@@ -74,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if stage in FIRST and rest and not rest[0].startswith("-"):
         rest = [FIRST[stage], *rest]
     sys.argv = [f"disranker {stage}", *rest]
+    # Read when torch loads. Threads that spin while they wait take the core from the thread that they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _run(stage)
 
 
