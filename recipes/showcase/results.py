@@ -22,7 +22,7 @@ from hf_disranker.training.runs import save_json
 
 NAMES = {"bert": "BERT of 0.8M", "minilm3": "MiniLM, 3 layers", "minilm": "MiniLM"}
 # Kinds of models, in the order of the table.
-KINDS = {"rival": "clicks, labels", "likelihood": "LLM's scores", "student": "LLM, clicks, labels"}
+KINDS = {"rival": "clicks, labels", "likelihood": "LLM alone", "student": "LLM, clicks, labels"}
 # Lead in NDCG@10 over the rival, with p < P in each seed; share of the teacher's NDCG@10; multiple of its pairs/s.
 LEADS = {"bert": 0.03, "minilm3": 0.01, "minilm": 0.01}
 P, SHARE, FASTER = 0.01, 0.95, 50

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from trl import TrlParser
 
 from hf_disranker.data.candidates import Candidates
 from hf_disranker.data.tables import pair_texts, read_table, write_table
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 from hf_disranker.recipes.quickstart.stages import bf16_is_faster, make_data
 from hf_disranker.recipes.showcase.models import MODELS
 from hf_disranker.recipes.showcase.shipped import SHIPPED, pack
@@ -49,7 +48,7 @@ class ScoringArguments:
     shard_rows: int = field(default=2000, metadata={"help": "Pairs per shard, the most a crash can lose."})
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser."""
     return recipe_parser("showcase scores", __doc__, ScoringArguments)
 

@@ -5,9 +5,9 @@
 
 The teacher scores a pair by the probability of the query after the document, without training. Its scores are
 shipped, without texts, and joined with the documentation installed here; changed texts are left out and counted. After
-`make models` a sample is scored again and compared, and the teacher's speed is measured. Each student learns the
-scores, then clicks and labels; its rival is the same model trained on the same clicks and labels alone.
-Finished stages are skipped.
+`make models` a sample is scored again and compared, and the teacher's speed is measured. A student learns from the
+scores and, in the same batches, from clicks and labels; its rival is the same model trained on the same clicks and
+labels alone. Finished stages are skipped.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from trl import TrlParser
 
 from hf_disranker.data.outputs import json_in
 from hf_disranker.data.tables import read_table
-from hf_disranker.recipes.command_line import recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 from hf_disranker.recipes.quickstart import from_scratch
 from hf_disranker.recipes.quickstart.stages import MAX_LENGTH, fast_precision, make_data, run_recipe
 from hf_disranker.recipes.showcase.models import MODELS
@@ -82,7 +81,7 @@ class ShowcaseArguments:
     )
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Return the argument parser of the showcase."""
     return recipe_parser("showcase", __doc__, ShowcaseArguments)
 
@@ -98,8 +97,8 @@ def main(args: ShowcaseArguments) -> None:
     teacher = examine_teacher(out, Path(args.models, "smollm2"))
     print(teacher.verdict, flush=True)
     precision = fast_precision()
-    runs = [run for name in args.students for seed in args.seeds for run in training_runs(args, name, seed)]
-    train(runs, precision, max(1, min(args.workers or cores(), len(runs))))
+    stages = [stage for name in args.students for seed in args.seeds for stage in training_stages(args, name, seed)]
+    train(stages, precision, max(1, min(args.workers or cores(), len(stages))))
     show_results(out, args.students, args.seeds, teacher)
     print(f"\nDone in {(time.perf_counter() - begin) / 60:.1f} minutes. Everything is in {out}/.")
 
@@ -154,21 +153,21 @@ def with_ids(tables: dict[str, pd.DataFrame]) -> list[pd.DataFrame]:
     return [table for table in tables.values() if "query_id" in table.columns]
 
 
-def training_runs(args: ShowcaseArguments, name: str, seed: int) -> Iterator[list[Stage]]:
-    """Yield the runs of a student, each a list of stages in order: distillation, and the rival without a teacher."""
+def training_stages(args: ShowcaseArguments, name: str, seed: int) -> Iterator[Stage]:
+    """Yield the stages of a student: with clicks and labels, by the scores alone, and the rival without a teacher."""
     student, out, data = STUDENTS[name], Path(args.out), Path(args.out, "data")
     base = str(Path(args.models, student.base)) if student.base else str(make_bert(out, seed))
     cut = ["--student_layers", student.layers] if student.layers else []
-    labels = ["--judgments", str(data / "clicks_and_labels.parquet")]
+    scores, labels = ["--scores", str(out / "scores")], str(data / "clicks_and_labels.parquet")
 
-    def stage(kind: str, recipe: str, start: str, *options: str) -> Stage:
+    def stage(kind: str, recipe: str, *options: str) -> Stage:
         folder = out / f"{name}-{kind}-{seed}"
-        to = ["--model", start, "--seed", str(seed), "--out", str(folder)]
-        return folder, recipe, ["--config", f"{args.configs}/{student.config}_{kind}.yaml", *to, *options]
+        to = ["--model", base, "--seed", str(seed), "--out", str(folder)]
+        return folder, recipe, ["--config", f"{args.configs}/{student.config}_{kind}.yaml", *to, *options, *cut]
 
-    likelihood = stage("likelihood", "distill", base, "--scores", str(out / "scores"), *cut)
-    yield [likelihood, stage("student", "fit_teacher", str(likelihood[0]), *labels)]
-    yield [stage("rival", "fit_teacher", base, *labels, *cut)]
+    yield stage("student", "distill", *scores, "--labels", labels)
+    yield stage("likelihood", "distill", *scores)
+    yield stage("rival", "fit_teacher", "--judgments", labels)
 
 
 def make_bert(out: Path, seed: int) -> Path:
@@ -189,42 +188,31 @@ def make_bert(out: Path, seed: int) -> Path:
     return folder
 
 
-def train(runs: Sequence[list[Stage]], precision: list[str], workers: int) -> None:
-    """Run the stages, `workers` runs at the same time with an equal share of the threads."""
-    print(f"\n== training: {len(runs)} runs, {workers} at a time", flush=True)
+def train(stages: Sequence[Stage], precision: list[str], workers: int) -> None:
+    """Run the stages, `workers` at the same time with an equal share of the threads."""
+    print(f"\n== training: {len(stages)} models, {workers} at a time", flush=True)
     if workers == 1:
-        for run in runs:
-            run_stages(run, precision)
+        for folder, recipe, arguments in stages:
+            run_recipe(folder, recipe, arguments, precision)
         return
     threads = max(1, torch.get_num_threads() // workers)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
-        futures = [pool.submit(run_stages, run, precision, threads) for run in runs]
-        for run, future in zip(runs, futures, strict=True):
-            seconds = future.result()
-            print(f"{' -> '.join(folder.name for folder, _, _ in run)}: {seconds:.0f} s", flush=True)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(run_in_worker, stage, precision, threads) for stage in stages]
+        for (folder, _, _), future in zip(stages, futures, strict=True):
+            print(f"{folder.name}: {future.result():.0f} s", flush=True)
 
 
-def run_stages(run: Sequence[Stage], precision: list[str], threads: int | None = None) -> float:
-    """Run stages in order and return the seconds.
-
-    Args:
-        run: The stages.
-        precision: Options of `fast_precision`.
-        threads: Number of threads in a process of its own, whose output goes to log.txt in the folder of each stage;
-            None runs in this process.
-    """
+def run_in_worker(stage: Stage, precision: list[str], threads: int) -> float:
+    """Run a stage in a process of its own, with its output in log.txt in its folder; return the seconds."""
     begin = time.perf_counter()
-    if threads is not None:
-        torch.set_num_threads(threads)
-        logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    for folder, recipe, arguments in run:
-        if threads is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "log.txt", "a", encoding="utf-8") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-        run_recipe(folder, recipe, arguments, precision)
+    folder, recipe, arguments = stage
+    torch.set_num_threads(threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    run_recipe(folder, recipe, arguments, precision)
     return time.perf_counter() - begin
 
 
