@@ -4,12 +4,14 @@
               --judgments judgments.parquet --out runs/student
 
 `scores` is a folder written by `disranker score`, or any table with the same columns. If `judgments` are given, the
-student is evaluated on them during training. An interrupted run resumes from its last checkpoint.
+student is evaluated on them during training. With `labels` it learns from graded queries too, mixed with the scored
+ones, by the losses on labels (`--hinge_weight 1`). An interrupted run resumes from its last checkpoint.
 """
 
 from dataclasses import dataclass, field
 
 import numpy as np
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import set_seed
 from trl import TrlParser
 
@@ -19,8 +21,8 @@ from hf_disranker.models.checkpoint import load_config, load_tokenizer
 from hf_disranker.models.student import DistilledRanker, family_class
 from hf_disranker.recipes.command_line import recipe_parser
 from hf_disranker.scoring.store import teacher_of
-from hf_disranker.training.distillation import DistillationConfig, DistillationTrainer
-from hf_disranker.training.monitor import sample_groups, warn_shared_queries
+from hf_disranker.training.distillation import LABEL_LOSSES, DistillationConfig, DistillationTrainer
+from hf_disranker.training.monitor import known_values, sample_groups, warn_shared_queries
 from hf_disranker.training.runs import check_output_dir, save_run, train
 
 
@@ -47,6 +49,13 @@ class ScriptArguments:
         },
     )
     documents_per_query: int = field(default=32, metadata={"help": "Number of sampled documents per query."})
+    labels: str | None = field(
+        default=None,
+        metadata={
+            "help": "Judgments to train on too, in the same batches: --hinge_weight, --ranknet_weight or "
+            "--softmax_weight weighs them. Its split train, if it has splits."
+        },
+    )
     judgments: str | None = field(default=None, metadata={"help": "Judgments to evaluate on."})
     eval_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on; default: dev if there are splits. '' uses all rows."}
@@ -85,9 +94,11 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
         eval_dataset = load_groups(script_args.judgments, split=eval_split)
         warn_shared_queries(sample_groups(train_dataset)["query"], eval_dataset["query"])
 
+    if script_args.labels:
+        train_dataset = with_labelled(train_dataset, script_args.labels, training_args)
     student = load_student(script_args, training_args)
     if not student.config.marker.teacher and training_args.score_transform == "none":
-        student.start_at(float(np.mean(np.concatenate(sample_groups(train_dataset)["teacher_scores"]))))
+        student.start_at(float(np.mean(np.concatenate(known_values(sample_groups(train_dataset), "teacher_scores")))))
     several = {"id": " + ".join(str(teacher["id"]) for teacher in teachers), "revision": None}
     student.config.update_marker(teacher=several if len(teachers) > 1 else next(iter(teachers), None))
 
@@ -99,10 +110,29 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
         processing_class=load_tokenizer(script_args.model, revision=script_args.model_revision),
     )
     measures = train(trainer)
-    tables = {"corpus": script_args.corpus, "judgments": script_args.judgments}
+    tables = {"corpus": script_args.corpus, "labels": script_args.labels, "judgments": script_args.judgments}
     tables |= {f"scores_{number}": path for number, path in enumerate(sources)}
     next_step = f"disranker evaluate --model {training_args.output_dir} --judgments {script_args.judgments or 'TABLE'}"
     save_run(trainer, (script_args, training_args), tables, measures, next_step)
+
+
+def with_labelled(groups: Dataset | IterableDataset, labels: str, training_args: DistillationConfig) -> Dataset:
+    """Add the queries of a table of judgments, without teacher scores, to the scored ones, without labels.
+
+    A query in both is two groups: each loss has its own documents of it.
+
+    Raises:
+        ValueError: If the scores are streamed, or no loss on labels has a weight.
+    """
+    if not isinstance(groups, Dataset):
+        raise ValueError("--labels needs the scores in memory: leave out --streaming.")
+    weights = training_args.loss_weights()
+    if not any(weights[name] for name in LABEL_LOSSES):
+        raise ValueError(f"--labels needs the weight of a loss on labels, such as --hinge_weight 1: {weights}.")
+    labelled = load_groups(labels, split=usual_split(labels, None, "train"))
+    if "labels" in groups.column_names:
+        groups = groups.remove_columns("labels")
+    return concatenate_datasets([groups, labelled])
 
 
 def load_student(script_args: ScriptArguments, training_args: DistillationConfig) -> DistilledRanker:

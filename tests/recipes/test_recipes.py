@@ -162,6 +162,27 @@ def test_distill_streams_samples_and_averages_teachers(tables, student_dir, judg
         run("distill", *common, *one, "--more_scores", tables / "two.parquet")
 
 
+def test_distill_learns_from_labelled_queries_too(tables, student_dir, judgments, caplog):
+    caplog.set_level("INFO", logger="hf_disranker")
+    train = judgments[judgments["split"] == "train"]
+    scored = train.drop(columns="label").assign(teacher_score=np.arange(len(train), dtype=np.float32))
+    scored.to_parquet(tables / "scores.parquet")
+    inputs = ["--model", student_dir, "--scores", tables / "scores.parquet", "--out", tables / "student", *SHORT]
+    inputs += ["--labels", tables / "judgments.parquet", "--max_steps", 2]
+    inputs += ["--save_strategy", "steps", "--save_steps", 2]
+    with pytest.raises(ValueError, match="--labels needs the weight of a loss on labels, such as --hinge_weight 1"):
+        run("distill", *inputs)
+    with pytest.raises(ValueError, match="--labels needs the scores in memory"):
+        run("distill", *inputs, "--hinge_weight", 1, "--streaming", "true")
+
+    batch = ["--per_device_train_batch_size", 2 * train["query_id"].nunique(), "--logging_steps", 1]
+    run("distill", *inputs, "--hinge_weight", 1, *batch)
+    history = json.loads((tables / "student" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["margin_mse"] > 0 and history[0]["hinge"] > 0 and history[0]["epoch"] == 1  # all queries twice
+    assert "have no pair of different teacher_scores" not in caplog.text
+    assert set(json.loads((tables / "student" / "run.json").read_text())["data"]) == {"labels", "scores_0"}
+
+
 def test_judgments_without_splits_need_none_named(tables, student_dir, judgments, caplog, monkeypatch):
     read = []  # queries of each table, in the order of reading
     for recipe in ("fit_teacher", "distill"):

@@ -14,6 +14,8 @@ from hf_disranker.training.monitor import known_values, warn_squashed
 from hf_disranker.training.ranking_trainer import RankingTrainer
 from hf_disranker.training.setup import RankingConfig
 
+LABEL_LOSSES = ("hinge", "ranknet", "softmax")
+
 
 @dataclass
 class DistillationConfig(RankingConfig):
@@ -61,7 +63,7 @@ class DistillationTrainer(RankingTrainer):
         """Check the rows and fit the score transform, for a stream on its first 1,000 queries."""
         spread = super().check_groups(groups)
         weights = self.args.loss_weights()
-        if any(weights[name] for name in ("hinge", "ranknet", "softmax")) and not any(known_values(groups, "labels")):
+        if any(weights[name] for name in LABEL_LOSSES) and not any(known_values(groups, "labels")):
             raise ValueError(f"A loss on labels has a weight, but the rows have no labels: {groups.column_names}.")
         scores = np.concatenate(known_values(groups, "teacher_scores"))
         warn_squashed(scores)
