@@ -89,6 +89,15 @@ def test_the_cells_of_every_system_train_and_are_compared(
     assert re.search(r"^\| labels \| 1 \| 0\.\d+ .*\| [+-]0\.\d+ \[", printed, flags=re.M)
     assert "Nothing is called significant: 4 queries are fewer than 200." in printed
 
+    shutil.rmtree(quickstart / "teacher")  # another start, and a teacher known by its scores alone
+    write_table(pairs.assign(teacher_score=scores), str(quickstart / "dev_scores" / "0.parquet"))
+    options += ["--out", tmp_path / "other", "--base", student_dir, "--layers", 1, "--only", config["reference"]]
+    call(quality, monkeypatch, "run", *options, "--seeds", 0)
+    (cell,) = (tmp_path / "other" / "cells").iterdir()
+    assert Ranker.from_pretrained(cell / "0" / "model").model.config.num_hidden_layers == 1
+    dev = judgments["split"].to_numpy() == "dev"
+    assert np.load(tmp_path / "other" / "teacher.npy") == pytest.approx(scores[dev])
+
 
 def test_pooled_gives_every_set_the_same_weight():
     rng = np.random.default_rng(0)
