@@ -126,6 +126,11 @@ class RankerConfigMixin:
     head: str
     disranker: dict[str, Any]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "stock"):
+            cls.__name__ = cls.stock.__name__  # by which transformers finds the classes of models and tokenizers
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read a config as transformers does.

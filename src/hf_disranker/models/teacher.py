@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import os
@@ -63,15 +62,13 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         marked: Any = self.config_class.mark(config)  # type: ignore[union-attr]
-        # From the stock config: a stock class asks AutoModel for its decoder, which would return this class.
-        super().__init__(_with_class(marked, marked.stock))
+        super().__init__(marked)
         if not isinstance(getattr(self, "score", None), nn.Linear):
             raise ValueError(
                 f"A {config.model_type} model cannot be a teacher: {marked.architecture} does not score the last "
                 "token by one row of weights named score."
             )
         self.was_marked = isinstance(config, self.config_class)  # type: ignore[arg-type]
-        self.config = _with_class(self.config, type(marked))
         if marked.marker.head == LABEL_EXPECTATION:
             del self.score
             self.lm_head = nn.Linear(marked.hidden_size, marked.vocab_size, bias=False)
@@ -189,13 +186,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     kind = family_class(found[0])
     return kind.config_class if found[1] else kind
-
-
-def _with_class(config: Any, kind: type) -> Any:
-    """Return a copy of a config as another class with the same fields."""
-    config = copy.deepcopy(config)
-    config.__class__ = kind
-    return config
 
 
 def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
