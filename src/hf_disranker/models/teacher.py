@@ -177,7 +177,20 @@ def family_class(model_type: str) -> Any:
             f"A {model_type} model cannot be a teacher: transformers has no decoder of this type with a "
             "sequence-classification head."
         )
-    return make_family(LLMForLastTokenRanking, TeacherConfigMixin, model_type, _SUFFIX)
+    kind = make_family(LLMForLastTokenRanking, TeacherConfigMixin, model_type, _SUFFIX)
+    kind.forward = _with_signature(super(LLMForLastTokenRanking, kind).forward)
+    return kind
+
+
+def _with_signature(stock_forward: Any) -> Any:
+    """Return our forward with the signature of the stock one, which trainers read."""
+    names = list(inspect.signature(stock_forward).parameters)[1:]
+
+    @functools.wraps(stock_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> RankerOutput | tuple[Tensor, ...]:
+        return LLMForLastTokenRanking.forward(self, **dict(zip(names, args, strict=False)) | kwargs)
+
+    return forward
 
 
 def __getattr__(name: str) -> Any:
