@@ -31,7 +31,7 @@ from hf_disranker.models.checkpoint import position_limit
 from hf_disranker.models.loading import ranker_class
 from hf_disranker.models.packing import PACKABLE
 from hf_disranker.models.teacher import family_class, is_decoder
-from hf_disranker.serving.export import export
+from hf_disranker.serving.export import export, formats
 
 SIZE = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
 SIZE |= {"num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 64}
@@ -53,9 +53,21 @@ OWN = {
     "qwen2_moe": MIXTURE | {"shared_expert_intermediate_size": 16},
     "qwen3_moe": MIXTURE,
 }
-QUICK = ["mixtral", "gpt2", "opt", "falcon"]  # llama, qwen2, qwen3, mistral, gemma2 and gemma3_text: test_teacher.py
+EARLIER = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]  # in test_teacher.py
+QUICK = ["mixtral", "gpt2", "opt", "falcon"]
 LONG = ["qwen2_moe", "qwen3_moe", "gemma", "phi3", "smollm3", "olmo2", "olmo3", "glm4", "gpt_neox", "starcoder2"]
 LONG += ["gpt_oss", "deepseek_v3", "qwen3_5_text", "qwen3_next", "jamba"]
+# What the servers list: TEI's backends of July 2026 with a classification head and these names of weights; vLLM's
+# pages on scoring and classification, and its registry of decoders; Infinity's rule (BERT-like classifiers with one
+# label) on the transformers below version 5 that it needs.
+TEI = ["bert", "deberta-v2", "distilbert", "modernbert", "roberta", "xlm-roberta"]
+VLLM = ["bert", "ernie", "modernbert", "roberta", "xlm-roberta"]
+INFINITY = [*TEI, "albert", "electra", "ernie", "mpnet"]
+SERVERS = {
+    "TEI": {"student": TEI, "teacher": []},
+    "vLLM": {"student": VLLM, "teacher": [*EARLIER, *QUICK, *LONG]},
+    "Infinity": {"student": INFINITY, "teacher": []},
+}
 TEXTS = [[2, 5, 6, 7, 1], [2, 8, 1], [2, 9, 10, 11, 12, 13, 1]]
 
 
@@ -296,14 +308,24 @@ def test_other_students_are_exported_as_cross_encoders_alone(tmp_path):
             export(ranker, "student", file_format, str(tmp_path / "out"), rows)
 
 
-def test_the_table_of_families_names_those_tested_here():
-    page = (Path(__file__).parents[2] / "docs" / "reference" / "models.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
-    students = [row[0] for row in rows if row[1] == "student"]
-    assert students == ["bert", *QUICK_STUDENTS, *LONG_STUDENTS]
-    teachers = {row[0]: row[2] for row in rows if row[1] == "teacher"}
-    assert {*QUICK, *LONG} <= teachers.keys()
-    assert {family for family, padding in teachers.items() if padding == "skipped on CPU"} == {*PACKABLE}
+def is_packed(family):
+    return family == "bert" or family in PACKABLE
+
+
+def served_by(family):
+    role = "teacher" if is_decoder(family) else "student"
+    return ", ".join(name for name, lists in SERVERS.items() if family in lists[role])
+
+
+def test_the_table_of_families_in_the_docs_is_this_one():
+    lines = ["| family | role | padding | exports | listed by |", "|---|---|---|---|---|"]
+    for family in ["bert", *QUICK_STUDENTS, *LONG_STUDENTS, *EARLIER, *QUICK, *LONG]:
+        role = "teacher" if is_decoder(family) else "student"
+        padding = "skipped on CPU" if is_packed(family) else "computed"
+        lines.append(f"| {family} | {role} | {padding} | {', '.join(formats(family))} | {served_by(family)} |")
+    table = "\n".join(lines) + "\n"
+    page = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
+    assert table in page.read_text(encoding="utf-8"), f"The page needs this table:\n{table}"
 
 
 @pytest.mark.parametrize("family", ["t5", "lilt"])
