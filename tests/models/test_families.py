@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 
 from hf_disranker import DistillationConfig, DistillationTrainer, DistilledRanker, LLMForLastTokenRanking, Ranker
 from hf_disranker.models import student
-from hf_disranker.models.checkpoint import position_limit
+from hf_disranker.models.checks import position_limit
 from hf_disranker.models.loading import ranker_class
 from hf_disranker.models.packing import PACKABLE
 from hf_disranker.models.teacher import family_class, is_decoder

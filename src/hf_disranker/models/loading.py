@@ -18,10 +18,10 @@ from hf_disranker.models import student, teacher
 from hf_disranker.models.checkpoint import (
     HUB_OPTIONS,
     RankerConfigMixin,
-    check_vocabulary,
     load_config,
     load_tokenizer,
 )
+from hf_disranker.models.checks import check_vocabulary
 from hf_disranker.models.student import DistilledRanker, is_encoder, output_layer
 from hf_disranker.models.teacher import LLMForLastTokenRanking, fit_embeddings, is_decoder, prepare_tokenizer
 

@@ -20,9 +20,9 @@ from hf_disranker.models.checkpoint import (
     RankerConfigMixin,
     RankerOutput,
     adapter_base,
-    check_vocabulary,
     load_config,
 )
+from hf_disranker.models.checks import check_vocabulary
 from hf_disranker.models.families import decoder_types, find_family, make_family
 from hf_disranker.models.hub import RankerHubMixin
 

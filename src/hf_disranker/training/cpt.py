@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
-from hf_disranker.models.checkpoint import check_length
+from hf_disranker.models.checks import check_length
 from hf_disranker.models.teacher import fit_embeddings, prepare_tokenizer
 from hf_disranker.training.losses import EvaluationLossMixin, LossTerm
 from hf_disranker.training.setup import (
