@@ -118,7 +118,8 @@ def main(args: EvaluateArguments) -> Evaluation:
     if args.max_over:
         rows = best_passages(rows, args.max_over)
     source = args.model or args.run or args.scores or "bm25"
-    about |= {name: getattr(args, name) for name in ("judgments", "split", "corpus", "queries", "max_over")}
+    options = ("judgments", "split", "corpus", "queries", "max_over", "label_index")
+    about |= {name: getattr(args, name) for name in options}
     name = args.name or source.rstrip("/").rsplit("/", 1)[-1]
     evaluation = Evaluation.of(name, rows, args.measures, args.by, **about)
     print(table_text(evaluation.measures))

@@ -114,7 +114,7 @@ def test_score_and_evaluate_take_the_label_by_an_option(tmp_path, tiny_student, 
     for source in (option, ["--scores", str(out)]):
         main(["evaluate", *source, "--judgments", table, "--split", "", "--out", str(tmp_path / f"{source[0]}.json")])
     live, stored = (json.loads((tmp_path / f"--{name}.json").read_text()) for name in ("model", "scores"))
-    assert live["ndcg@10"] == pytest.approx(stored["ndcg@10"], abs=1e-6)
+    assert live["ndcg@10"] == pytest.approx(stored["ndcg@10"], abs=1e-6) and live["about"]["label_index"] == 1
     with pytest.raises(SystemExit, match="--label_index need --model"):
         main(["evaluate", "--scores", str(out), "--label_index", "1", "--judgments", table])
     with pytest.raises(SystemExit, match="label_index: for a model in this process, not for --engine vllm"):
