@@ -60,6 +60,9 @@ class EvaluateArguments(LikelihoodArguments):
     generative: bool = field(
         default=False, metadata={"help": "If true, the model is a causal language model that answers yes or no."}
     )
+    label_index: int | None = field(
+        default=None, metadata={"help": "Label that means relevant, from 0, of a classifier with several."}
+    )
     run: str | None = field(default=None, metadata={"help": "Run in TREC format."})
     scores: str | None = field(default=None, metadata={"help": "Score store or table of scores."})
     bm25: bool = field(default=False, metadata={"help": "Rank by BM25 over the corpus or the judged documents."})
@@ -100,8 +103,9 @@ def main(args: EvaluateArguments) -> Evaluation:
     """Score the judged pairs and measure the ranking."""
     if sum(map(bool, (args.model, args.run, args.scores, args.bm25))) != 1:
         raise SystemExit("Name one of --model, --run, --scores and --bm25.")
-    if (is_likelihood(args, args.generative) or args.generative) and not args.model:
-        raise SystemExit("--likelihood and --generative need --model.")
+    is_own = is_likelihood(args, args.generative, args.label_index) or args.generative or args.label_index is not None
+    if is_own and not args.model:
+        raise SystemExit("--likelihood, --generative and --label_index need --model.")
     if args.out:
         inputs = (args.judgments, args.run, args.scores, args.corpus, args.queries, args.candidates, args.expect)
         check_evaluation_output(args.out, inputs)
@@ -113,8 +117,8 @@ def main(args: EvaluateArguments) -> Evaluation:
     if args.max_over:
         rows = best_passages(rows, args.max_over)
     source = args.model or args.run or args.scores or "bm25"
-    about |= {name: getattr(args, name) for name in ("judgments", "split", "corpus", "queries", "max_over")}
-    about |= {"columns": columns}
+    options = ("judgments", "split", "corpus", "queries", "max_over", "label_index")
+    about |= {name: getattr(args, name) for name in options} | {"columns": columns}
     name = args.name or source.rstrip("/").rsplit("/", 1)[-1]
     evaluation = Evaluation.of(name, rows, args.measures, args.by, **about)
     print(table_text(evaluation.measures))
@@ -150,7 +154,7 @@ def rank(args: EvaluateArguments, judgments: pd.DataFrame) -> tuple[pd.DataFrame
         if args.likelihood:
             engine = load_from(args, args.model)
         else:
-            engine = load_engine(args.model, generative=args.generative)
+            engine = load_engine(args.model, generative=args.generative, label_index=args.label_index)
         ranker = getattr(engine, "ranker", engine)
         scores, speed = score_with(ranker, rows)
         about = describe(ranker) | {"source": args.model, "pairs_per_s": speed}

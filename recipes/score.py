@@ -27,7 +27,7 @@ from hf_disranker.scoring.run import ScoringRun, verify
 from hf_disranker.scoring.store import ScoreStore
 
 LIKELIHOOD_OPTIONS = ("likelihood_template", "document_tokens", "gguf_file")
-LOCAL_OPTIONS = ("generative", "dtype", "token_budget", "likelihood", *LIKELIHOOD_OPTIONS)
+LOCAL_OPTIONS = ("generative", "label_index", "dtype", "token_budget", "likelihood", *LIKELIHOOD_OPTIONS)
 SERVER_OPTIONS = ("url", "concurrency")
 
 
@@ -72,6 +72,9 @@ class ScoreArguments(LikelihoodArguments):
     )
     generative: bool = field(
         default=False, metadata={"help": "The model is a causal language model that answers yes or no."}
+    )
+    label_index: int | None = field(
+        default=None, metadata={"help": "Label that means relevant, from 0, of a classifier with several."}
     )
 
 
@@ -123,9 +126,9 @@ def make_engine(args: ScoreArguments) -> Engine:
         raise ValueError(f"{', '.join(ignored)}: for {kind}, not for --engine {args.engine}.")
     if is_server:
         return HttpEngine(args.engine, args.url, args.model, concurrency=args.concurrency)
-    if is_likelihood(args, args.generative):
+    if is_likelihood(args, args.generative, args.label_index):
         return load_from(args, args.model, args.dtype, args.token_budget)
-    return load_engine(args.model, args.dtype, args.token_budget, args.generative)
+    return load_engine(args.model, args.dtype, args.token_budget, args.generative, args.label_index)
 
 
 def load_from(
@@ -136,10 +139,10 @@ def load_from(
     return load_likelihood(model, template, args.document_tokens, dtype, token_budget, args.gguf_file)
 
 
-def is_likelihood(args: LikelihoodArguments, generative: bool) -> bool:
+def is_likelihood(args: LikelihoodArguments, generative: bool, label_index: int | None) -> bool:
     """Return whether to score by query likelihood; refuse options that do not go together."""
-    if args.likelihood and generative:
-        raise ValueError("--likelihood and --generative are two ways to score: choose one.")
+    if args.likelihood + generative + (label_index is not None) > 1:
+        raise ValueError("--likelihood, --generative and --label_index are three ways to score: choose one.")
     if not args.likelihood and (ignored := changed(args, LIKELIHOOD_OPTIONS)):
         raise ValueError(f"{', '.join(ignored)}: only with --likelihood.")
     return args.likelihood

@@ -1,25 +1,29 @@
 """The Auto classes with our package, and the same checkpoints without it."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
-    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     LlamaModel,
     pipeline,
 )
@@ -135,21 +139,45 @@ def test_it_can_be_turned_off(monkeypatch):
 
 
 def test_a_registration_without_effect_is_an_error(monkeypatch):
-    monkeypatch.setattr(AutoConfig, "register", lambda *args, **kwargs: None)
-    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "bert", BertConfig)
+    monkeypatch.setattr(AutoModel, "register", lambda *args, **kwargs: None)
     with pytest.raises(RuntimeError, match="ignores the registration of BertDistilledRanker"):
         auto.register("bert")
 
 
-def test_gates_are_transparent_for_unmarked_configs(monkeypatch):
+def test_gates_are_transparent_for_unmarked_configs(teacher_dir):
     types = families.decoder_types()
     assert {"llama", "mixtral", "gpt2", "deepseek_v3"} <= set(types) and not {"bert", "bart", "t5"} & set(types)
-    gate = auto._GateType("GPT2Config", (), {"model_type": "gpt2"})
-    # As long as no marked GPT-2 was loaded, which other tests of this process do.
-    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "gpt2", gate)
-    config = AutoConfig.for_model("gpt2", n_layer=1)
-    assert type(config) is GPT2Config and isinstance(config, gate) and gate.attribute_map is GPT2Config.attribute_map
-    assert gate.__doc__ == GPT2Config.__doc__
+    AutoModel.from_pretrained(teacher_dir)
+    gate = CONFIG_MAPPING["llama"]
+    config = AutoConfig.for_model("llama", num_hidden_layers=1)
+    assert type(config) is LlamaConfig and isinstance(config, gate) and gate.attribute_map is LlamaConfig.attribute_map
+    # Remote code of an unmarked checkpoint goes by the module: it replaces only classes of transformers.
+    assert (gate.__doc__, gate.__module__, gate.__name__) == (
+        LlamaConfig.__doc__,
+        LlamaConfig.__module__,
+        LlamaConfig.__name__,
+    )
+    assert pickle.loads(pickle.dumps(CONFIG_MAPPING))["llama"] is LlamaConfig
+
+
+def test_other_auto_classes_give_stock_models_for_marked_checkpoints(student_dir, teacher_dir):
+    bert = AutoModel.from_pretrained(student_dir).bert.embeddings.word_embeddings.weight
+    for kind in (AutoModelForMaskedLM, AutoModelForTokenClassification, AutoModelForQuestionAnswering):
+        model = kind.from_pretrained(student_dir)
+        assert type(model).__module__ == BertModel.__module__ and torch.equal(
+            model.bert.embeddings.word_embeddings.weight, bert
+        )
+    llama = AutoModel.from_pretrained(teacher_dir).model.norm.weight
+    for kind in (AutoModelForCausalLM, AutoModelForTokenClassification, AutoModelForQuestionAnswering):
+        model = kind.from_pretrained(teacher_dir)
+        decoder = getattr(model, model.base_model_prefix)
+        assert type(model).__module__ == type(decoder).__module__ == LlamaModel.__module__
+        assert torch.equal(decoder.norm.weight, llama)
+    config = AutoConfig.from_pretrained(teacher_dir)
+    assert type(AutoModel.from_config(config)) is LlamaModel
+    stock = LlamaForSequenceClassification.from_pretrained(teacher_dir, config=config)
+    assert type(stock.model) is LlamaModel
+    assert isinstance(AutoModelForSequenceClassification.from_config(config), LLMForLastTokenRanking)
 
 
 def test_a_ranker_without_a_trained_head_is_refused(tmp_path, tiny_student):

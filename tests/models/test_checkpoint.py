@@ -12,7 +12,8 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from hf_disranker import BertDistilledRanker, LLMForLastTokenRanking, Ranker
 from hf_disranker.data.templates import Templates
-from hf_disranker.models.checkpoint import Marker, check_length, position_limit
+from hf_disranker.models.checkpoint import Marker
+from hf_disranker.models.checks import check_length, position_limit
 from hf_disranker.models.teacher import fit_embeddings, prepare_tokenizer
 from hf_disranker.recipes import cpt, distill, fit_teacher
 from hf_disranker.training.cpt import CptConfig

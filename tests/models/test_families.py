@@ -1,7 +1,10 @@
 """Teachers and students of every family: stock on disk, loaded by the Auto classes, trainable."""
 
 import dataclasses
+import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +13,25 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from sentence_transformers import CrossEncoder
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedTokenizerFast
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from hf_disranker import DistillationConfig, DistillationTrainer, DistilledRanker, LLMForLastTokenRanking, Ranker
 from hf_disranker.models import student
-from hf_disranker.models.checkpoint import position_limit
+from hf_disranker.models.checks import position_limit
 from hf_disranker.models.loading import ranker_class
 from hf_disranker.models.packing import PACKABLE
-from hf_disranker.models.teacher import family_class
-from hf_disranker.serving.export import export
+from hf_disranker.models.teacher import family_class, is_decoder
+from hf_disranker.serving.export import export, formats
 
 SIZE = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
 SIZE |= {"num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 64}
@@ -32,18 +39,35 @@ SIZE |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "initializer_r
 MIXTURE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 DEEPSEEK = {"n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_key_value_heads": 2}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+LINEAR |= {"linear_num_value_heads": 2, "linear_value_head_dim": 8}
 OWN = {
     "deepseek_v3": MIXTURE | LATENT | DEEPSEEK,
     "falcon": {"num_kv_heads": 1},
     "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 2, "num_experts_per_tok": 1},
     "mixtral": {"num_local_experts": 2},
     "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32},
+    "qwen3_5_text": LINEAR,
+    "qwen3_next": LINEAR | MIXTURE | {"shared_expert_intermediate_size": 16},
     "qwen2_moe": MIXTURE | {"shared_expert_intermediate_size": 16},
     "qwen3_moe": MIXTURE,
 }
-QUICK = ["mixtral", "gpt2", "opt", "falcon"]  # llama, qwen2, qwen3, mistral, gemma2 and gemma3_text: test_teacher.py
+EARLIER = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]  # in test_teacher.py
+QUICK = ["mixtral", "gpt2", "opt", "falcon"]
 LONG = ["qwen2_moe", "qwen3_moe", "gemma", "phi3", "smollm3", "olmo2", "olmo3", "glm4", "gpt_neox", "starcoder2"]
-LONG += ["gpt_oss", "deepseek_v3"]
+LONG += ["gpt_oss", "deepseek_v3", "qwen3_5_text", "qwen3_next", "jamba"]
+# What the servers list: TEI's backends of July 2026 with a classification head and these names of weights; vLLM's
+# pages on scoring and classification, and its registry of decoders; Infinity's rule (BERT-like classifiers with one
+# label) on the transformers below version 5 that it needs.
+TEI = ["bert", "deberta-v2", "distilbert", "modernbert", "roberta", "xlm-roberta"]
+VLLM = ["bert", "ernie", "modernbert", "roberta", "xlm-roberta"]
+INFINITY = [*TEI, "albert", "electra", "ernie", "mpnet"]
+SERVERS = {
+    "TEI": {"student": TEI, "teacher": []},
+    "vLLM": {"student": VLLM, "teacher": [*EARLIER, *QUICK, *LONG]},
+    "Infinity": {"student": INFINITY, "teacher": []},
+}
 TEXTS = [[2, 5, 6, 7, 1], [2, 8, 1], [2, 9, 10, 11, 12, 13, 1]]
 
 
@@ -94,6 +118,25 @@ def test_a_teacher_is_stock_on_disk_and_trains(family, tmp_path):
         assert teacher(**batch("right")).scores.sub(scores).abs().max() > 0
 
 
+@pytest.mark.parametrize("family", by_weight(QUICK, LONG))
+def test_a_teacher_trains_by_lora_and_loads_with_the_adapter(family, tmp_path):
+    torch.manual_seed(0)
+    LLMForLastTokenRanking.from_config(tiny_config(family)).save_pretrained(tmp_path / "base")
+    base = LLMForLastTokenRanking.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(base, lora)
+    model(**batch("right"), labels=torch.tensor([0.5, -1.0, 2.0])).loss.backward()
+    trained = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert any("lora_A" in name for name in trained) and any("modules_to_save" in name for name in trained)
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    model.save_pretrained(tmp_path / "adapter")
+    again = LLMForLastTokenRanking.from_pretrained(tmp_path / "adapter").eval()
+    with torch.no_grad():
+        scores = model.eval()(**batch("right")).scores
+        torch.testing.assert_close(again(**batch("right")).scores, scores, atol=1e-5, rtol=0)
+        assert (scores - base.from_pretrained(tmp_path / "base").eval()(**batch("right")).scores).abs().max() > 1e-3
+
+
 def pair_tokenizer(types=True):
     """Fast tokenizer of words w0 to w79 that joins pairs; its padding id is 1, as in RoBERTa."""
     words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(80))]
@@ -125,6 +168,17 @@ LONG_STUDENTS = [
     "nomic_bert",
     "gte",
 ]
+STOCK = """
+import json, pathlib, sys
+from sentence_transformers import CrossEncoder
+from transformers import AutoModel, AutoModelForSequenceClassification
+pairs, results = json.loads(sys.argv[2]), {}
+for folder in pathlib.Path(sys.argv[1]).iterdir():
+    classes = [type(kind.from_pretrained(folder)).__name__ for kind in (AutoModel, AutoModelForSequenceClassification)]
+    results[folder.name] = [*classes, CrossEncoder(str(folder), device="cpu").predict(pairs).tolist()]
+assert "hf_disranker" not in sys.modules
+print(json.dumps(results))
+"""
 PAIRS = [("w1 w2", "w3 w4 w5"), ("w1 w2", "w6"), ("w7", "w8 w9 w10 w11 w12 w13")]
 
 ONE_STEP = {"max_steps": 1, "warmup_steps": 0, "learning_rate": 0.01, "max_length": 62, "max_query_length": 8}
@@ -164,6 +218,32 @@ def test_a_student_is_stock_on_disk_and_scores_as_stock_loaders_do(family, tmp_p
     np.testing.assert_allclose(CrossEncoder(str(tmp_path), device="cpu").predict(PAIRS), scores, atol=1e-5)
     assert pickle.loads(pickle.dumps(type(ranker))) is type(ranker)
     assert position_limit(ranker.config) == POSITIONS.get(family, 64)
+
+
+@pytest.mark.slow
+def test_cross_encoder_and_auto_classes_give_the_same_scores_without_this_package(tmp_path):
+    expected = {}
+    for family in [*QUICK, *LONG, *QUICK_STUDENTS, *LONG_STUDENTS]:
+        if family not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+            continue
+        torch.manual_seed(0)
+        is_teacher = is_decoder(family)
+        config = tiny_config(family) if is_teacher else student_config(family)
+        config.pad_token_id = 1
+        ranker = ranker_class(config)(config).eval()
+        ranker.save_pretrained(tmp_path / family)
+        pair_tokenizer(family in TYPED).save_pretrained(tmp_path / family)
+        expected[family] = CrossEncoder(str(tmp_path / family), device="cpu").predict(PAIRS)
+        assert expected[family].std() > 1e-4, family
+    run = subprocess.run(
+        [sys.executable, "-c", STOCK, tmp_path, json.dumps(PAIRS)], capture_output=True, text=True, check=True
+    )
+    results = json.loads(run.stdout.splitlines()[-1])
+    assert results.keys() == expected.keys()
+    for family, (base, classifier, scores) in results.items():
+        assert classifier == MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[family]
+        assert base == MODEL_MAPPING_NAMES[family]
+        np.testing.assert_allclose(scores, expected[family], atol=1e-5, err_msg=family)
 
 
 @pytest.mark.parametrize("family", by_weight(QUICK_STUDENTS, LONG_STUDENTS))
@@ -228,14 +308,24 @@ def test_other_students_are_exported_as_cross_encoders_alone(tmp_path):
             export(ranker, "student", file_format, str(tmp_path / "out"), rows)
 
 
-def test_the_table_of_families_names_those_tested_here():
-    page = (Path(__file__).parents[2] / "docs" / "reference" / "models.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
-    students = [row[0] for row in rows if row[1] == "student"]
-    assert students == ["bert", *QUICK_STUDENTS, *LONG_STUDENTS]
-    teachers = {row[0]: row[2] for row in rows if row[1] == "teacher"}
-    assert {*QUICK, *LONG} <= teachers.keys()
-    assert {family for family, padding in teachers.items() if padding == "skipped on CPU"} == {*PACKABLE}
+def is_packed(family):
+    return family == "bert" or family in PACKABLE
+
+
+def served_by(family):
+    role = "teacher" if is_decoder(family) else "student"
+    return ", ".join(name for name, lists in SERVERS.items() if family in lists[role])
+
+
+def test_the_table_of_families_in_the_docs_is_this_one():
+    lines = ["| family | role | batches | exports | listed by |", "|---|---|---|---|---|"]
+    for family in ["bert", *QUICK_STUDENTS, *LONG_STUDENTS, *EARLIER, *QUICK, *LONG]:
+        role = "teacher" if is_decoder(family) else "student"
+        batches = "packed" if is_packed(family) else "padded"
+        lines.append(f"| {family} | {role} | {batches} | {', '.join(formats(family))} | {served_by(family)} |")
+    table = "\n".join(lines) + "\n"
+    page = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
+    assert table in page.read_text(encoding="utf-8"), f"The page needs this table:\n{table}"
 
 
 @pytest.mark.parametrize("family", ["t5", "lilt"])

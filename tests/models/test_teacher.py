@@ -139,7 +139,7 @@ def test_generated_classes_are_pickled_by_name():
     teacher = teacher_of("qwen3")
     again = pickle.loads(pickle.dumps(teacher))
     assert type(again) is type(teacher) and type(again).__name__ == "Qwen3ForLastTokenRanking"
-    assert type(again.config) is type(teacher.config) and type(again.config).__name__ == "DisRankerQwen3Config"
+    assert type(again.config) is type(teacher.config) and type(again.config).__qualname__ == "DisRankerQwen3Config"
     with torch.no_grad():
         assert torch.equal(again(**padded(TEXTS, "left", 0)).scores, teacher(**padded(TEXTS, "left", 0)).scores)
 

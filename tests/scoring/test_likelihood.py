@@ -232,7 +232,7 @@ def test_score_and_evaluate_use_it_by_an_option(decoder, decoder_dir, judgments,
     for stage in (["score", "--pairs", table, "--out", out], ["evaluate", "--judgments", table]):
         with pytest.raises(SystemExit, match="--gguf_file: only with --likelihood"):
             main([*stage, "--model", decoder_dir, "--gguf_file", "model.gguf"])
-        with pytest.raises(SystemExit, match="--likelihood and --generative"):
+        with pytest.raises(SystemExit, match="--likelihood, --generative and --label_index are three"):
             main([*stage, *option, "--generative", "true"])
 
 

@@ -1,13 +1,15 @@
 """Registration with transformers' Auto classes: rankers for marked checkpoints, stock classes for all others.
 
 When transformers' Auto classes are imported, a gate replaces the config class of every encoder and every decoder that
-has a sequence-classification head, by transformers' own tables. The gate returns stock configs for unmarked
-checkpoints; the first marked one registers the ranker of its family, and `AutoModel` and the others then choose by the
-config's type. Only the public `register` methods are used.
+has a sequence-classification head, by transformers' own tables. The gate returns the stock config of an unmarked
+checkpoint, and a config of our type for a marked one, for which `AutoModel` and `AutoModelForSequenceClassification`
+have the ranker of its family. Our config class has the name of the stock one, by which all other Auto classes find
+their stock class. Only the public `register` methods are used.
 """
 
 from __future__ import annotations
 
+import copyreg
 import os
 import sys
 from importlib.abc import Loader, MetaPathFinder
@@ -36,21 +38,20 @@ def register(model_type: str) -> Any:
         RuntimeError: If this transformers accepts the registration without effect.
         ValueError: If the family is not supported.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers import AutoModel, AutoModelForSequenceClassification
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
     from hf_disranker.models import student, teacher
 
     model = (student if student.is_encoder(model_type) else teacher).family_class(model_type)
     config = model.config_class
-    AutoConfig.register(model_type, config, exist_ok=True)
-    AutoModel.register(config, model, exist_ok=True)
+    # From a config, `AutoModel` makes the model without a head, as stock classes ask it to.
+    members = {"config_class": config, "from_pretrained": model.from_pretrained}
+    members["_from_config"] = MODEL_MAPPING[config.stock]._from_config
+    headless = type(model.__name__, (), members | {"__module__": model.__module__})
+    AutoModel.register(config, headless, exist_ok=True)
     AutoModelForSequenceClassification.register(config, model, exist_ok=True)
-    if config.stock in TOKENIZER_MAPPING:  # others are found by the class named in the tokenizer's files
-        AutoTokenizer.register(config, tokenizer_class=TOKENIZER_MAPPING[config.stock], exist_ok=True)
-    if CONFIG_MAPPING[model_type] is not config or config not in MODEL_MAPPING:
+    if MODEL_MAPPING[config] is not headless:
         raise RuntimeError(
             f"This transformers ignores the registration of {model.__name__}; set HF_DISRANKER_NO_AUTO=1 to "
             "continue without it, and load rankers with their own from_pretrained."
@@ -58,20 +59,28 @@ def register(model_type: str) -> Any:
     return config
 
 
+def _stock(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, name)
+
+
 class _GateType(type):
-    """Reads all attributes from the stock config class, the docstring included, which transformers looks up."""
+    """Reads all attributes from the stock config class, also the docstring and the module, which transformers asks."""
 
     model_type: str
 
     @property
     def stock(cls) -> Any:
-        import transformers
-
-        return getattr(transformers, cls.__name__)
+        return _stock(cls.__name__)
 
     @property
     def __doc__(cls) -> str:  # type: ignore[override]
         return cls.stock.__doc__
+
+    @property
+    def __module__(cls) -> str:  # type: ignore[override]
+        return cls.stock.__module__
 
     def __getattr__(cls, name: str) -> Any:
         return getattr(cls.stock, name)
@@ -85,6 +94,10 @@ class _GateType(type):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         kind = register(cls.model_type) if _MARKER in config_dict else cls.stock
         return kind.from_dict(config_dict, **kwargs)
+
+
+# As the stock class, which a process that unpickles it may not have gated.
+copyreg.pickle(_GateType, lambda gate: (_stock, (gate.__name__,)))  # type: ignore[arg-type]
 
 
 def _install_gates() -> None:

@@ -1,4 +1,4 @@
-"""Checkpoint format of rankers: the marker in config.json, config classes, and checks at loading.
+"""Checkpoint format of rankers: the marker in config.json, config classes, and plain loading errors.
 
 On disk a ranker is a stock `<Family>ForSequenceClassification` with one label, so every loader and server reads it
 without this package. The key `disranker` of its config.json is a `Marker`.
@@ -9,21 +9,19 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.models.auto import modeling_auto
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_disranker.data.templates import STUDENT_TEMPLATES, TEACHER_TEMPLATES, Templates
-from hf_disranker.models.families import decoder_types, encoder_types
 
 MARKER = "disranker"
 FORMAT = 1
@@ -31,9 +29,6 @@ LABEL_EXPECTATION = "label_expectation"
 # Without it, CrossEncoder and vLLM apply a sigmoid to a single label.
 RAW_LOGITS = {"activation_fn": "torch.nn.modules.linear.Identity"}
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
-
-# Least share of the embedding rows that a tokenizer must cover: rows are padded up by a few percent at most.
-_KNOWN_ROWS = 0.75
 
 
 @dataclass(frozen=True)
@@ -125,6 +120,11 @@ class RankerConfigMixin:
     role: str
     head: str
     disranker: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "stock"):
+            cls.__name__ = cls.stock.__name__  # by which transformers finds the classes of models and tokenizers
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -272,79 +272,44 @@ def adapter_base(name: str | os.PathLike) -> str | None:
     return json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE_MODEL"
 
 
-def check_weights(name: str | os.PathLike, info: dict[str, Any], base: str | None = None) -> None:
-    """Check that nothing but a new head, its pooler included, starts from random weights.
+def explain_failure(error: Exception, name: str | os.PathLike, kwargs: dict[str, Any]) -> None:
+    """Raise a plain error for a known cause of a model's loading error; return in any other case.
 
     Args:
-        name: Checkpoint, for the message.
-        info: Loading info of `from_pretrained(..., output_loading_info=True)`.
-        base: Name of the base model, outside of which weights may be new; None if none may.
-
-    Raises:
-        ValueError: If other weights are missing.
+        error: Error of transformers' `from_pretrained`.
+        name: Folder or Hub id; None for weights from a state dict.
+        kwargs: Keywords of that call.
     """
-    # Many encoders are pre-trained without a pooler, which the stock classes have in the base model.
-    new = re.compile(rf"(?!{base}\.)|{base}\.pooler\.") if base else None
-    missing = sorted(key for key in info["missing_keys"] if new is None or not new.match(key))
-    if missing:
-        unexpected = sorted(info["unexpected_keys"])
-        hint = (
-            f" It holds others, such as {unexpected[0]}: rename its keys if they have a prefix." if unexpected else ""
-        )
-        raise ValueError(
-            f"{name} lacks {len(missing)} weights of the model, such as {missing[0]}, which would start at random."
-            f"{hint}"
-        )
+    if name is None:  # loaded from a state dict
+        return
+    if isinstance(error, SafetensorError):
+        raise OSError(
+            f"The weights of {name} cannot be read ({error}): the file is truncated or damaged. Download it "
+            "again, with force_download=True, or copy it again."
+        ) from error
+    if isinstance(error, RuntimeError) and "mismatch" in str(error):
+        config = load_config(name, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+        if config.num_labels != 1 and str(config.architectures).endswith("ForSequenceClassification']"):
+            raise ValueError(
+                f"{name} is a classifier with {config.num_labels} labels; a ranker has one score. To train a new head "
+                f"on its layers, save them alone: AutoModel.from_pretrained({str(name)!r}).save_pretrained(FOLDER), "
+                "with the tokenizer."
+            ) from error
+        raise ValueError(f"The weights of {name} do not fit what its config claims: {error}") from error
+    files = _files(name, kwargs) if kwargs["use_safetensors"] and isinstance(error, OSError) else []
+    pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))]
+    if pickles and not any(file.endswith(".safetensors") for file in files):
+        raise OSError(
+            f"{name} has its weights as {pickles[0]} and not as safetensors. Refused, since reading a pickle can "
+            "run code. If you trust it: load it with use_safetensors=False, and save_pretrained writes safetensors."
+        ) from error
+    explain_absence(name, error)
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a tokenizer fits a model's embeddings.
-
-    A decoder may lack embeddings for tokens that were added to its vocabulary later.
-
-    Raises:
-        ValueError: If token ids exceed the embeddings, or most embeddings have no token.
-    """
-    rows = model.get_input_embeddings().num_embeddings
-    is_decoder = model.config.model_type in decoder_types()
-    ids = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=not is_decoder).values()
-    name = f"{tokenizer.name_or_path or model.config.name_or_path}: the tokenizer"
-    if max(ids, default=-1) >= rows:
-        raise ValueError(
-            f"{name} gives token ids up to {max(ids)}, the model has embeddings for {rows} tokens: it belongs to "
-            "another model, or the embeddings were not resized."
-        )
-    if len(tokenizer) < _KNOWN_ROWS * rows:
-        raise ValueError(
-            f"{name} knows {len(tokenizer)} tokens, the model has embeddings for {rows}: the tokenizer's files are "
-            "missing or those of another model. Copy them from the model that this one was made from."
-        )
-
-
-def check_length(config: PreTrainedConfig, max_length: int) -> None:
-    """Raise ValueError if a limit on the input exceeds the model's positions."""
-    positions = position_limit(config)
-    if positions is not None and max_length > positions:
-        name = config.name_or_path or f"the {config.model_type} model"
-        raise ValueError(f"max_length {max_length} is beyond the {positions} positions of {name}: choose {positions}.")
-
-
-def position_limit(config: PreTrainedConfig) -> int | None:
-    """Return the model's positions; None if its rotary positions are scaled or its config names no limit."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each kind of layer
-    scaled = any(kind.get("rope_type", "default") != "default" for kind in kinds)
-    positions = getattr(config, "max_position_embeddings", None)
-    return None if scaled or positions is None else positions - _reserved_positions(config)
-
-
-def _reserved_positions(config: PreTrainedConfig) -> int:
-    """Return the positions up to the padding id, which no token has in RoBERTa and its relatives."""
-    if config.model_type not in encoder_types():
-        return 0
-    names = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    stock: Any = getattr(transformers, names[config.model_type])
-    with torch.device("meta"):
-        model = stock(copy.deepcopy(config))
-    layers = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
-    return max([layer.padding_idx + 1 for layer in layers if getattr(layer, "padding_idx", None) is not None] or [0])
+def _files(name: str | os.PathLike, kwargs: dict[str, Any]) -> list[str]:
+    if os.path.isdir(name):
+        return os.listdir(name)
+    try:
+        return HfApi(token=kwargs.get("token")).list_repo_files(os.fspath(name), revision=kwargs.get("revision"))
+    except Exception:  # from transport, client or Hub; the first error says more
+        return []

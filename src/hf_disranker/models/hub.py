@@ -13,10 +13,10 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 
 from hf_disranker.models.card import TEMPLATES, CardFacts, model_card, training_facts
-from hf_disranker.models.checkpoint import HUB_OPTIONS, LABEL_EXPECTATION, check_weights, explain_absence, load_config
+from hf_disranker.models.checkpoint import LABEL_EXPECTATION, explain_failure
+from hf_disranker.models.checks import check_weights
 
 MODELING_FILE = "modeling_disranker.py"
 # Loading a pickle can run code, and training_args.bin may contain secrets.
@@ -48,7 +48,7 @@ class RankerHubMixin:
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         except Exception as error:  # many kinds, by version and by source
-            _raise_plainly(error, name, kwargs)
+            explain_failure(error, name, kwargs)
             raise
         if model.was_marked and any(not key.startswith(f"{model.base_model_prefix}.") for key in info["missing_keys"]):
             raise ValueError(
@@ -248,38 +248,3 @@ def pushing(api: HfApi, repo_id: str, revision: str | None, repo_type: str = "mo
             f"The push to {repo_id} failed ({why}). A push is one commit, which was not made: {state}. "
             f"To continue, {hint}push again; uploaded files are not sent twice."
         ) from (error if shown == reason else None)  # a traceback shows the text of the cause as well
-
-
-def _raise_plainly(error: Exception, name: str | os.PathLike, kwargs: dict[str, Any]) -> None:
-    """Raise a plain error for a known cause of an error of transformers; return for any other."""
-    if name is None:  # loaded from a state dict
-        return
-    if isinstance(error, SafetensorError):
-        remedy = "the file is truncated or damaged. Download it again, with force_download=True, or copy it again."
-        raise OSError(f"The weights of {name} cannot be read ({error}): {remedy}") from error
-    if isinstance(error, RuntimeError) and "mismatch" in str(error):
-        config = load_config(name, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
-        if config.num_labels != 1 and str(config.architectures).endswith("ForSequenceClassification']"):
-            raise ValueError(
-                f"{name} is a classifier with {config.num_labels} labels; a ranker has one score. To train a new head "
-                f"on its layers, save them alone: AutoModel.from_pretrained({str(name)!r}).save_pretrained(FOLDER), "
-                "with the tokenizer."
-            ) from error
-        raise ValueError(f"The weights of {name} do not fit what its config claims: {error}") from error
-    files = _file_names(name, kwargs) if kwargs["use_safetensors"] and isinstance(error, OSError) else []
-    pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))]
-    if pickles and not any(file.endswith(".safetensors") for file in files):
-        raise OSError(
-            f"{name} has its weights as {pickles[0]} and not as safetensors. Refused, since reading a pickle can "
-            "run code. If you trust it: load it with use_safetensors=False, and save_pretrained writes safetensors."
-        ) from error
-    explain_absence(name, error)
-
-
-def _file_names(name: str | os.PathLike, kwargs: dict[str, Any]) -> list[str]:
-    if os.path.isdir(name):
-        return os.listdir(name)
-    try:
-        return HfApi(token=kwargs.get("token")).list_repo_files(os.fspath(name), revision=kwargs.get("revision"))
-    except Exception:  # from transport, client or Hub; the first error says more
-        return []

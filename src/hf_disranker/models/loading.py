@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import os
+import re
 from typing import Any
 
 import torch
@@ -17,14 +18,16 @@ from hf_disranker.models import student, teacher
 from hf_disranker.models.checkpoint import (
     HUB_OPTIONS,
     RankerConfigMixin,
-    check_vocabulary,
     load_config,
     load_tokenizer,
 )
+from hf_disranker.models.checks import check_vocabulary
 from hf_disranker.models.student import DistilledRanker, is_encoder, output_layer
 from hf_disranker.models.teacher import LLMForLastTokenRanking, fit_embeddings, is_decoder, prepare_tokenizer
 
 RankerModel = DistilledRanker | LLMForLastTokenRanking
+# A chat template that renders a pair, by the role that sentence-transformers gives to its document.
+_PAIR_ROLE = re.compile(r"""["']document["']""")
 
 
 def ranker_class(config: PreTrainedConfig) -> Any:
@@ -120,25 +123,41 @@ def keep_head_exact(model: RankerModel) -> None:
         head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
-def check_head(model: str, config: PreTrainedConfig, generative: bool) -> None:
+def has_own_input(model: str, config: PreTrainedConfig) -> bool:
+    """Return whether sentence-transformers reads a stock classifier otherwise than a `Ranker` with default templates.
+
+    It does with a prompt that was saved with the model, and where a decoder has a chat template for pairs or was saved
+    by sentence-transformers.
+    """
+    if isinstance(config, RankerConfigMixin):
+        return False
+    saved = _saved_by_sentence_transformers(model)
+    if saved.get("default_prompt_name") or (saved and is_decoder(config.model_type)):
+        return True
+    return is_decoder(config.model_type) and bool(_PAIR_ROLE.search(str(load_tokenizer(model).chat_template)))
+
+
+def check_head(model: str, config: PreTrainedConfig, generative: bool, label_index: int | None = None) -> None:
     """Refuse, before weights are read, a checkpoint without a ranking head.
 
     Args:
         model: Folder or Hub id.
         config: Its config.
         generative: If True, a causal language model is read as a reranker that answers yes or no.
+        label_index: Label to rank by, of a classifier with several.
 
     Raises:
-        ValueError: If it has no ranking head, one with several labels, or cannot answer yes or no.
+        ValueError: If it has no ranking head, one with several labels of which none is chosen, or cannot answer yes
+            or no.
     """
     if is_classifier(config):
-        check_labels(model, config.num_labels)
+        check_labels(model, config.num_labels, label_index)
     architecture, marked = _architecture(config), isinstance(config, RankerConfigMixin)
     causal = architecture.endswith("ForCausalLM")
     if generative and (marked or not causal):
         kind = "marked ranker" if marked else architecture
         raise ValueError(f"--generative is for a causal language model; {model} is a {kind}: leave it out.")
-    if marked or (modules := _modules_of(model)) == "CrossEncoder":
+    if marked or (saved := _saved_by_sentence_transformers(model).get("model_type")) == "CrossEncoder":
         return
     if generative:
         _check_answers(model)
@@ -147,20 +166,29 @@ def check_head(model: str, config: PreTrainedConfig, generative: bool) -> None:
             f"{model} is a language model without a ranking head ({architecture}). {_stage(config)} "
             "If it was made to answer yes or no to a query and a document, say --generative."
         )
-    elif modules:
-        raise ValueError(f"{model} is an embedding model ({modules}), without a ranking head. {_stage(config)}")
+    elif saved:
+        raise ValueError(f"{model} is an embedding model ({saved}), without a ranking head. {_stage(config)}")
     elif architecture and not is_classifier(config):
         raise ValueError(f"{model} has no ranking head ({architecture}). {_stage(config)}")
 
 
-def check_labels(model: str, labels: int) -> None:
-    """Raise ValueError for a model with several scores per pair."""
-    if labels != 1:
+def check_labels(model: str, labels: int, label_index: int | None = None) -> None:
+    """Check the number of a model's scores per pair.
+
+    Raises:
+        ValueError: If there are several and none is chosen, or the chosen one is not among them.
+    """
+    if labels != 1 and label_index is None:
         raise ValueError(
-            f"{model} gives {labels} scores for a pair; a ranker gives one. Score with it elsewhere and continue with "
-            "a table of scores, such as the difference of two logits; or load it with num_labels=1 and "
-            "ignore_mismatched_sizes=True, save it, and train the new head with disranker fit_teacher."
+            f"{model} gives {labels} scores for a pair; a ranker gives one. Choose the label that means relevant, as "
+            "by --label_index 1 (from 0): its log-odds are the score, for two labels the difference of two logits. Or "
+            "load it with num_labels=1 and ignore_mismatched_sizes=True, save it, and train the new head with "
+            "disranker fit_teacher."
         )
+    if labels == 1 and label_index is not None:
+        raise ValueError(f"{model} gives one score for a pair: leave out --label_index.")
+    if label_index is not None and not 0 <= label_index < labels:
+        raise ValueError(f"--label_index {label_index}: {model} has the labels 0 to {labels - 1}.")
 
 
 def check_loaded_head(model: str, loaded: PreTrainedModel | None) -> None:
@@ -198,14 +226,15 @@ def _architecture(config: PreTrainedConfig) -> str:
     return (config.architectures or [""])[0]
 
 
-def _modules_of(model: str) -> str | None:
-    """Return the model type that sentence-transformers saved, such as CrossEncoder; None for other checkpoints."""
+def _saved_by_sentence_transformers(model: str) -> dict[str, Any]:
+    """Return what sentence-transformers saved about a model, with its `model_type`; empty for other checkpoints."""
     if _file(model, "modules.json") is None:
-        return None
-    if (path := _file(model, "config_sentence_transformers.json")) is None:
-        return "SentenceTransformer"
-    with open(path, encoding="utf-8") as file:
-        return json.load(file).get("model_type", "SentenceTransformer")
+        return {}
+    saved = {"model_type": "SentenceTransformer"}
+    if path := _file(model, "config_sentence_transformers.json"):
+        with open(path, encoding="utf-8") as file:
+            saved |= json.load(file)
+    return saved
 
 
 def _stored_names(model: str) -> set[str] | None:

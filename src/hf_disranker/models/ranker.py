@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_disranker.data.collators import Encoded, PairCollator, budget_batches, prefetch_map, runs_within
 from hf_disranker.models.base import Pair, PairRanker, check_batch_size, listed
-from hf_disranker.models.checkpoint import check_length, position_limit
+from hf_disranker.models.checks import check_length, position_limit
 from hf_disranker.models.loading import RankerModel, fit_tokenizer, keep_head_exact, load_ranker_model
 from hf_disranker.models.packing import PACKABLE, PACKED, pack
 from hf_disranker.models.teacher import LLMForLastTokenRanking

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import os
@@ -21,9 +20,9 @@ from hf_disranker.models.checkpoint import (
     RankerConfigMixin,
     RankerOutput,
     adapter_base,
-    check_vocabulary,
     load_config,
 )
+from hf_disranker.models.checks import check_vocabulary
 from hf_disranker.models.families import decoder_types, find_family, make_family
 from hf_disranker.models.hub import RankerHubMixin
 
@@ -63,15 +62,13 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         marked: Any = self.config_class.mark(config)  # type: ignore[union-attr]
-        # From the stock config: a stock class asks AutoModel for its decoder, which would return this class.
-        super().__init__(_with_class(marked, marked.stock))
+        super().__init__(marked)
         if not isinstance(getattr(self, "score", None), nn.Linear):
             raise ValueError(
                 f"A {config.model_type} model cannot be a teacher: {marked.architecture} does not score the last "
                 "token by one row of weights named score."
             )
         self.was_marked = isinstance(config, self.config_class)  # type: ignore[arg-type]
-        self.config = _with_class(self.config, type(marked))
         if marked.marker.head == LABEL_EXPECTATION:
             del self.score
             self.lm_head = nn.Linear(marked.hidden_size, marked.vocab_size, bias=False)
@@ -180,7 +177,20 @@ def family_class(model_type: str) -> Any:
             f"A {model_type} model cannot be a teacher: transformers has no decoder of this type with a "
             "sequence-classification head."
         )
-    return make_family(LLMForLastTokenRanking, TeacherConfigMixin, model_type, _SUFFIX)
+    kind = make_family(LLMForLastTokenRanking, TeacherConfigMixin, model_type, _SUFFIX)
+    kind.forward = _with_signature(super(LLMForLastTokenRanking, kind).forward)
+    return kind
+
+
+def _with_signature(stock_forward: Any) -> Any:
+    """Return our forward with the signature of the stock one, which trainers read."""
+    names = list(inspect.signature(stock_forward).parameters)[1:]
+
+    @functools.wraps(stock_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> RankerOutput | tuple[Tensor, ...]:
+        return LLMForLastTokenRanking.forward(self, **dict(zip(names, args, strict=False)) | kwargs)
+
+    return forward
 
 
 def __getattr__(name: str) -> Any:
@@ -189,13 +199,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     kind = family_class(found[0])
     return kind.config_class if found[1] else kind
-
-
-def _with_class(config: Any, kind: type) -> Any:
-    """Return a copy of a config as another class with the same fields."""
-    config = copy.deepcopy(config)
-    config.__class__ = kind
-    return config
 
 
 def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -16,11 +16,12 @@ import numpy as np
 import requests
 import torch
 from requests.adapters import HTTPAdapter
+from scipy.special import logsumexp
 from urllib3.util import Retry
 
 from hf_disranker.data.templates import STUDENT_TEMPLATES
-from hf_disranker.models.checkpoint import load_config
-from hf_disranker.models.loading import check_head, check_labels, check_loaded_head, is_ranker
+from hf_disranker.models.checkpoint import RAW_LOGITS, load_config
+from hf_disranker.models.loading import check_head, check_labels, check_loaded_head, has_own_input, is_ranker
 from hf_disranker.models.ranker import Ranker, score_in_halves
 from hf_disranker.scoring.provenance import describe_model, describe_module, tokenizer_digest, versions
 
@@ -86,22 +87,25 @@ class RankerEngine:
 
 @dataclass
 class CrossEncoderEngine:
-    """Backend for any reranker of sentence-transformers: one label, or a language model that answers yes or no.
+    """Backend for any reranker of sentence-transformers: a head of any modules, or a model that answers yes or no.
 
-    Its input is the query, and title and summary of the document as one string. `teacher` is the name in the manifest;
-    `batch_size`, the pairs per forward pass, is halved when the GPU runs out of memory.
+    Its input is the query, and title and summary of the document as one string; its scores are raw logits. `teacher`
+    is the name in the manifest; `batch_size`, the pairs per forward pass, is halved when the GPU runs out of memory.
+    Of several labels it ranks by `label_index`: the score is the log-odds of that label's softmax probability, for two
+    labels the difference of their logits.
 
     Raises:
-        ValueError: If the model has more than one label.
+        ValueError: If the model has several labels and none is chosen, or the chosen one is not among them.
     """
 
     model: CrossEncoder
     teacher: str
     batch_size: int = 32
+    label_index: int | None = None
     tokens: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        check_labels(self.teacher, self.model.num_labels)
+        check_labels(self.teacher, self.model.num_labels, self.label_index)
 
     def describe(self) -> dict[str, Any]:
         """See `Engine`."""
@@ -117,6 +121,8 @@ class CrossEncoderEngine:
             "prompts": self.model.prompts,
             "default_prompt_name": self.model.default_prompt_name,
             "max_length": self.model.max_seq_length,
+            "activation": RAW_LOGITS["activation_fn"],
+            "label_index": self.label_index,
         }
 
     def predict(self, pairs: Sequence[Pair], callback: Callback | None = None) -> np.ndarray:
@@ -135,7 +141,10 @@ class CrossEncoderEngine:
 
     def _forward(self, texts: Sequence[tuple[str, str]]) -> np.ndarray:
         options = {"activation_fn": torch.nn.Identity(), "show_progress_bar": False}
-        return self.model.predict(list(texts), batch_size=self.batch_size, **options).astype(np.float32)
+        logits = self.model.predict(list(texts), batch_size=self.batch_size, **options).astype(np.float32)
+        if self.label_index is None:
+            return logits
+        return logits[:, self.label_index] - logsumexp(np.delete(logits, self.label_index, axis=1), axis=1)
 
     def _reduce_batch_size(self, texts: Sequence[tuple[str, str]]) -> None:
         self.batch_size = max(1, min(self.batch_size, len(texts)) // 2)
@@ -143,7 +152,11 @@ class CrossEncoderEngine:
 
 
 def load_engine(
-    model: str, dtype: str = "auto", token_budget: int | None = None, generative: bool = False
+    model: str,
+    dtype: str = "auto",
+    token_budget: int | None = None,
+    generative: bool = False,
+    label_index: int | None = None,
 ) -> RankerEngine | CrossEncoderEngine:
     """Load a checkpoint as a `Ranker` if it is one, else as a `CrossEncoder`, on this process's GPU if there is one.
 
@@ -153,15 +166,16 @@ def load_engine(
         token_budget: Tokens per forward pass of a `Ranker`.
         generative: If True, load a causal language model as a reranker that answers yes or no. One that was saved by
             sentence-transformers does not need it.
+        label_index: Label to rank by, of a classifier with several; see `CrossEncoderEngine`.
 
     Raises:
         OSError: If the model is neither a folder nor on the Hub.
-        ValueError: If the checkpoint has no ranking head, several labels, or only an adapter; or if a token budget is
-            given for a CrossEncoder.
+        ValueError: If the checkpoint has no ranking head, several labels of which none is chosen, or only an adapter;
+            or if a token budget is given for a CrossEncoder.
     """
     config = load_config(model)
-    check_head(model, config, generative)
-    if is_ranker(config):
+    check_head(model, config, generative, label_index)
+    if is_ranker(config) and label_index is None and not has_own_input(model, config):
         return RankerEngine(Ranker.from_pretrained(model, process_device(), token_budget, dtype=dtype), model)
     if token_budget:
         raise ValueError(f"{model} is scored by sentence-transformers, which has no token budget: omit token_budget.")
@@ -169,7 +183,7 @@ def load_engine(
 
     encoder = CrossEncoder(model, device=process_device(), model_kwargs={"dtype": dtype})
     check_loaded_head(model, encoder.transformers_model)
-    return CrossEncoderEngine(encoder, model)
+    return CrossEncoderEngine(encoder, model, label_index=label_index)
 
 
 def process_device() -> str:

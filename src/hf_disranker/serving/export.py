@@ -28,6 +28,7 @@ from hf_disranker.models.card import model_card
 from hf_disranker.models.hub import check_padding
 from hf_disranker.models.ranker import Ranker
 from hf_disranker.models.student import BertDistilledRanker
+from hf_disranker.models.teacher import is_decoder
 from hf_disranker.runtime import FILES
 from hf_disranker.runtime import Ranker as LightRanker
 
@@ -86,7 +87,7 @@ def export(ranker: Ranker, source: str, file_format: str, out: str, rows: pd.Dat
     role, family = ranker.model.config.marker.role, ranker.model.config.model_type
     if (file_format == "vllm") != (role == "teacher"):
         raise ValueError(f"{source} is a {role}: vllm is the format for teachers, the others are for students.")
-    if file_format in ("onnx", "openvino") and not isinstance(ranker.model, BertDistilledRanker):
+    if file_format not in formats(family):
         raise ValueError(f"{source} is a {family} model: {file_format} is for BERT students; choose cross-encoder.")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "export")
@@ -101,6 +102,13 @@ def export(ranker: Ranker, source: str, file_format: str, out: str, rows: pd.Dat
         write_figures(ranker, source, folder, out, file_format, parity)
         shutil.copytree(folder, out, dirs_exist_ok=True)
     return parity
+
+
+def formats(model_type: str) -> tuple[str, ...]:
+    """Return the formats that a ranker of a family can be exported to."""
+    if is_decoder(model_type):
+        return ("vllm",)
+    return ("cross-encoder", "onnx", "openvino") if model_type == "bert" else ("cross-encoder",)
 
 
 def compare(old: Predict, new: Predict, rows: pd.DataFrame) -> Parity:

@@ -23,9 +23,9 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from trl import SFTConfig, SFTTrainer
 
 from hf_disranker.data.schema import TableError
+from hf_disranker.data.tables import is_hub_id
 from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
-from hf_disranker.models.card import is_hub_id
-from hf_disranker.models.checkpoint import check_length
+from hf_disranker.models.checks import check_length
 from hf_disranker.models.teacher import fit_embeddings, prepare_tokenizer
 from hf_disranker.training.losses import EvaluationLossMixin, LossTerm
 from hf_disranker.training.setup import StageArguments, cast_weights, own_tokenizer, resolve_arguments, with_own_config

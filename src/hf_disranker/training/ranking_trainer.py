@@ -25,7 +25,7 @@ from transformers import (
 
 from hf_disranker.data.collators import GroupCollator
 from hf_disranker.evaluation import metrics
-from hf_disranker.models.checkpoint import check_length
+from hf_disranker.models.checks import check_length
 from hf_disranker.models.hub import TrainerHubMixin
 from hf_disranker.models.loading import fit_tokenizer
 from hf_disranker.models.ranker import pair_collator
