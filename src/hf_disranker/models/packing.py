@@ -302,23 +302,25 @@ def _by_products(
     pass.
     """
     asking, seen = ([run[0] * run[side] for run in packed.runs] for side in (1, 2))
+    # Few operations per run, which for a small model take as long as its arithmetic.
+    queries, keys, values = (x.transpose(0, 1) for x in (query * scale, key, value))
+    if len(queries) != len(keys):
+        keys, values = (x.repeat_interleave(len(queries) // len(x), dim=0) for x in (keys, values))
     output = []
-    for (count, queries, keys), *parts in zip(
-        packed.runs, query.split(asking), key.split(seen), value.split(seen), strict=True
-    ):
-        q, k, v = (x.reshape(count, -1, *x.shape[1:]).transpose(1, 2) for x in parts)
-        if q.shape[1] != k.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        mask = _mask(queries, keys, window, query.device)
-        if keys > _LONG:
-            mixed = scaled_dot_product_attention(q, k, v, mask, drop, scale=scale)
+    parts = zip(packed.runs, queries.split(asking, 1), keys.split(seen, 1), values.split(seen, 1), strict=True)
+    for (count, *size), q, k, v in parts:
+        if count > 1:
+            q, k, v = (x.unflatten(1, (count, -1)) for x in (q, k, v))
+        mask = None if window == (-1, -1) else _mask(size[0], size[1], window, query.device)
+        if size[1] > _LONG:
+            shaped = (q, k, v) if count > 1 else (q[None], k[None], v[None])
+            mixed = scaled_dot_product_attention(*shaped, mask, drop, scale=1.0).view(*q.shape[:-1], -1)
         else:
-            # In place: no gradient needs the product itself.
-            weights = (q @ k.transpose(2, 3)).mul_(scale)
+            weights = q @ k.transpose(-1, -2)
             weights = weights if mask is None else weights.masked_fill_(~mask, -torch.inf)
-            weights = weights.softmax(dim=3)
+            weights = weights.softmax(dim=-1)
             mixed = (dropout(weights, drop) if drop else weights) @ v
-        output.append(mixed.transpose(1, 2).reshape(-1, q.shape[1], v.shape[3]))
+        output.append(mixed.permute(1, 2, 0, 3).flatten(0, 1) if count > 1 else mixed.transpose(0, 1))
     return torch.cat(output)
 
 
