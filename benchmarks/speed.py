@@ -15,6 +15,7 @@ bf16 is measured if the machine multiplies faster in it.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import os
@@ -205,12 +206,15 @@ def teacher_rows(
     if instruction:
         model.config.update_marker(templates=Templates(text=instruction + model.config.marker.templates.text))
     model.config.update_marker(max_length=MAX_LENGTH, max_query_length=64)
-    budget, shared = Ranker(model, tokenizer, BUDGET if device == "cpu" else None), Ranker(model, tokenizer)
-    budget.share_prefix, shared.share_prefix = False, True
+    stock = copy.deepcopy(model)
+    stock.base_model.set_attn_implementation("sdpa")
+    budget = Ranker(stock, tokenizer, BUDGET if device == "cpu" else None)
+    packed, shared = Ranker(model, tokenizer), Ranker(model, tokenizer)
+    packed.share_prefix, shared.share_prefix = False, True
 
     def sixteens() -> Scores:
-        rows = budget._encode(pairs).rows
-        return np.concatenate([budget._padded(rows[start : start + 16]) for start in range(0, len(rows), 16)])
+        rows = [(row, "") for row in budget._encode(pairs).rows]
+        return np.concatenate([budget._forward(rows[start : start + 16]) for start in range(0, len(rows), 16)])
 
     tokens = np.array([len(row["input_ids"]) for row in budget._encode(pairs).rows])
     size, inner = shape["hidden_size"], shape["intermediate_size"]
@@ -219,6 +223,7 @@ def teacher_rows(
     variants: Variants = {
         f"padded batches of 16 {name}": sixteens,
         f"token budget {name}": partial(budget.predict, pairs),
+        f"ours {name}": partial(packed.predict, pairs),
         f"ours, shared prefix {name}": partial(shared.predict, pairs),
     }
     return variants, flops

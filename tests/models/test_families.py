@@ -29,7 +29,7 @@ from hf_disranker import DistillationConfig, DistillationTrainer, DistilledRanke
 from hf_disranker.models import student
 from hf_disranker.models.checks import position_limit
 from hf_disranker.models.loading import ranker_class
-from hf_disranker.models.packing import PACKABLE
+from hf_disranker.models.packing import PACKED, packs
 from hf_disranker.models.teacher import family_class, is_decoder
 from hf_disranker.serving.export import export, formats
 
@@ -194,6 +194,27 @@ def student_config(model_type):
     return kind(**{key: value for key, value in (SIZE | ENCODER | own).items() if key in known})
 
 
+@pytest.mark.parametrize("family", by_weight(["gemma3_text", *QUICK, *QUICK_STUDENTS], [*LONG, *LONG_STUDENTS]))
+def test_without_padding_logits_and_gradients_are_those_of_the_stock_class(family):
+    encoder = family in (*QUICK_STUDENTS, *LONG_STUDENTS)
+    config = student_config(family) if encoder else tiny_config(family)
+    torch.manual_seed(0)
+    model = (DistilledRanker if encoder else LLMForLastTokenRanking).from_config(config).eval()
+    attention = model.base_model.config._attn_implementation
+    assert (attention == PACKED) == packs(config)
+    found = []
+    for kind in (attention, "sdpa" if attention == PACKED else attention):
+        model.base_model.set_attn_implementation(kind)
+        model.zero_grad()
+        logits = model(**batch("right")).logits
+        logits.square().sum().backward()
+        gradients = [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]
+        found.append((logits.detach(), torch.cat(gradients)))
+    (ours, slopes), (stock, expected) = found
+    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=0)
+    assert (slopes - expected).norm() / expected.norm() < 1e-5
+
+
 @pytest.mark.parametrize("family", by_weight(QUICK_STUDENTS, LONG_STUDENTS))
 def test_a_student_is_stock_on_disk_and_scores_as_stock_loaders_do(family, tmp_path):
     config = student_config(family)
@@ -309,7 +330,8 @@ def test_other_students_are_exported_as_cross_encoders_alone(tmp_path):
 
 
 def is_packed(family):
-    return family == "bert" or family in PACKABLE
+    kind = family_class(family) if is_decoder(family) else student.family_class(family)
+    return packs(kind.config_class.stock())
 
 
 def served_by(family):

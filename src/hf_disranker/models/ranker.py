@@ -19,7 +19,7 @@ from hf_disranker.data.collators import Encoded, PairCollator, budget_batches, p
 from hf_disranker.models.base import Pair, PairRanker, check_batch_size, listed
 from hf_disranker.models.checks import check_length, position_limit
 from hf_disranker.models.loading import RankerModel, fit_tokenizer, keep_head_exact, load_ranker_model
-from hf_disranker.models.packing import PACKABLE, PACKED, pack
+from hf_disranker.models.packing import PACKED
 from hf_disranker.models.teacher import LLMForLastTokenRanking
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ class Ranker(PairRanker):
             for a small model, and 32,768 on GPU.
 
     Attributes:
-        share_prefix: If True, what neighbouring pairs share by having the same query is computed once, without
-            padding; only for teachers with full causal attention by sdpa. On by default on CPU; not measured on GPU.
+        share_prefix: If True, what neighbouring pairs share by having the same query is computed once; only for
+            teachers of families without padding. On by default on CPU; not measured on GPU.
         queries_cut: Number of truncated queries so far.
         documents_cut: Number of truncated documents so far.
         tokens: Number of tokens read so far, without padding.
@@ -70,8 +70,6 @@ class Ranker(PairRanker):
         self.token_budget = token_budget or (2048 if model.device.type == "cpu" else 32_768)
         self.collator = pair_collator(model, copy.deepcopy(tokenizer))
         self.templates = self.collator.templates
-        if self._has_full_attention():
-            self.model.decoder.set_attn_implementation(PACKED)
         self.share_prefix = model.device.type == "cpu" and self._can_share()
         self.queries_cut = 0
         self.documents_cut = 0
@@ -172,45 +170,23 @@ class Ranker(PairRanker):
     def _encode(self, pairs: Sequence[Pair]) -> Encoded:
         return self.collator.encode([query for query, _ in pairs], [self._text(document) for _, document in pairs])
 
-    def _has_full_attention(self) -> bool:
-        """Return whether it is a decoder with full causal attention by sdpa, no window and no soft-capping."""
-        if not isinstance(self.model, LLMForLastTokenRanking) or self.model.config.model_type not in PACKABLE:
-            return False
-        window = getattr(self.model.config, "sliding_window", None) or self.collator.max_length
-        by_sdpa = self.model.decoder.config._attn_implementation in ("sdpa", PACKED)
-        return by_sdpa and window >= self.collator.max_length
-
     def _can_share(self) -> bool:
-        decoder = self.model.decoder if isinstance(self.model, LLMForLastTokenRanking) else self.model
-        return decoder.config._attn_implementation == PACKED
+        attention = self.model.base_model.config._attn_implementation
+        return isinstance(self.model, LLMForLastTokenRanking) and attention == PACKED
 
+    @torch.inference_mode()
     def _forward(self, rows: Sequence[tuple[dict[str, list[int]], str]]) -> np.ndarray:
         """Score tokenised rows, each with its query, in one pass."""
-        encoded = [row for row, _ in rows]
+        batch: dict[str, Any] = self.collator.pad([row for row, _ in rows])
+        batch = {key: tensor.to(self.model.device) for key, tensor in batch.items()}
         if self.share_prefix and self._can_share():
-            return self._shared(encoded, [query for _, query in rows])
-        return self._padded(encoded)
+            batch["groups"] = [query for _, query in rows]
+        return self.model(**batch).scores.cpu().numpy()
 
     def _reduce_budget(self, rows: Sequence[tuple[dict[str, list[int]], str]]) -> None:
         """Halve the token budget after these rows did not fit into memory."""
         self.token_budget = min(self.token_budget, sum(len(row["input_ids"]) for row, _ in rows) // 2)
         logger.warning("Out of memory: continuing with token_budget %d.", self.token_budget)
-
-    @torch.inference_mode()
-    def _padded(self, rows: list[dict[str, list[int]]]) -> np.ndarray:
-        batch = {key: tensor.to(self.model.device) for key, tensor in self.collator.pad(rows).items()}
-        return self.model(**batch).scores.cpu().numpy()
-
-    @torch.inference_mode()
-    def _shared(self, rows: list[dict[str, list[int]]], queries: list[str]) -> np.ndarray:
-        packed = pack([row["input_ids"] for row in rows], queries)
-        ids, places = (tensor.to(self.model.device) for tensor in (packed.input_ids, packed.position_ids))
-        # A mask with four dimensions is used unchanged; any other would be expanded to tokens x tokens.
-        unused = torch.empty(1, 1, 1, 1, device=ids.device)
-        hidden = self.model.decoder(
-            input_ids=ids, attention_mask=unused, position_ids=places, use_cache=False, packed=packed
-        ).last_hidden_state
-        return self.model.head_logits(hidden[0, packed.last]).squeeze(-1).float().cpu().numpy()
 
 
 def pair_collator(model: RankerModel, tokenizer: PreTrainedTokenizerBase) -> PairCollator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedCo
 from hf_disranker.models.checkpoint import HUB_OPTIONS, RankerConfigMixin, RankerOutput, load_config
 from hf_disranker.models.families import encoder_types, find_family, make_family
 from hf_disranker.models.hub import RankerHubMixin
-from hf_disranker.models.packing import Unpadded
+from hf_disranker.models.packing import install, plan
 
 _SUFFIX = "DistilledRanker"
 
@@ -44,6 +45,7 @@ class DistilledRanker(RankerHubMixin, PreTrainedModel):
         super().__init__(marked)
         self.was_marked = isinstance(config, self.config_class)  # type: ignore[arg-type]
         output_layer(self)
+        install(self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -109,6 +111,24 @@ class DistilledRanker(RankerHubMixin, PreTrainedModel):
         return self
 
 
+def _with_scores(stock_forward: Any) -> Any:
+    """Wrap a stock forward: no padding, and an output with `scores`; the signature, which loaders read, stays."""
+    names = list(inspect.signature(stock_forward).parameters)[1:]
+
+    @functools.wraps(stock_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> RankerOutput | tuple[Tensor, ...]:
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        first = getattr(self.config, "classifier_pooling", "cls") in ("cls", "bos")
+        if (packed := plan(self, inputs, "first" if first else None)) is not None:
+            inputs["packed"] = packed
+        output = stock_forward(self, **inputs)
+        if isinstance(output, tuple):
+            return output
+        return RankerOutput(output.loss, output.logits, output.hidden_states, output.attentions)
+
+    return forward
+
+
 class DisRankerBertConfig(StudentConfigMixin, BertConfig):
     """Config of a marked BERT checkpoint.
 
@@ -123,62 +143,14 @@ class DisRankerBertConfig(StudentConfigMixin, BertConfig):
 class BertDistilledRanker(DistilledRanker, BertForSequenceClassification):
     """BERT that reads a (query, document) pair and computes one raw score from the [CLS] token.
 
-    The member of `DistilledRanker` that skips padding on a CPU; see there.
+    The BERT of `DistilledRanker`; see there.
 
     Args:
         config: A `BertConfig`, plain or of a marked checkpoint. A plain one is copied and marked.
     """
 
     config_class = DisRankerBertConfig
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> RankerOutput | tuple[Tensor, ...]:
-        """Compute logits as `BertForSequenceClassification` does; the output also has `scores`, shape (rows,), fp32.
-
-        On CPU, skip padding and compute only [CLS] in the last layer; logits are equal to 1e-6 in fp32. The stock
-        forward runs where padding is not on the right, for labels, hidden states or attentions, and in a traced graph.
-        """
-        plain = labels is None and inputs_embeds is None and position_ids is None and not _asks_more(kwargs)
-        if plain and input_ids is not None and self._can_unpad() and _is_padded_right(attention_mask):
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-            return RankerOutput(logits=self._unpadded_logits(input_ids, mask, types))
-        output = super().forward(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, labels, **kwargs
-        )
-        return output if isinstance(output, tuple) else RankerOutput(**output)
-
-    def _can_unpad(self) -> bool:
-        """Return whether the model runs eagerly on a CPU, where short texts need no fused kernel."""
-        config = self.config
-        asked = config.output_attentions or config.output_hidden_states or not config.return_dict or config.is_decoder
-        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        return self.device.type == "cpu" and not (asked or traced or self.bert.encoder.layer[0].gradient_checkpointing)
-
-    def _unpadded_logits(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-        """Compute the logits of a padded batch, shape (rows, 1), through the modules of the stock BERT."""
-        flat = Unpadded.of(attention_mask)
-        ids, types = (x.flatten()[flat.tokens].unsqueeze(0) for x in (input_ids, token_type_ids))
-        hidden = self.bert.embeddings(ids, types, flat.positions.unsqueeze(0)).squeeze(0)
-        heads = self.config.num_attention_heads
-        for layer in self.bert.encoder.layer:
-            attention = layer.attention.self
-            key, value = attention.key(hidden), attention.value(hidden)
-            if layer is self.bert.encoder.layer[-1]:
-                hidden = hidden[flat.first]
-            drop = attention.dropout.p if self.training else 0.0
-            mixed = flat.attend(attention.query(hidden), key, value, heads, drop)
-            hidden = layer.feed_forward_chunk(layer.attention.output(mixed, hidden))
-        logits = self.classifier(self.dropout(self.bert.pooler(hidden.unsqueeze(1))))
-        return logits[flat.order.argsort()]
+    forward = _with_scores(BertForSequenceClassification.forward)
 
 
 def is_encoder(model_type: str) -> bool:
@@ -213,19 +185,6 @@ def __getattr__(name: str) -> Any:
     return kind.config_class if found[1] else kind
 
 
-def _with_scores(stock_forward: Any) -> Any:
-    """Wrap a stock forward, so that its output has `scores`; the signature, which loaders read, stays."""
-
-    @functools.wraps(stock_forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> RankerOutput | tuple[Tensor, ...]:
-        output = stock_forward(self, *args, **kwargs)
-        if isinstance(output, tuple):
-            return output
-        return RankerOutput(output.loss, output.logits, output.hidden_states, output.attentions)
-
-    return forward
-
-
 def output_layer(model: PreTrainedModel) -> nn.Linear:
     """Return the last linear layer of a student's head, which computes the score.
 
@@ -241,23 +200,3 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
             f"A {model.config.model_type} model cannot be a student: its head does not end in one row of weights."
         )
     return outside[-1]
-
-
-def _asks_more(kwargs: dict[str, Any]) -> bool:
-    """Return whether keywords ask for more than logits; unknown ones do not, such as CrossEncoder's `scores`."""
-    return bool(
-        kwargs.get("output_attentions")
-        or kwargs.get("output_hidden_states")
-        or kwargs.get("return_dict", True) is False
-        or "encoder_hidden_states" in kwargs
-    )
-
-
-def _is_padded_right(attention_mask: Tensor | None) -> bool:
-    """Return whether every row starts with a token and has padding, if any, only at its end."""
-    if attention_mask is None:
-        return True
-    if attention_mask.dim() != 2:
-        return False
-    mask = attention_mask.bool()
-    return bool(mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all())

@@ -25,6 +25,7 @@ from hf_disranker.models.checkpoint import (
 from hf_disranker.models.checks import check_vocabulary
 from hf_disranker.models.families import decoder_types, find_family, make_family
 from hf_disranker.models.hub import RankerHubMixin
+from hf_disranker.models.packing import install, plan
 
 PAD_TOKEN = "<|pad|>"
 _SUFFIX = "ForLastTokenRanking"
@@ -74,6 +75,7 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
             self.lm_head = nn.Linear(marked.hidden_size, marked.vocab_size, bias=False)
             self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
             self.post_init()
+        install(self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -109,6 +111,7 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
+        groups: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> RankerOutput | tuple[Tensor, ...]:
         """Score each row by its last real token.
@@ -120,13 +123,18 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
             inputs_embeds: Replaces `input_ids`, shape (rows, tokens, size).
             labels: Target scores, shape (rows,); the loss is the mean squared error, as in the stock classes.
             return_dict: If False, return the tuple (logits,), or (loss, logits) with labels.
+            groups: A key for each row, such as its query. What neighbours with equal keys have in common at their
+                start is computed once, if the model computes no padding.
             kwargs: Passed to the decoder; `use_cache` is off by default.
 
         Returns:
             Logits of shape (rows, 1), and `scores` of shape (rows,), fp32.
         """
+        inputs = kwargs | {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        if (packed := plan(self, inputs, "last", groups)) is not None:
+            kwargs["packed"] = packed
         if self._reads_positions:
-            if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            if packed is None and position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
                 position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
             kwargs["position_ids"] = position_ids
         output = self.decoder(
@@ -135,7 +143,8 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
             inputs_embeds=inputs_embeds,
             **{"use_cache": False} | kwargs,
         )
-        logits = self.head_logits(last_token(output.last_hidden_state, attention_mask))
+        state = last_token(output.last_hidden_state, attention_mask if packed is None else None)
+        logits = self.head_logits(state)
         loss = None if labels is None else nn.functional.mse_loss(logits.flatten().float(), labels.flatten().float())
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
