@@ -27,8 +27,9 @@ def test_local_tasks_share_the_shards(teacher_dir, candidates, corpus, tmp_path,
     Path("runs/teacher").symlink_to(teacher_dir)
     candidates.to_parquet("candidates.parquet")
     corpus.to_parquet("corpus.parquet")
-    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
-    monkeypatch.setattr(ScoringRun.__init__, "__defaults__", (10, None))  # six shards of these few pairs
+    snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
+    (snippet,) = [text for text in snippets if "LocalPipelineExecutor" in text]
+    monkeypatch.setattr(ScoringRun.__init__, "__defaults__", (10,))  # six shards of these few pairs
     names = {"__name__": "page"}
     exec(compile(snippet.replace('dtype="bfloat16"', 'dtype="float32"'), str(PAGE), "exec"), names)
     pairs = Candidates("candidates.parquet", "corpus.parquet")
