@@ -46,13 +46,13 @@ def test_scores_do_not_depend_on_budget_order_or_neighbours(ranker, judgments):
         assert np.allclose(ranker.predict(pairs), scores, rtol=0, atol=1e-5)
 
 
-def test_a_teachers_scores_do_not_depend_on_the_padding_side(teacher_ranker, judgments, monkeypatch):
-    pairs = pair_texts(judgments)
-    teacher_ranker.model.base_model.set_attn_implementation("sdpa")  # the ranker's own pads nothing
-    assert teacher_ranker.collator.tokenizer.padding_side == "left"
-    scores = teacher_ranker.predict(pairs)
-    monkeypatch.setattr(teacher_ranker.collator.tokenizer, "padding_side", "right")
-    assert np.allclose(teacher_ranker.predict(pairs), scores, rtol=0, atol=1e-5)
+def test_a_teachers_scores_do_not_depend_on_the_padding_side(tiny_teacher, judgments):
+    ranker, pairs = Ranker(*copy.deepcopy(tiny_teacher)), pair_texts(judgments)
+    ranker.model.base_model.set_attn_implementation("sdpa")  # the ranker's own pads nothing
+    assert ranker.collator.tokenizer.padding_side == "left"
+    scores = ranker.predict(pairs)
+    ranker.collator.tokenizer.padding_side = "right"
+    assert np.allclose(ranker.predict(pairs), scores, rtol=0, atol=1e-5)
 
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
