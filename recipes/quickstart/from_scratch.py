@@ -139,7 +139,7 @@ def embed_by_svd(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
 
     Source: Deerwester et al. 1990, "Indexing by latent semantic analysis".
     """
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     tokens, sizes = np.concatenate(rows).astype(np.int64), [len(row) for row in rows]
     shape = (len(rows), len(tokenizer))
     counts = csr_matrix((np.ones(len(tokens)), (np.repeat(np.arange(len(rows)), sizes), tokens)), shape=shape)

@@ -24,7 +24,7 @@ BY_DESIGN = {
     "test_bc_cache_name_forward": "A ranker returns no cache.",
     "test_can_load_ignoring_mismatched_shapes": "A ranker has one label.",
     "test_problem_types": "A ranker has one label.",
-    "test_sdpa_can_dispatch_non_composite_models": "A ranker's attention has its own name; without packing it is sdpa.",
+    "test_sdpa_can_dispatch_non_composite_models": "A ranker's attention has a name of its own.",
     "test_model_weights_reload_no_missing_tied_weights": "Weights that would start at random are refused.",
 }
 SIZE = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
