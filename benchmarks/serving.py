@@ -147,7 +147,7 @@ def main() -> None:
     expected = np.array(runs["PyTorch"][0]["scores"])
     load = os.getloadavg()[0]
     print(f"{len(rows):,} pairs, {args.threads} thread(s), {args.rounds} rounds, load {load:.1f} at the end\n")
-    print("| form | pairs/CPU-s | lowest-highest | largest difference | tau | same first | MB | start s | MiB |")
+    print("| format | pairs/CPU-s | lowest-highest | largest difference | tau | same first | MB | start s | MiB |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, rounds in runs.items():
         scores, speeds = np.array(rounds[0]["scores"]), [one["speed"] for one in rounds]
