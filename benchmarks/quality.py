@@ -300,7 +300,9 @@ def main() -> None:
     """Run the experiments or show their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "show"])
-    parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"), help="folder of a quickstart or showcase")
+    parser.add_argument(
+        "--quickstart", type=Path, default=Path("runs/quickstart"), help="quickstart or showcase folder"
+    )
     parser.add_argument("--base", type=Path, help="BERT to start from instead of the quickstart's")
     parser.add_argument("--layers", type=int, nargs="+", help="layers of --base to keep; default: all")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
