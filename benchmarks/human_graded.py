@@ -4,16 +4,16 @@
     python benchmarks/human_graded.py run --data DATA --out runs/human_graded
     python benchmarks/human_graded.py show --data DATA --out runs/human_graded
 
-DATA contains a folder for each set in benchmarks/configs/human_graded.yaml, with judgments.parquet and, optionally,
-corpus.parquet. The encoder is all-MiniLM-L6-v2, 6 layers, Apache-2.0. For each fold of the queries
-(train and dev combined):
+DATA contains one folder per data set in benchmarks/configs/human_graded.yaml, with judgments.parquet and, optionally,
+corpus.parquet. The encoder is all-MiniLM-L6-v2, 6 layers, Apache-2.0. For each fold of the queries (train and dev
+combined):
 
 - the teacher is MiniLM fine-tuned with `RankingTrainer` on the labels of the other folds (a BERT, not an LLM);
-- a student keeps some of MiniLM's layers and is trained for as many steps on the same labels, or on the teacher's
-  scores of the same queries' BM25 candidates, without their labels;
-- MiniLM's own cosine and BM25 are not trained.
+- each student keeps some of MiniLM's layers and trains for as many steps on the same labels, or on the teacher's
+  scores of the same queries' BM25 candidates, without labels;
+- MiniLM's cosine similarity and BM25 are baselines without training.
 
-Every query is ranked by models that never saw its labels. `run` resumes where it stopped; `show` prints markdown.
+Every query is ranked by models that never saw its labels. `run` skips finished work; `show` prints markdown.
 """
 
 import argparse
@@ -50,7 +50,7 @@ BASELINES = ("bm25", "MiniLM, cosine")
 
 
 def encoder() -> Path:
-    """Return the folder of MiniLM that `make models` makes."""
+    """Return the MiniLM folder written by `make models`."""
     folder = MODELS / "minilm"
     if not folder.is_dir():
         raise SystemExit(f"{folder} is missing: make models")
@@ -299,13 +299,13 @@ def interval(difference: float, ends: tuple[float, float]) -> str:
 
 
 def main() -> None:
-    """Run or show."""
+    """Run the experiments or show their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "show"])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the sets")
+    parser.add_argument("--data", type=Path, required=True, help="folder with one folder per data set")
     parser.add_argument("--out", type=Path, default=Path("runs/human_graded"))
     parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument("--model", type=Path, help="folder of a BERT encoder in place of MiniLM")
+    parser.add_argument("--model", type=Path, help="folder of a BERT encoder to use instead of MiniLM")
     args = parser.parse_args()
     {"run": run, "show": show}[args.what](args)
 

@@ -5,7 +5,7 @@
 
 Measured from strings to a sorted list, including tokenisation, one search at a time, as in a server with one worker.
 Without `--student`, students have MiniLM's width and random weights. A depth fits the budget if 95% of the searches
-do. All formats use `--threads` cores; bf16 is included if the machine multiplies faster in it.
+do. All formats use `--threads` cores; bf16 is included if matrix products are at least as fast in it.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ def measure(ranker: Any, asked: list[tuple[str, list[str]]], limit: float) -> li
 def main() -> None:
     """Print p50, p95 and p99 for each format and depth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", help="a trained student instead of random ones")
-    parser.add_argument("--judgments", help="table whose development queries are searched with --student")
-    parser.add_argument("--searches", type=int, default=100, help="searches for each figure")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for each figure, or 20 searches if longer")
-    parser.add_argument("--budget_ms", type=float, default=10.0, help="what a search may take")
+    parser.add_argument("--student", help="folder of a trained student; default: random weights")
+    parser.add_argument("--judgments", help="table of judgments; --student ranks its dev queries")
+    parser.add_argument("--searches", type=int, default=100, help="searches per figure")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time limit per figure, but at least 20 searches")
+    parser.add_argument("--budget_ms", type=float, default=10.0, help="latency budget of a search in milliseconds")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", help="json file")
+    parser.add_argument("--out", help="write the results to this JSON file")
     args = parser.parse_args()
     logging.disable(logging.INFO)
     torch.set_num_threads(args.threads)

@@ -2,7 +2,7 @@
 
     python benchmarks/measures.py       # pip install ranx, for its row
 
-CPU seconds in one thread, median of the rounds.
+Prints CPU seconds in one thread, median over the rounds.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", help="json file")
+    parser.add_argument("--out", help="write the results to this JSON file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     seconds = metric_rows(args.rows, args.rounds)

@@ -6,10 +6,10 @@
                                      --config benchmarks/configs/quality_minilm.yaml --out runs/quality_minilm
 
 Every student in benchmarks/configs/quality.yaml starts from the quickstart's BERT and is trained on the quickstart's
-data: teacher scores of 8,000 unlabelled queries, labels and clicks. `run` resumes where it stopped: a finished cell
-is a folder with eval.json. Several processes can share the work with different seeds. `show` prints markdown: means
-over the available seeds, 95% intervals by query of these means, and paired tests against the reference, Holm-
-corrected for all tests in a table.
+data: teacher scores of 8,000 unlabelled queries, labels and clicks. `--base` starts from a pretrained BERT instead.
+`run` skips finished cells, which are folders with eval.json; run several processes with different seeds to share the
+work. `show` prints markdown: means over the available seeds, 95% intervals by query of these means, and paired tests
+against the reference, Holm-corrected for all tests in a table.
 """
 
 import argparse
@@ -297,17 +297,19 @@ def seeds_above(results: list[tuple[dict[str, Any], np.ndarray]], reference: Any
 
 
 def main() -> None:
-    """Run or show."""
+    """Run the experiments or show their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "show"])
-    parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"), help="quickstart or showcase")
-    parser.add_argument("--base", type=Path, help="BERT to start from, instead of the quickstart's")
+    parser.add_argument(
+        "--quickstart", type=Path, default=Path("runs/quickstart"), help="quickstart or showcase folder"
+    )
+    parser.add_argument("--base", type=Path, help="BERT to start from instead of the quickstart's")
     parser.add_argument("--layers", type=int, nargs="+", help="layers of --base to keep; default: all")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--questions", default="acde", help="letters of the tables whose cells are run")
-    parser.add_argument("--only", nargs="+", default=[], help="names of cells")
+    parser.add_argument("--questions", default="acde", help="letters of the tables to run")
+    parser.add_argument("--only", nargs="+", default=[], help="names of the cells to run")
     args = parser.parse_args()
     {"run": run, "show": show}[args.what](args)
 

@@ -1,10 +1,10 @@
-"""The quickstart with several seeds: its table, how much of it is chance, and how long it takes.
+"""The quickstart with several seeds: results, their spread and the time of each stage.
 
     python benchmarks/quickstart.py --seeds 0 1 2 --out runs/quickstart_seeds
-    python benchmarks/quickstart.py --avx2 --busy      # as on a CPU without AVX-512 and BF16, one core busy
+    python benchmarks/quickstart.py --avx2 --busy      # like a CPU without AVX-512 and BF16, one core busy
 
-Runs `disranker quickstart` once for each seed (finished runs are kept) and prints markdown, also in OUT/results.md:
-the machine, seconds of each stage, every ranker's measures and the paired tests by seed.
+Runs `disranker quickstart` once per seed (finished runs are kept) and prints markdown, also written to OUT/results.md:
+the machine, the seconds of each stage, the measures of every ranker and the paired tests by seed.
 """
 
 import argparse
@@ -23,18 +23,18 @@ from hf_disranker.recipes.quickstart.results import TITLES
 from hf_disranker.recipes.quickstart.run import STAGES
 from hf_disranker.training.runs import save_json
 
-# What the libraries read to leave out newer instructions.
+# Environment variables that restrict the libraries to AVX2.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 _CAPABILITY = "import torch; print(torch.__version__, torch.backends.cpu.get_cpu_capability())"
 
 
 def main() -> None:
-    """Run what has not run, then print the tables."""
+    """Run the seeds that are missing, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart_seeds"))
-    parser.add_argument("--avx2", action="store_true", help="use no newer instructions than AVX2")
-    parser.add_argument("--busy", action="store_true", help="keep one core busy meanwhile")
+    parser.add_argument("--avx2", action="store_true", help="use no instructions newer than AVX2")
+    parser.add_argument("--busy", action="store_true", help="keep one core busy during the runs")
     args = parser.parse_args()
     folders = [args.out / str(seed) for seed in args.seeds]
     with busy_core() if args.busy else contextlib.nullcontext():
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def run(seed: int, folder: Path, environment: dict[str, str], busy: bool) -> None:
-    """Run the quickstart with a seed; record the machine and the seconds of the whole command."""
+    """Run the quickstart with one seed; record the machine and the seconds of the whole command."""
     shown = subprocess.run([sys.executable, "-c", _CAPABILITY], env=environment, capture_output=True, text=True)
     command = [sys.executable, "-m", "hf_disranker.cli", "quickstart", "--out", str(folder), "--seed", str(seed)]
     begin, load = time.perf_counter(), os.getloadavg()[0]
@@ -64,7 +64,7 @@ def run(seed: int, folder: Path, environment: dict[str, str], busy: bool) -> Non
 
 @contextlib.contextmanager
 def busy_core() -> Iterator[None]:
-    """Keep one core busy."""
+    """Keep one core busy within the context."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield
@@ -82,12 +82,12 @@ def cpu_model() -> str:
 
 
 def seconds_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the record of each stage of a run, with its seconds of wall-clock and CPU time and its threads."""
+    """Return the record of each stage of a run: wall-clock seconds, CPU seconds and threads."""
     return {stage.name: json.loads((folder / stage.name / "finished.json").read_text()) for stage in STAGES}
 
 
 def time_table(machines: list[dict], seconds: list[dict[str, dict[str, Any]]]) -> str:
-    """Seconds of each stage, wall-clock and CPU, with its threads, a column for each seed."""
+    """Format wall-clock seconds, CPU seconds and threads of each stage, one column per seed."""
     lines = ["| stage: seconds (CPU seconds), threads |" + " seed |" * len(machines), "|---|" + "---|" * len(machines)]
     for name in seconds[0]:
         cells = [
@@ -105,7 +105,7 @@ def time_table(machines: list[dict], seconds: list[dict[str, dict[str, Any]]]) -
 
 
 def measures_table(runs: list[list[dict]]) -> str:
-    """NDCG@10 and PNR of every ranker, and its speed, a number for each seed."""
+    """Format NDCG@10, PNR and speed of every ranker, one number per seed."""
     lines = ["| ranker | NDCG@10 | PNR | pairs/s |", "|---|---|---|---|"]
     for rows in zip(*runs, strict=True):
         name, speeds = rows[0]["name"], [row["pairs_per_s"] for row in rows]
@@ -116,7 +116,7 @@ def measures_table(runs: list[list[dict]]) -> str:
 
 
 def tests_table(runs: list[dict]) -> str:
-    """Differences in NDCG@10 with their interval and p-value, a column for each seed."""
+    """Format differences in NDCG@10 with interval and p-value, one column per seed."""
     lines = ["| NDCG@10 of | less that of |" + " seed |" * len(runs), "|---|---|" + "---|" * len(runs)]
     for rows in zip(*(run["ndcg@10"] for run in runs), strict=True):
         better, worse = rows[0]["rankers"]

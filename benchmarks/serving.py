@@ -1,9 +1,9 @@
-"""Formats of a student side by side: speed, agreement, size and memory.
+"""Student formats compared: speed, agreement, size and memory.
 
     python benchmarks/serving.py --model runs/quickstart/student --pairs runs/quickstart/data/judgments.parquet
-    pip install flashrank               # for its row: the same ONNX file, read by FlashRank
+    pip install flashrank               # for its row: the same ONNX file, loaded by FlashRank
 
-Each format is exported and then scores the same pairs in a separate process; the formats take turns and use
+Each format is exported and then scores the same pairs in a separate process. The formats alternate and use
 `--threads` cores. Speed is pairs per CPU second, including tokenisation, after a warm-up: median, lowest and highest
 round. Start is the CPU time from the first import to the first score. Memory is the peak resident memory. Differences
 are relative to PyTorch in fp32: largest score difference, Kendall's tau (mean over queries) and share of queries with
@@ -74,7 +74,7 @@ def flashrank(folder: Path) -> Callable[[list[tuple[str, str]]], list[float]]:
     (cache / name).mkdir()
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (cache / name / file).symlink_to((folder / file).absolute())
-    (cache / name / "special_tokens_map.json").write_text("{}")  # transformers 5 writes none
+    (cache / name / "special_tokens_map.json").write_text("{}")  # transformers 5 does not write it
     (cache / name / model_file_map[name]).symlink_to((folder / "onnx/model.onnx").absolute())
     limit = json.loads((folder / "config.json").read_text())["disranker"]["max_length"]
     ranker = Ranker(name, str(cache), max_length=limit)
@@ -84,7 +84,7 @@ def flashrank(folder: Path) -> Callable[[list[tuple[str, str]]], list[float]]:
         for query, group in groupby(enumerate(pairs), key=lambda item: item[1][0]):
             passages = [{"id": place, "text": text} for place, (_, text) in group]
             for one in ranker.rerank(RerankRequest(query, passages)):
-                probability = float(one["score"])  # it puts a sigmoid on every score
+                probability = float(one["score"])  # FlashRank applies a sigmoid
                 scores[one["id"]] = np.log(probability / (1 - probability))
         return scores.tolist()
 
@@ -108,10 +108,10 @@ def in_turns(args: argparse.Namespace, folder: str, pairs: list[tuple[str, str]]
 
 
 def main() -> None:
-    """Export, measure, print the table."""
+    """Export and measure all formats and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="The student: a folder.")
-    parser.add_argument("--pairs", help="Judgments or candidates with texts.")
+    parser.add_argument("--model", required=True, help="folder of the student")
+    parser.add_argument("--pairs", help="table of judgments or candidates with texts")
     parser.add_argument("--split", default="dev")
     parser.add_argument("--max_pairs", type=int, default=5000)
     parser.add_argument("--threads", type=int, default=1)
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--system", choices=SYSTEMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.system:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-args.threads :])  # FlashRank takes all it sees
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-args.threads :])  # FlashRank uses all visible cores
         pairs = json.loads(Path(args.model, "pairs.json").read_text())
         print(json.dumps(measure(args.system, args.model, [tuple(pair) for pair in pairs])))
         return
@@ -147,7 +147,7 @@ def main() -> None:
     expected = np.array(runs["PyTorch"][0]["scores"])
     load = os.getloadavg()[0]
     print(f"{len(rows):,} pairs, {args.threads} thread(s), {args.rounds} rounds, load {load:.1f} at the end\n")
-    print("| form | pairs/CPU-s | lowest-highest | largest difference | tau | same first | MB | start s | MiB |")
+    print("| format | pairs/CPU-s | lowest-highest | largest difference | tau | same first | MB | start s | MiB |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, rounds in runs.items():
         scores, speeds = np.array(rounds[0]["scores"]), [one["speed"] for one in rounds]

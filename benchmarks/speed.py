@@ -1,15 +1,15 @@
 """Scoring speed against peers on the same pairs and weights, and the effect on the scores.
 
     python benchmarks/speed.py                                  # MiniLM-L6, tokenisation
-    python benchmarks/speed.py --rows bert-base teacher         # BERT-base, a decoder of 69M parameters; long
+    python benchmarks/speed.py --rows bert-base teacher         # BERT-base and a decoder of 69M parameters; slow
     python benchmarks/speed.py --rows student --trained runs/quickstart/student --judgments judgments.parquet
     python benchmarks/speed.py --device cuda --rows student bert-base teacher teacher-7b    # pip install flash-attn
 
-Texts are the Python documentation of this machine. Weights are random, which affects agreement but not speed; use
-`--trained` to see the effect of bf16 on the measures of a trained ranker. Figures are pairs per CPU second in one
+Texts are the Python documentation of this machine. Weights are random, which affects agreement but not speed;
+`--trained` shows the effect of bf16 on the measures of a trained ranker. Figures are pairs per CPU second in one
 thread (per wall-clock second on a GPU): the median over the rounds, with the slowest and fastest in brackets. `limit`
 is the share of the machine's rate for large matrix products, counting the products of the stock model without padding.
-bf16 is measured if the machine multiplies faster in it.
+bf16 is included if matrix products are at least as fast in it.
 """
 
 from __future__ import annotations
@@ -286,14 +286,14 @@ def main(argv: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = ["student", "bert-base", *TEACHERS, "tokens"]
     parser.add_argument("--rows", nargs="+", default=["student", "tokens"], choices=known)
-    parser.add_argument("--pairs", type=int, default=1024, help="pairs of a student; a quarter for the large models")
+    parser.add_argument("--pairs", type=int, default=1024, help="pairs for the student; a quarter for larger models")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--whole", action="store_true", help="do not cut documents to the lengths of a search")
-    parser.add_argument("--trained", help="folder of a trained student")
+    parser.add_argument("--whole", action="store_true", help="do not truncate documents to log-normal lengths")
+    parser.add_argument("--trained", help="folder of a trained student, evaluated in fp32 and bf16")
     parser.add_argument("--judgments", help="table of judgments for --trained")
-    parser.add_argument("--data", help="folder for the embedded data set; a temporary one by default")
-    parser.add_argument("--out", help="json file")
+    parser.add_argument("--data", help="folder for the data set; default: a temporary one")
+    parser.add_argument("--out", help="write the results to this JSON file")
     args = parser.parse_args(argv if argv is None else list(argv))
     torch.set_num_threads(1)
     results: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}

@@ -3,7 +3,7 @@
     python benchmarks/store.py --rows 1000000 10000000
 
 A stub engine scores the pairs, so only input checks, the corpus join and the shards are measured. Each size runs in a
-separate process, whose peak memory is reported.
+separate process and reports its peak memory.
 """
 
 import argparse

@@ -1,16 +1,16 @@
 """Training speed and memory against sentence-transformers on the same rows and the same model.
 
-    python benchmarks/training.py --quick                    # minutes, on two CPU cores
+    python benchmarks/training.py --quick                    # minutes on two CPU cores
     python benchmarks/training.py --layers 6 --size 384      # the shape of MiniLM-L6
     accelerate launch --num_processes 1 benchmarks/training.py --layers 12 --size 768 --queries 32     # on a GPU
 
-A row is a query with all its documents and a teacher score for each; sentence-transformers gets it as one n-tuple, or
-as triplets of its best document with each other one. The systems take turns, each in a process of its own; a figure is
-the median over the rounds of the median step, the first two steps left out. Documents per second count every document
-once a forward pass. A preference pair is a margin of the teacher that the loss compares: n (n - 1) / 2 of n documents
-with ours, n - 1 with `MarginMSELoss`, which compares the first document with each other one. Peak memory is that of
-the GPU, or the process's largest resident memory on a CPU, libraries included. By default in fp32, and in bf16 too
-where the machine multiplies faster in it.
+A row is a query with all its documents and a teacher score for each. sentence-transformers receives it as one n-tuple,
+or as triplets of the best document with each other one. The systems alternate, each in a separate process; figures are
+the median over rounds of the median step, excluding the first two steps. Documents/s counts every document of a
+forward pass. A preference pair is a teacher margin that the loss compares: n (n - 1) / 2 for n documents with ours,
+n - 1 with `MarginMSELoss`, which compares the first document with each other one. Peak memory is that of the GPU or,
+on a CPU, the peak resident memory of the process, including libraries. Runs in fp32 by default, and also in bf16 if
+matrix products are at least as fast in it.
 """
 
 import argparse
@@ -106,10 +106,10 @@ def run_one(system: str, folder: Path, args: argparse.Namespace) -> dict[str, fl
     options |= {"per_device_train_batch_size": args.queries, "report_to": "none", "save_strategy": "no"}
     options |= {"disable_tqdm": True, "use_cpu": not torch.cuda.is_available(), "logging_steps": 1000, "seed": 0}
     torch.manual_seed(0)
-    seen, compared = args.queries * args.documents, (args.documents - 1) / 2  # documents a step, pairs a document
+    seen, compared = args.queries * args.documents, (args.documents - 1) / 2  # documents per step, pairs per document
     if system in PEERS:
         width = 2 if PEERS[system] == "triplets" else args.documents
-        options["per_device_train_batch_size"] = seen // width  # as many documents a step
+        options["per_device_train_batch_size"] = seen // width  # as many documents per step
         compared = 1 - 1 / width
         model = CrossEncoder(str(folder / "stock"), max_length=MAX_LENGTH)
         assert type(model[0].model).__name__ == "BertForSequenceClassification"
@@ -121,7 +121,7 @@ def run_one(system: str, folder: Path, args: argparse.Namespace) -> dict[str, fl
         )
     else:
         if system == "ours, token budget":
-            # As many pairs a step on average: a pair has some 90 tokens with its padding.
+            # As many pairs per step on average: a padded pair has about 90 tokens.
             options["token_budget"] = args.queries * args.documents * 90
         trainer = DistillationTrainer(
             model=BertDistilledRanker.from_pretrained(folder / "model"),
@@ -155,7 +155,7 @@ def max_resident() -> int:
 
 
 def main() -> None:
-    """Run all systems in turns and print a table."""
+    """Run all systems alternately and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--size", type=int, default=384)
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS.values()))
     parser.add_argument("--quick", action="store_true", help="a BERT of 4 layers x 128, 4 queries, 2 rounds")
-    parser.add_argument("--out", help="json file")
+    parser.add_argument("--out", help="write the results to this JSON file")
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
@@ -177,7 +177,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     args.precision = args.precision or [PRECISIONS[name] for name in precisions(limits("cuda" if gpu else "cpu"))]
-    print(f"BERT {args.layers} x {args.size}, {args.queries} queries x {args.documents} documents a step, {device}")
+    print(f"BERT {args.layers} x {args.size}, {args.queries} queries x {args.documents} documents per step, {device}")
     print(f"{'':40}{'documents/s':>12}{'pairs/s':>12}{'step, ms':>10}{'peak, MiB':>11}")
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:

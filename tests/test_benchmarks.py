@@ -125,7 +125,7 @@ def test_training_is_measured_for_every_system_and_peers_train_the_stock_class(s
     assert row["pairs"] == pytest.approx(compared * row["documents"])
 
 
-def test_measures_are_those_of_the_peers(capsys, monkeypatch):
+def test_measures_equal_those_of_the_peers(capsys, monkeypatch):
     measures = load("measures")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # ranx compiles for a minute
     seconds = measures.metric_rows(2000, rounds=1)

@@ -43,13 +43,13 @@ def test_a_stage_may_be_spelled_with_a_dash(run):
     assert run("fit-teacher", "-h").startswith("usage: disranker fit_teacher")
 
 
-def test_an_unknown_stage_is_refused_with_those_that_there_are(run):
+def test_unknown_stage_error_lists_the_known_stages(run):
     with pytest.raises(SystemExit) as end:
         run("destill")
     assert end.value.code == f"disranker: there is no stage 'destill'; there are: {', '.join(cli.STAGES)}."
 
 
-def test_a_missing_table_ends_in_one_plain_line(tmp_path):
+def test_a_missing_table_is_a_one_line_error(tmp_path):
     command = [sys.executable, "-m", "hf_disranker.cli", "score", "--model", "m", "--out", str(tmp_path / "scores")]
     ended = subprocess.run([*command, "--pairs", "no/pairs.parquet"], capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 1
@@ -58,7 +58,7 @@ def test_a_missing_table_ends_in_one_plain_line(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["--judgments", "{tmp}/bad.csv"], ["--config", "{tmp}/missing.yaml"]])
-def test_bad_input_ends_in_one_plain_line(run, tmp_path, arguments):
+def test_bad_input_is_a_one_line_error(run, tmp_path, arguments):
     (tmp_path / "bad.csv").write_text("query_id,query,doc_id,title,summary,label\n1,red,a,A,one,good\n")
     with pytest.raises(SystemExit) as end:
         run("evaluate", "--bm25", *(argument.format(tmp=tmp_path) for argument in arguments))
@@ -164,7 +164,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_evaluations_overwrite_nothing_that_they_did_not_make(run, tmp_path, judgments):
+def test_evaluate_overwrites_only_its_own_files(run, tmp_path, judgments):
     judgments.to_parquet(tmp_path / "judgments.parquet")
     rows = judgments.assign(teacher_score=judgments["label"] * 1.0)
     lines = [f"{row.query_id} Q0 {row.doc_id} 1 {row.teacher_score} x" for row in rows.itertuples()]
@@ -194,7 +194,7 @@ def test_evaluations_overwrite_nothing_that_they_did_not_make(run, tmp_path, jud
     assert files(tmp_path) == before
 
 
-def test_reports_and_comparisons_replace_their_own(run, evaluated):
+def test_compare_and_report_replace_only_their_own_files(run, evaluated):
     for stage, name in (("compare", "comparison.json"), ("report", "page.html")):
         for _ in range(2):  # the second time with the json of the first in the folder
             assert run(stage, evaluated, "--out", evaluated / name)
@@ -205,7 +205,7 @@ def test_reports_and_comparisons_replace_their_own(run, evaluated):
         run("compare", evaluated)
 
 
-def test_names_with_a_dot_share_no_file(run, tmp_path, judgments):
+def test_names_with_a_dot_do_not_share_files(run, tmp_path, judgments):
     judgments.to_parquet(tmp_path / "judgments.parquet")
     for name, sign in (("lr_0.1", 1.0), ("lr_0.2", -1.0)):
         judgments.assign(teacher_score=sign * judgments["label"]).to_parquet(tmp_path / "scores.parquet")
@@ -216,7 +216,7 @@ def test_names_with_a_dot_share_no_file(run, tmp_path, judgments):
     assert one["difference"] < -0.1 and one["changed"]["1"] == 1.0
 
 
-def test_what_an_evaluation_cannot_do_is_said_before_anything_is_scored(run, tmp_path, judgments, corpus, monkeypatch):
+def test_impossible_evaluations_are_refused_before_scoring(run, tmp_path, judgments, corpus, monkeypatch):
     monkeypatch.setattr("hf_disranker.recipes.evaluate.load_engine", lambda *_: pytest.fail("a model was loaded"))
     blanks = judgments.assign(query_id=judgments["query"])
     steep = judgments.assign(label=judgments["label"].where(judgments.index != judgments.index[-1], 2000))
@@ -245,7 +245,7 @@ def test_what_an_evaluation_cannot_do_is_said_before_anything_is_scored(run, tmp
     assert not (tmp_path / "eval.json").exists()
 
 
-def test_judgments_without_splits_need_none_named(run, tmp_path, judgments):
+def test_judgments_without_splits_need_no_split_option(run, tmp_path, judgments):
     judgments.drop(columns="split").to_csv(tmp_path / "judgments.csv", index=False)
     assert len(judgments[judgments["split"] == "dev"]) < len(judgments)
     judgments.to_csv(tmp_path / "split.csv", index=False)
@@ -280,7 +280,7 @@ def evaluated(run, tmp_path, judgments, student_dir):
     return tmp_path / "eval"
 
 
-def test_any_cross_encoder_is_evaluated_as_it_is(run, tmp_path, evaluated, student_dir):
+def test_any_cross_encoder_can_be_evaluated(run, tmp_path, evaluated, student_dir):
     config = json.loads((Path(student_dir) / "config.json").read_text())
     shutil.copytree(student_dir, tmp_path / "foreign")
     foreign = {name: value for name, value in config.items() if name != "disranker"} | {"model_type": "bert"}
@@ -359,7 +359,7 @@ def test_passages_are_measured_and_reported_as_documents(run, tmp_path, judgment
     assert "Slices in grey" in (tmp_path / "report.html").read_text()
 
 
-def test_judgments_of_relevant_documents_alone_ask_for_candidates(run, tmp_path, judgments, caplog):
+def test_judgments_with_only_relevant_documents_require_candidates(run, tmp_path, judgments, caplog):
     judgments[judgments["label"] > 0].to_parquet(tmp_path / "positives.parquet")
     run("evaluate", "--bm25", "--judgments", tmp_path / "positives.parquet")
     assert "name --candidates" in caplog.text

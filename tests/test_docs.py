@@ -174,7 +174,7 @@ def test_the_page_about_clicks(workshop, small_models, clicks):
     assert set(weights.round(6)) <= {1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 9.0, 12.0}  # 1 at the top, 4 in place 2
 
 
-def test_the_page_about_training_names_options_that_there_are():
+def test_the_page_about_training_names_existing_options():
     assert [reason for _, _, reason in blocks("docs/how_to/training.md")] == ["200,000 steps", "several GPUs"]
     assert (ROOT / "recipes/configs/accelerate/several_gpus.yaml").exists()
 
@@ -309,7 +309,7 @@ def test_both_languages_show_the_same_snippets(page):
     assert english == chinese
 
 
-def test_the_languages_meet_in_the_language_link_alone():
+def test_pages_link_to_their_translation_and_otherwise_stay_in_their_language():
     """A Chinese page marks its links to English pages; an English page links to its own translation."""
     pages = [ROOT / page for page in PAGES if page.startswith("docs/")]
     for page in pages:
@@ -346,7 +346,7 @@ def test_both_readmes_show_the_same_snippets():
     assert english == chinese
 
 
-def test_commands_that_are_not_run_have_options_that_there_are(tmp_path, monkeypatch):
+def test_commands_that_are_not_run_have_existing_options(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("distill.yaml").write_text("student: s\nscores: t\noutput_dir: o\n")
     recipes = {"cpt": cpt, "distill": distill, "fit_teacher": fit_teacher}
@@ -372,7 +372,7 @@ def test_every_page_with_snippets_is_in_a_test():
 
 # Links within docs/ are mkdocs' business: `make docs` stops at a broken one.
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
-def test_links_out_of_the_top_level_lead_somewhere(page):
+def test_links_of_top_level_pages_resolve(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     local = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
     assert local
@@ -388,7 +388,7 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_no_page_leaves_the_site_by_a_path():
+def test_no_page_links_to_source_files_by_a_relative_path():
     for page in PAGES:
         if page.startswith("docs/"):
             assert not re.search(r"\]\((?:\.\./){2}(?:src|recipes|tests|benchmarks)/", (ROOT / page).read_text()), page
@@ -401,7 +401,7 @@ def load(name):
     return module
 
 
-def test_the_pictures_are_drawn_from_todays_numbers():
+def test_the_pictures_match_the_current_numbers():
     pictures = load("pictures")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     drawn = {"method": pictures.method(readme), "point_and_margin": pictures.point_and_margin(pictures.ERRORS)}

@@ -21,7 +21,7 @@ def api(hub, tmp_path_factory):
     return api
 
 
-def test_files_come_back_as_they_went_in(api, hub, tmp_path):
+def test_files_are_stored_unchanged(api, hub, tmp_path):
     folder = snapshot_download(REPO, local_dir=tmp_path)
     assert (tmp_path / "weights.safetensors").read_bytes() == bytes(range(256)) * 100
     assert Path(folder, "deep/note.txt").read_text() == "first"
@@ -49,7 +49,7 @@ def test_branches_tags_and_history(api):
     assert len(api.list_repo_commits(REPO, revision="next")) == 3
 
 
-def test_errors_are_those_of_the_hub(api):
+def test_errors_match_the_hub(api):
     with pytest.raises(EntryNotFoundError):
         hf_hub_download(REPO, "nothing.txt")
     with pytest.raises(RevisionNotFoundError):

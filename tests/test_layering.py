@@ -60,7 +60,7 @@ def test_every_layer_has_modules_and_nothing_else_does():
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_packages_hold_nothing_themselves(layer):
+def test_package_inits_are_empty(layer):
     assert SOURCES[f"{layer}.__init__"].count("\n") <= 1
 
 
@@ -80,7 +80,7 @@ def test_light_modules_import_neither_torch_nor_transformers(module):
         "from hf_disranker.training.losses import kl",
     ],
 )
-def test_a_wrong_import_is_seen(line):
+def test_a_wrong_import_is_detected(line):
     assert len(list(violations("evaluation.evaluate", line))) == 1
     right = "from hf_disranker.evaluation import metrics\nfrom hf_disranker.data.tables import read_table"
     assert not list(violations("evaluation.evaluate", right))

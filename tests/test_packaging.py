@@ -43,7 +43,7 @@ def wheel(tmp_path_factory):
     return next((folder / "dist").glob("*.whl"))
 
 
-def test_the_wheel_holds_every_file_of_package_and_recipes(wheel):
+def test_the_wheel_contains_every_file_of_package_and_recipes(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"hf_disranker/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*") if _is_shipped(path)}
     recipes = ROOT / "recipes"
@@ -57,7 +57,7 @@ def _is_shipped(path):
     return path.is_file() and path.suffix != ".pyc"
 
 
-def test_the_wheel_alone_holds_all_that_is_imported(wheel, tmp_path):
+def test_the_wheel_contains_everything_that_is_imported(wheel, tmp_path):
     """Unpacked far from the repository, with the dependencies of this environment."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = "import hf_disranker as h; [getattr(h, name) for name in h.__all__]\n"
@@ -71,7 +71,7 @@ def test_the_wheel_alone_holds_all_that_is_imported(wheel, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_wheel_works_in_an_environment_of_its_own(wheel, tmp_path, judgments):
+def test_the_wheel_works_in_a_separate_environment(wheel, tmp_path, judgments):
     """Installs the wheel with all it needs, as `pip install` would, and uses it far from the repository."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     bin, constraints = tmp_path / "venv" / "bin", ROOT / "constraints-cpu.txt"

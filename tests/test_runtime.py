@@ -60,7 +60,7 @@ def test_ranking_is_that_of_the_checkpoint(folder, pairs):
         assert ours == theirs | {"score": pytest.approx(theirs["score"], abs=1e-4)}
 
 
-def test_single_pairs_and_missing_texts_are_read_as_by_the_ranker(folder):
+def test_single_pairs_and_missing_texts_score_as_in_the_ranker(folder):
     light = LightRanker(folder[1])
     score = light.predict(("read json", "plot"))
     assert np.ndim(score) == 0 and score == light.predict([("read json", "plot")])[0]
@@ -85,13 +85,13 @@ def test_threads_share_a_ranker(format, folder, pairs, tmp_path):
             np.testing.assert_allclose(scores, wanted, rtol=0, atol=1e-5)
 
 
-def test_a_folder_that_is_not_there_is_named():
+def test_a_missing_folder_is_named():
     for name in ("runs/nothing", "/nowhere/runs/nothing"):
         with pytest.raises(OSError, match=f"{name}: no such folder, and as a Hub id: "):
             LightRanker.from_pretrained(name)
 
 
-def test_batches_hold_little_padding(folder, pairs, monkeypatch):
+def test_batches_contain_little_padding(folder, pairs, monkeypatch):
     light, filled = LightRanker.from_pretrained(folder[1]), []
     run = light._run
     monkeypatch.setattr(light, "_run", lambda batch: filled.append(batch["attention_mask"].mean()) or run(batch))
@@ -134,7 +134,7 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-def test_it_runs_where_torch_is_not_installed(folder, pairs, tmp_path):
+def test_it_runs_without_torch(folder, pairs, tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT], check=True)
     venv.create(tmp_path / "light", with_pip=True)
     pip = [tmp_path / "light/bin/python", "-m", "pip", "install", "-q"]

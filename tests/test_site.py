@@ -26,7 +26,7 @@ def site(tmp_path_factory):
     return folder
 
 
-def test_the_index_holds_chinese_words(site):
+def test_the_index_contains_chinese_words(site):
     index = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))
     separator = re.compile(index["config"]["separator"])
     words = {word for entry in index["docs"] for word in separator.split(entry["title"] + " " + entry["text"])}

@@ -100,7 +100,7 @@ def test_a_chinese_query_finds_its_document():
     assert mined["doc_id"].tolist() == ["x"]
 
 
-def test_random_documents_stand_behind_the_candidates_of_their_query(candidates, corpus):
+def test_random_documents_follow_the_candidates_of_their_query(candidates, corpus):
     rows = with_random_documents(candidates, corpus, per_query=4, seed=1)
     assert not rows.duplicated(["query_id", "doc_id"]).any()
     kept = rows[rows["rank"].notna()].reset_index(drop=True)

@@ -20,7 +20,7 @@ def files(tmp_path, candidates):
     return tmp_path
 
 
-def test_any_slice_is_that_of_the_whole_table(files, candidates, corpus):
+def test_any_slice_equals_that_of_the_whole_table(files, candidates, corpus):
     whole = read_table(candidates, "candidates", corpus=corpus)
     rows = Candidates(files, corpus)
     assert len(rows) == 57
@@ -47,7 +47,7 @@ def test_every_kind_of_source_gives_the_same_rows_and_digest(kind, tmp_path, fil
     assert rows.check() == Candidates(files, corpus).check()
 
 
-def test_the_digest_sees_every_change_of_ids_texts_and_order(candidates, corpus, judgments):
+def test_the_digest_detects_every_change_of_ids_texts_and_order(candidates, corpus, judgments):
     texts = judgments[["query_id", "query", "doc_id", "title", "summary"]]
     moved = texts.copy()
     moved.loc[3, ["title", "summary"]] = [moved["title"][3] + " ", moved["summary"][3][1:]]
@@ -74,7 +74,7 @@ def test_texts_are_needed_and_documents_must_be_in_the_corpus(files, candidates,
         Candidates(files, corpus[:-1]).check()
 
 
-def test_a_pair_that_comes_twice_is_found_wherever_it_stands(tmp_path, judgments, monkeypatch):
+def test_a_duplicate_pair_is_found_anywhere_in_the_table(tmp_path, judgments, monkeypatch):
     monkeypatch.setattr("hf_disranker.data.candidates._CHUNK", 10)
     rows = tmp_path / "rows.parquet"
     pd.concat([judgments, judgments[4:5]]).to_parquet(rows, index=False)
@@ -140,7 +140,7 @@ def test_a_named_index_is_a_column_and_another_is_dropped(tmp_path, judgments):
     assert Candidates(tmp_path / "rows.parquet").check() == Candidates(rows).check()
 
 
-def test_a_title_in_upper_case_is_not_looked_for_in_the_corpus(tmp_path, judgments):
+def test_a_title_column_in_upper_case_is_refused(tmp_path, judgments):
     judgments.rename(columns={"title": "Title"}).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(TableError, match="the column 'Title' is called 'title' here"):
         Candidates(tmp_path / "rows.parquet")

@@ -56,7 +56,7 @@ def test_a_teacher_reads_one_text_between_its_special_tokens(teacher):
     assert "token_type_ids" not in row
 
 
-def test_a_long_query_is_cut_at_its_own_limit_and_the_document_stays(student, teacher):
+def test_a_long_query_is_truncated_to_its_own_limit_and_the_document_kept(student, teacher):
     encoded = student.encode([LONG_QUERY, "json", LONG_QUERY], [DOCUMENT] * 3)
     assert read_back(student, encoded.rows[0]) == "[CLS] read json file write list [SEP] open string number [SEP]"
     assert (encoded.queries_cut, encoded.documents_cut) == (2, 0)
@@ -66,7 +66,7 @@ def test_a_long_query_is_cut_at_its_own_limit_and_the_document_stays(student, te
     assert (encoded.queries_cut, encoded.documents_cut) == (1, 0)
 
 
-def test_a_query_at_its_limit_is_not_cut(student, teacher):
+def test_a_query_at_its_limit_is_not_truncated(student, teacher):
     assert student.encode(["read json file write list"], [DOCUMENT]).queries_cut == 0
     # No word of the vocabulary starts with z: each letter is a token, and so is the blank before the first.
     assert teacher.encode(["zzzzzzz"], [DOCUMENT]).queries_cut == 0
@@ -92,7 +92,7 @@ def test_a_long_document_has_the_tokens_that_it_would_have_if_read_whole(student
         assert found == whole and found.documents_cut >= 8
 
 
-def test_both_cuts_together_leave_both_parts(student, teacher):
+def test_truncating_both_keeps_part_of_both(student, teacher):
     for collator in (student, teacher):
         encoded = collator.encode([LONG_QUERY * 2], [(DOCUMENT + " ") * 100])
         assert "read json" in read_back(collator, encoded.rows[0])
@@ -128,7 +128,7 @@ def test_limits_that_leave_no_room_for_a_document_are_refused(tiny_student):
 
 
 @pytest.mark.parametrize(("side", "places"), [("right", slice(0, 2)), ("left", slice(1, 3))])
-def test_padding_stands_where_the_tokenizer_says(student, side, places):
+def test_the_padding_side_follows_the_tokenizer(student, side, places):
     student.tokenizer = copy.deepcopy(student.tokenizer)
     student.tokenizer.padding_side, student.tokenizer.pad_token = side, "[MASK]"
     rows = [
@@ -153,7 +153,7 @@ def test_ragged_groups_match_hand_example(student, judgments):
     assert batch["teacher_scores"].isnan().all() and batch["teacher_scores"].shape == (3, 4)
 
 
-def test_pairs_of_a_batch_stand_in_the_order_of_its_groups(student, judgments):
+def test_pairs_of_a_batch_follow_the_order_of_its_groups(student, judgments):
     some = judgments[judgments["query_id"].isin(["q0", "q5", "q8"])]
     batch = GroupCollator(student)(list(load_groups(some)))
     documents = (some["title"] + " " + some["summary"]).tolist()
@@ -163,7 +163,7 @@ def test_pairs_of_a_batch_stand_in_the_order_of_its_groups(student, judgments):
     assert len(batch["input_ids"]) == batch["mask"].sum() == len(some)
 
 
-def test_groups_of_scores_hold_no_labels(student, judgments):
+def test_groups_of_scores_have_no_labels(student, judgments):
     scores = judgments.drop(columns="label").assign(teacher_score=[place / 8 for place in range(len(judgments))])
     batch = GroupCollator(student)(list(load_groups(scores))[:2])
     assert batch["teacher_scores"][0, :3].tolist() == [0, 0.125, 0.25] and math.isnan(batch["teacher_scores"][0, 3])

@@ -54,7 +54,7 @@ def test_a_corpus_is_renamed_too_and_other_tables_are_left_alone(tmp_path, judgm
         ({"summary": "product_name"}, "'product_name' cannot be read as 'summary', since there is such a column"),
     ],
 )
-def test_a_wrong_name_is_refused_with_those_that_are_there(export, names, message):
+def test_a_wrong_column_name_is_refused(export, names, message):
     with pytest.raises(TableError) as error:
         read_table(export, "judgments", columns={"query": "search_term"} | names)
     assert message in str(error.value)
@@ -68,7 +68,7 @@ def test_a_column_in_another_case_is_found_by_its_name(tmp_path, judgments):
     assert found["title"].tolist() == judgments["title"].tolist()
 
 
-def test_a_column_of_ours_is_copied(judgments, clicks):
+def test_a_mapped_column_of_the_schema_is_copied(judgments, clicks):
     found = read_table(judgments.drop(columns="query_id"), "judgments", columns={"query_id": "query"})
     assert (found["query_id"] == found["query"]).all()
     counted = clicks.drop(columns="weight").assign(users=range(1, len(clicks) + 1))
@@ -86,7 +86,7 @@ def test_pairs_without_ids_get_them_from_their_texts(tmp_path, judgments, caplog
     assert pairs["doc_id"].tolist() == found["doc_id"].tolist()
 
 
-def test_no_id_is_made_where_a_column_may_hold_it(judgments):
+def test_no_id_is_generated_if_another_column_may_contain_it(judgments):
     with pytest.raises(TableError, match=r"needs the column\(s\) query_id; it has: qid, .*--columns query_id=YOURS"):
         read_table(judgments.rename(columns={"query_id": "qid"}), "judgments")
     assert len(read_table(judgments.rename(columns={"query_id": "qid"}), "judgments", columns={"query_id": "qid"}))

@@ -27,7 +27,7 @@ def test_top_keeps_the_best_in_their_order():
     assert found[1]["doc_ids"] == ["d0", "d1"]
 
 
-def test_stratified_takes_one_document_of_each_part_of_the_scores():
+def test_stratified_takes_one_document_per_score_stratum():
     scores = np.random.default_rng(0).permutation(100).astype(float).tolist()
     rows = Dataset.from_list([group(str(number), scores) for number in range(30)])
     found = sample_documents(rows, 10, "stratified", seed=1).to_list()
@@ -45,7 +45,7 @@ def test_the_draw_is_the_same_in_a_stream_and_another_with_another_seed():
     assert sample_documents(rows, 4, "all") is rows
 
 
-def test_an_unknown_way_is_refused():
+def test_invalid_sampling_options_are_refused():
     for count, kind in ((4, "best"), (1, "top")):
         with pytest.raises(ValueError, match="all, top, stratified"):
             sample_documents(Dataset.from_list([group("a", [1.0])]), count, kind)

@@ -26,7 +26,7 @@ def push(frame, repo):
 
 
 @pytest.mark.parametrize("table", ["judgments", "clicks", "corpus", "candidates", "scores"])
-def test_a_table_comes_back_with_its_types(tables, table, corpus, hub):
+def test_a_table_round_trips_with_its_types(tables, table, corpus, hub):
     repo, frame = f"tester/{table}", tables[table].reset_index(drop=True)
     push(frame, repo)
     texts = corpus if table == "candidates" else None
@@ -80,7 +80,7 @@ def test_a_stream_reads_no_further_than_it_is_asked(scores, tmp_path, monkeypatc
     assert len(list(groups)) == scores["query_id"].nunique() - 1 and sum(read) == len(scores)
 
 
-def test_what_cannot_be_streamed_is_said(scores, tmp_path, monkeypatch):
+def test_unstreamable_tables_are_refused(scores, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_disranker.data.groups._CHUNK", 2)
     scores.iloc[::-1].sort_values("doc_id", key=lambda ids: ids.str[-1]).to_parquet(tmp_path / "apart.parquet")
     with pytest.raises(TableError, match="are not adjacent: sort by query_id"):

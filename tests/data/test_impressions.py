@@ -66,7 +66,7 @@ def test_rows_of_one_page_id_are_one_page_in_any_order(tmp_path, pending, monkey
     assert sums(log) == [*SUMS.values()]
 
 
-def test_a_page_over_midnight_is_of_the_first_day(tmp_path):
+def test_a_page_over_midnight_counts_on_the_first_day(tmp_path):
     rows = by_document(PAGES)
     rows.loc[2, "day"] = "2026-03-02"  # the last document of the first page
     log, _ = read_log(save(rows, tmp_path / "log.parquet"))
@@ -74,7 +74,7 @@ def test_a_page_over_midnight_is_of_the_first_day(tmp_path):
 
 
 @pytest.mark.parametrize("form", [bool, int, float, str, lambda value: str(bool(value)).lower()])
-def test_clicked_takes_truth_values_numbers_and_their_texts(tmp_path, form):
+def test_clicked_accepts_booleans_numbers_and_their_texts(tmp_path, form):
     rows = PAGES.assign(clicked=[form(value) for value in (1, 0, 1, 0, 1)])
     log, _ = read_log(save(rows, tmp_path / "log.parquet"))
     assert log.groupby("user")["clicks"].sum().tolist() == [2, 0, 1]
@@ -97,12 +97,12 @@ def test_a_day_is_the_date(tmp_path, day):
 
 
 @pytest.mark.parametrize("form", [int, str])
-def test_numbers_of_days_stand_in_their_order(tmp_path, form):
+def test_day_numbers_sort_numerically(tmp_path, form):
     log, _ = read_log(save(PAGES.assign(day=[form(day) for day in (9, 9, 10, 10, 10)]), tmp_path / "log.parquet"))
     assert [day.strip() for day in sorted(log["day"].unique())] == ["9", "10"]
 
 
-def test_slices_and_covariates_come_along(tmp_path):
+def test_slices_and_covariates_are_kept(tmp_path):
     rows = PAGES.assign(device=["phone", "desk", "phone", None, "desk"], before=[4, 4, 4, np.nan, 1.5])
     log, _ = read_log(save(rows, tmp_path / "log.parquet"), ["device"], ["before"])
     assert log.groupby("device")["pages"].sum().to_dict() == {"(none)": 1, "desk": 2, "phone": 2}
@@ -160,7 +160,7 @@ def test_the_row_is_counted_from_the_beginning_of_the_log(tmp_path):
         read_log(str(tmp_path / "log.parquet"))
 
 
-def test_too_many_days_are_no_days(tmp_path):
+def test_too_many_days_are_refused(tmp_path):
     first = datetime.date(2026, 3, 1)
     rows = pd.DataFrame({"user_id": range(500), "bucket": "a", "clicked": 0, "dwell_seconds": 0.0})
     rows = rows.assign(day=[first + datetime.timedelta(days) for days in range(500)])
@@ -168,13 +168,13 @@ def test_too_many_days_are_no_days(tmp_path):
         read_log(save(rows, tmp_path / "log.parquet"))
 
 
-def test_a_slice_is_of_a_page(tmp_path):
+def test_a_slice_has_one_value_per_page(tmp_path):
     rows = by_document(PAGES).assign(kind=["image", *["text"] * 14])
     with pytest.raises(TableError, match=r"1 page\(s\) have several values in kind"):
         read_log(save(rows, tmp_path / "log.parquet"), ["kind"])
 
 
-def test_a_log_that_is_none_is_refused(tmp_path):
+def test_an_invalid_log_is_refused(tmp_path):
     with pytest.raises(TableError, match=r"needs the column\(s\) clicked, market; it has: user_id, bucket, query"):
         read_log(save(PAGES.drop(columns="clicked"), tmp_path / "log.parquet"), ["market"])
     with pytest.raises(TableError, match="the log has no rows"):
@@ -188,7 +188,7 @@ def test_a_log_that_is_none_is_refused(tmp_path):
         read_log(str(tmp_path / "broken.parquet"))
 
 
-def test_csv_is_read_by_what_all_rows_hold(tmp_path):
+def test_csv_types_are_inferred_from_all_rows(tmp_path):
     # The first block alone would make whole numbers of the seconds and of the ids.
     lines = ["user_id,bucket,clicked,dwell_seconds", *["007,a,1,3"] * 200_000, "x7,b,true,2.5", "x8,b,false,"]
     (tmp_path / "log.csv").write_text("\n".join(lines) + "\n")

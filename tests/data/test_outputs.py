@@ -12,7 +12,7 @@ from hf_disranker.training.ranking_trainer import RankingConfig
 from hf_disranker.training.runs import check_output_dir
 
 
-def test_a_file_is_replaced_by_what_made_it_alone(tmp_path):
+def test_a_file_is_replaced_only_by_the_stage_that_wrote_it(tmp_path):
     mine = tmp_path / "mine.txt"
     check_output(tmp_path / "new" / "mine.txt", lambda _: False)  # nothing is there, and the folder is made
     assert (tmp_path / "new").is_dir()
@@ -29,7 +29,7 @@ def test_a_file_is_replaced_by_what_made_it_alone(tmp_path):
         check_output(mine / "below.txt", lambda _: True)
 
 
-def test_training_goes_on_in_its_own_folder_alone(tmp_path):
+def test_training_resumes_only_in_its_own_folder(tmp_path):
     ranking, distillation = (kind(str(tmp_path / "out"), use_cpu=True) for kind in (RankingConfig, DistillationConfig))
     check_output_dir(ranking, "org/model")
     (tmp_path / "out").mkdir()
@@ -52,7 +52,7 @@ def test_training_goes_on_in_its_own_folder_alone(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["cpt", "fit_teacher", "distill"])
-def test_every_training_recipe_looks_first(recipe, tmp_path, judgments, clicks):
+def test_every_training_recipe_checks_its_output_folder_first(recipe, tmp_path, judgments, clicks):
     judgments.assign(teacher_score=1.0).to_parquet(tmp_path / "rows.parquet")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")

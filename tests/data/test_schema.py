@@ -50,7 +50,7 @@ def test_scores_become_float32_and_amounts_float64():
     assert weights.tolist() == [0.0, 1.0, 2.5] and weights.dtype == np.float64
 
 
-def test_a_missing_column_is_named_with_those_that_are_there():
+def test_a_missing_column_error_lists_the_columns():
     assert error_of(rows().drop(columns=["summary", "label"])) == (
         "my.csv: a judgments table needs the column(s) summary, label; it has: query_id, query, doc_id, title. "
         "If yours have other names: --columns summary=YOURS,label=YOURS."
@@ -134,7 +134,7 @@ def test_numbers_of_every_kind_are_read_exactly():
 
 
 @pytest.mark.parametrize(("table", "column"), [("judgments", "Label "), ("clicks", "WEIGHT"), ("candidates", "Title")])
-def test_a_column_is_not_passed_over_for_its_case_or_blanks(table, column):
+def test_a_column_with_other_case_or_whitespace_is_refused(table, column):
     known = column.strip().lower()
     error = error_of(rows(weight=1.0).rename(columns={known: column}), table)
     how = f"rename it, or --columns {known}={column.strip()}"

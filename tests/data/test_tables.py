@@ -233,7 +233,7 @@ def test_a_dict_of_splits_reads_as_one_table():
         read_table([ROWS], "judgments")
 
 
-def test_what_cannot_be_streamed_is_said_before_the_first_row(tmp_path):
+def test_unstreamable_tables_are_refused_before_the_first_row(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no/such/scores.parquet: no such file or folder\."):
         load_groups("no/such/scores.parquet", streaming=True)
     with pytest.raises(TableError, match=r"rows\.csv: only parquet can be streamed\."):
@@ -247,7 +247,7 @@ def test_errors_of_a_stream_count_all_rows(tmp_path, monkeypatch):
         list(load_groups(parquet(rows, tmp_path), streaming=True))
 
 
-def test_a_split_takes_its_rows_and_a_wrong_one_is_refused():
+def test_a_split_selects_its_rows_and_an_unknown_one_is_refused():
     assert read_table(ROWS, "judgments", split="dev")["query_id"].tolist() == ["007", "007"]
     assert len(read_table(ROWS, "judgments", split="")) == len(ROWS)
     with pytest.raises(TableError, match="no row has split 'test'; there are: dev, train."):
@@ -268,7 +268,7 @@ def test_candidates_take_their_texts_from_the_corpus(candidates, corpus, judgmen
     assert joined["rank"].tolist() == candidates["rank"].tolist()
 
 
-def test_a_document_that_the_corpus_lacks_is_named(candidates, corpus):
+def test_a_document_missing_from_the_corpus_is_named(candidates, corpus):
     with pytest.raises(TableError, match=r"2 row\(s\) name a doc_id that is not in the corpus, first: d0-1, d3-2\."):
         read_table(candidates, "candidates", corpus=corpus[~corpus["doc_id"].isin(["d0-1", "d3-2"])])
     with pytest.raises(TableError, match="the rows have no title and summary; name the corpus with the texts"):
@@ -298,7 +298,7 @@ def test_groups_match_hand_example():
     assert len(groups) == 2
 
 
-def test_groups_of_scores_hold_the_teachers_scores_in_float32():
+def test_groups_of_scores_have_teacher_scores_in_float32():
     scores = [0.1, -7, 2.5, 3, 4]
     groups = load_groups(ROWS.drop(columns="label").assign(teacher_score=scores))
     assert "labels" not in groups.column_names
@@ -313,7 +313,7 @@ def test_a_query_with_one_document_is_a_group():
 
 
 @pytest.mark.parametrize("start", ["{tmp}/new/folder/", "memory://written/"])
-def test_a_written_table_reads_back(tmp_path, start):
+def test_a_written_table_round_trips(tmp_path, start):
     path = start.format(tmp=tmp_path) + "rows.parquet"
     write_table(ROWS.iloc[[3, 1]], path)
     pd.testing.assert_frame_equal(

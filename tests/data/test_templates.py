@@ -11,7 +11,7 @@ def test_the_student_reads_a_pair_and_the_teacher_one_text():
     assert TEACHER_TEMPLATES.render_text("red car", "Car It is red.") == "query: red car document: Car It is red."
 
 
-def test_an_empty_title_or_summary_leaves_no_blank_at_the_ends():
+def test_an_empty_title_or_summary_leaves_no_outer_whitespace():
     assert STUDENT_TEMPLATES.render_document("", "It is red.") == "It is red."
     assert STUDENT_TEMPLATES.render_document("Car", "") == "Car"
     assert STUDENT_TEMPLATES.render_document("", "") == ""
@@ -25,7 +25,7 @@ def test_braces_in_a_text_stay_as_they_are():
     assert TEACHER_TEMPLATES.prompt(query) == f"query: {query} document:"
 
 
-def test_the_prompt_is_how_every_text_of_the_query_begins():
+def test_every_text_of_a_query_starts_with_the_prompt():
     templates = Templates(query="<{query}>", text="Q {query}\nD {document} end")
     query = templates.render_query("red")
     assert templates.prompt(query) == "Q <red>\nD"
@@ -50,11 +50,11 @@ def test_the_prompt_is_how_every_text_of_the_query_begins():
         ({"text": "{query} {document} {query}"}, "needs {query} and then {document}, each once"),
     ],
 )
-def test_a_template_that_reaches_further_is_refused(templates, message):
+def test_an_invalid_template_is_refused(templates, message):
     with pytest.raises(ValueError, match=message):
         Templates(**templates)
 
 
-def test_the_marker_gives_the_same_templates_back():
+def test_templates_round_trip_through_the_marker():
     assert STUDENT_TEMPLATES.to_dict() == {"query": "{query}", "document": "{title} {summary}"}
     assert Templates(**TEACHER_TEMPLATES.to_dict()) == TEACHER_TEMPLATES

@@ -45,7 +45,7 @@ def test_a_beir_folder_reads_as_judgments(beir, judgments):
         read_judgments(beir, "test")
 
 
-def test_beir_files_that_are_not_say_so(beir):
+def test_invalid_beir_files_are_refused(beir):
     (beir / "qrels" / "dev.tsv").write_text("q0\td0-0\t1\n")
     with pytest.raises(TableError, match="the rows lack query-id, corpus-id, score; they have: q0, d0-0, 1"):
         read_judgments(beir, "dev")
@@ -72,7 +72,7 @@ def rewrite(path, change):
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
-def test_further_columns_of_beir_are_not_taken_for_ours(beir, judgments):
+def test_extra_beir_columns_do_not_override_ours(beir, judgments):
     expected = read_judgments(beir, "dev")
     rewrite(beir / "corpus.jsonl", lambda row: row | {"summary": "wrong", "doc_id": "wrong", "metadata": {"a": 1}})
     rewrite(beir / "queries.jsonl", lambda row: row | {"query": "wrong", "title": "wrong", "query_id": "wrong"})
@@ -83,7 +83,7 @@ def test_further_columns_of_beir_are_not_taken_for_ours(beir, judgments):
     assert set(found["market"]) == {"fr"}
 
 
-def test_beir_files_may_be_packed_or_begin_with_a_mark(beir):
+def test_beir_files_may_be_gzipped_or_start_with_a_bom(beir):
     expected = read_judgments(beir, "dev")
     for number, path in enumerate([*beir.glob("*.jsonl"), *beir.glob("qrels/*.tsv")]):
         content = b"\xef\xbb\xbf" + path.read_bytes()
@@ -169,7 +169,7 @@ def test_a_written_run_is_in_trec_order(tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["a b", " a", "a\tb", "a\u3000b", "a\xa0b", "a\n", ""])
-def test_ids_that_a_run_cannot_hold_are_refused_with_their_rows(tmp_path, bad):
+def test_ids_invalid_in_a_run_are_refused_with_their_rows(tmp_path, bad):
     rows = pd.DataFrame({"query_id": ["1", "1"], "doc_id": ["a", bad], "score": [1.0, 2.0]})
     with pytest.raises(TableError, match=r"column 'doc_id': 1 row\(s\) are empty or contain .* First: row 1: "):
         check_run_ids(rows)
@@ -178,7 +178,7 @@ def test_ids_that_a_run_cannot_hold_are_refused_with_their_rows(tmp_path, bad):
     assert not (tmp_path / "no.run").exists()
 
 
-def test_any_id_without_blanks_comes_back_from_a_run(tmp_path):
+def test_any_id_without_whitespace_round_trips_through_a_run(tmp_path):
     ids = ['"', 'a"b', '"a"', "'", "a,b", "\\", "#1", "NA", "007", "東京", "é", "1e5", "a;b"]
     scores = np.random.default_rng(0).standard_normal(len(ids))
     rows = pd.DataFrame({"query_id": ids[::-1], "doc_id": ids, "score": scores})

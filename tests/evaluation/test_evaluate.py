@@ -91,7 +91,7 @@ def test_an_unjudged_document_is_grade_0_in_ndcg_and_no_pair(caplog):
     assert (measures["documents"], measures["auc"]) == (6, 7 / 8)
 
 
-def test_what_a_run_lacks_earns_nothing(caplog):
+def test_documents_missing_from_a_run_earn_nothing(caplog):
     # Of a, grade 2 was retrieved behind an unjudged document, and grades 1 and 0 were not; b and c got no answer.
     run = pd.DataFrame({"query_id": ["a", "a"], "doc_id": ["9", "1"], "teacher_score": [2.0, 1.0]})
     with caplog.at_level(logging.WARNING, "hf_disranker"):
@@ -116,7 +116,7 @@ def theirs(judged, run, names):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_any_run_is_judged_as_by_ir_measures(seed):
+def test_measures_of_a_run_equal_ir_measures(seed):
     rng = np.random.default_rng(seed)
     places = [(f"{query}", f"d{doc}") for query in range(25) for doc in range(12)]
     table = pd.DataFrame(places, columns=["query_id", "doc_id"])
@@ -136,7 +136,7 @@ def test_any_run_is_judged_as_by_ir_measures(seed):
     assert evaluate(rows, rows["score"].to_numpy())["ndcg@10"] == pytest.approx(expected["nDCG@10"].mean())
 
 
-def test_graded_runs_are_judged_as_by_ir_measures(judgments):
+def test_measures_of_a_graded_run_equal_ir_measures(judgments):
     rng = np.random.default_rng(0)
     kept = judgments[rng.uniform(size=len(judgments)) < 0.6]
     run = judgments.assign(teacher_score=rng.permutation(len(judgments)).astype(float))[::2]
@@ -175,7 +175,7 @@ def test_any_measure_by_its_ir_measures_name():
         evaluate(JUDGED, scores, ["nDGC@10"])
 
 
-def test_slices_are_measured_apart(judgments):
+def test_slices_are_measured_separately(judgments):
     rows = judgments.assign(market=np.where(judgments["query_id"] < "q3", "de", "en"))
     scores = np.random.default_rng(0).normal(size=len(rows))
     slices = evaluate(rows, scores, by="market")["slices"]
@@ -190,7 +190,7 @@ def test_slices_are_measured_apart(judgments):
         evaluate(rows, scores, by="country")
 
 
-def test_the_best_passage_stands_for_its_document():
+def test_a_document_gets_the_score_of_its_best_passage():
     passages = pd.DataFrame(
         {
             "query_id": ["a", "a", "a", "a"],
@@ -207,7 +207,7 @@ def test_the_best_passage_stands_for_its_document():
         best_passages(passages, "url")
 
 
-def test_scoring_for_evaluation_counts_each_cut_once(student_ranker, judgments):
+def test_score_with_counts_each_truncation_once(student_ranker, judgments):
     rows = judgments.assign(query="read " * 40)
     scores, pairs_per_s = score_with(student_ranker, rows, progress=False)
     assert np.array_equal(scores, student_ranker.predict(pair_texts(rows)))
@@ -228,7 +228,7 @@ def test_training_and_evaluation_agree(student_ranker, judgments):
     assert logged == pytest.approx({name: expected[name] for name in logged})
 
 
-def test_an_evaluation_is_read_as_it_was_written(tmp_path, judgments):
+def test_evaluations_round_trip(tmp_path, judgments):
     source = tmp_path / "judgments.parquet"
     judgments.to_parquet(source)
     rng = np.random.default_rng(0)
@@ -261,7 +261,7 @@ def test_evaluations_of_other_judgments_are_refused(tmp_path, judgments):
         load_evaluations([tmp_path])
 
 
-def test_compared_evaluations_tell_whose_top_changed(judgments):
+def test_compare_evaluations_counts_changed_tops(judgments):
     good = Evaluation.of("good", judgments.assign(score=judgments["label"].astype(float)))
     rows = judgments.assign(score=judgments["label"].astype(float))
     rows.loc[rows["query_id"].isin(["q0", "q1", "q2"]), "score"] *= -1

@@ -89,7 +89,7 @@ def test_the_influence_of_a_user_matches_hand_example():
     assert_allclose(influence, [0.25, -0.25])
 
 
-def test_what_nothing_defines_is_nan_and_no_test():
+def test_undefined_measures_are_nan_and_not_tested():
     silent = small(clicked_pages=0, clicks=0, timed_clicks=0, seconds=0.0)
     assert all(math.isnan(one.p) and math.isnan(one.p_holm) for one in effects(silent, BUCKETS))
     one_sided = small(timed_clicks=[0, 0, 3, 1], seconds=[0.0, 0, 30, 50])
@@ -140,7 +140,7 @@ def test_intervals_agree_with_a_bootstrap_over_users(users):
         assert_allclose(one.interval, ends, atol=0.08 * width, err_msg=one.name)
 
 
-def test_turning_the_buckets_round_turns_the_effect_round(users):
+def test_swapping_the_buckets_flips_the_effect(users):
     for one, other in zip(effects(users, BUCKETS), effects(users, BUCKETS[::-1]), strict=True):
         assert (1 + one.relative_difference) * (1 + other.relative_difference) == pytest.approx(1)
         assert one.p == pytest.approx(other.p)
@@ -266,7 +266,7 @@ def coverage(tests, users, share, first_seed=0):
     return held
 
 
-def test_intervals_by_user_hold_the_truth_and_naive_ones_do_not():
+def test_intervals_by_user_cover_the_truth_and_naive_ones_do_not():
     held = coverage(tests=60, users=1000, share=1.0)
     for name in MEASURES:
         assert min(held["user"][name], held["cuped"][name]) >= binom.ppf(0.001, 60, 0.95), name
@@ -308,7 +308,7 @@ def runs(tmp_path):
     return first, run_file(tmp_path / "b.run", {"q2": "hgfedcba", "q1": "utszyxwv"})
 
 
-def test_lists_are_the_same_whenever_they_are_made_and_fair_in_pairs(runs):
+def test_lists_are_reproducible_and_fair_in_pairs(runs):
     lists = draft_lists(*runs, depth=4, drafts=6)
     pd.testing.assert_frame_equal(lists, draft_lists(*runs, depth=4, drafts=6))
     assert set(lists["query_id"]) == {"q1", "q2"} and lists.groupby(["query_id", "draft"]).size().eq(4).all()
@@ -317,7 +317,7 @@ def test_lists_are_the_same_whenever_they_are_made_and_fair_in_pairs(runs):
     assert lists.groupby(["query_id", "draft"])["team"].sum().eq(2).all()
 
 
-def test_queries_that_one_run_lacks_are_counted(runs, caplog):
+def test_queries_missing_from_one_run_are_counted(runs, caplog):
     draft_lists(*runs, depth=4)
     assert "1 queries of only one of" in caplog.text
 
@@ -353,7 +353,7 @@ def test_credit_matches_hand_example(tmp_path):
     assert result["difference"] == 0
 
 
-def test_a_click_on_what_the_list_does_not_hold_is_refused(tmp_path):
+def test_a_click_on_a_document_outside_the_list_is_refused(tmp_path):
     log = pd.DataFrame({"user_id": "u", "query_id": "7", "draft": [0, 2], "doc_id": ["x", "y"], "clicked": 1})
     log.to_csv(tmp_path / "log.csv", index=False)
     with pytest.raises(TableError, match=r"'doc_id': 1 row\(s\) are not on the list of their query_id.*row 1: 'y'"):

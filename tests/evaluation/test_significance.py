@@ -79,7 +79,7 @@ def test_bootstrap_is_reproducible_by_seed():
 
 
 @pytest.mark.parametrize("options", [{"rounds": 0}, {"confidence": 1.0}, {"confidence": 95}])
-def test_bootstrap_refuses_senseless_options(options):
+def test_bootstrap_refuses_invalid_options(options):
     with pytest.raises(ValueError, match="rounds must be >= 1 and confidence between 0 and 1"):
         bootstrap([1, 2], **options)
 
@@ -147,7 +147,7 @@ def test_equal_rankers_have_no_effect():
     assert (one.difference, one.p, one.effect, one.queries_needed) == (0.0, 1.0, 0.0, None)
 
 
-def test_pairs_say_who_is_compared():
+def test_pairs_choose_what_is_compared():
     values = {"a": [0.1, 0.2, 0.4], "b": [0.3, 0.3, 0.3], "c": [0.9, 0.8, 0.9]}
     assert [(one.first, one.second) for one in compare(values)] == [("b", "a"), ("c", "a"), ("c", "b")]
     assert [(one.first, one.second) for one in compare(values, [("a", "c")])] == [("a", "c")]
@@ -162,7 +162,7 @@ def test_holm_matches_hand_example():
 
 
 @pytest.mark.parametrize("effect", [0.05, -0.2, 0.5])
-def test_the_queries_needed_find_the_effect_four_times_out_of_five(effect):
+def test_queries_needed_give_80_percent_power(effect):
     queries = queries_needed(effect)
     limit = student_t.ppf(0.975, queries - 1)
     power = nct.sf(limit, queries - 1, abs(effect) * math.sqrt(queries))
@@ -170,13 +170,13 @@ def test_the_queries_needed_find_the_effect_four_times_out_of_five(effect):
     assert queries_needed(0.0) is None and queries_needed(math.nan) is None
 
 
-def test_small_and_solved_sets_claim_nothing():
+def test_small_and_solved_sets_allow_no_claim():
     assert refusal(200, 0.88) is None
     assert refusal(199, 0.5) == "199 queries are fewer than 200"
     assert "nearly solves" in refusal(1000, 0.93) and "no run is named bm25" in refusal(1000, None)
 
 
-def test_marks_name_who_is_beaten():
+def test_marks_name_the_beaten_rankers():
     rng = np.random.default_rng(0)
     base = rng.uniform(size=300)
     values = {"low": base, "mid": base + 0.1 + rng.normal(0, 0.1, 300), "alike": base + 0.1 + rng.normal(0, 0.1, 300)}

@@ -69,7 +69,7 @@ def test_importing_this_package_first_is_light_and_still_registers(student_dir, 
     assert result["class"] == "BertDistilledRanker"
 
 
-def test_auto_classes_give_rankers_for_marked_checkpoints(student_dir, teacher_dir):
+def test_auto_classes_return_rankers_for_marked_checkpoints(student_dir, teacher_dir):
     assert type(AutoModel.from_pretrained(student_dir)) is BertDistilledRanker
     assert type(AutoModelForSequenceClassification.from_pretrained(student_dir)) is BertDistilledRanker
     assert isinstance(AutoModel.from_pretrained(teacher_dir), LLMForLastTokenRanking)
@@ -93,13 +93,13 @@ def test_models_saved_out_of_a_ranker_load_as_stock(student_dir, teacher_dir, tm
     assert type(AutoModel.from_pretrained(tmp_path / "student")) is BertDistilledRanker
 
 
-def test_saving_what_an_auto_class_gave_keeps_the_checkpoint_stock(student_dir, tmp_path):
+def test_saving_an_auto_loaded_ranker_keeps_the_checkpoint_stock(student_dir, tmp_path):
     AutoModel.from_pretrained(student_dir).save_pretrained(tmp_path)
     before, after = (json.loads(Path(folder, "config.json").read_text()) for folder in (student_dir, tmp_path))
     assert before == after
 
 
-def test_ordinary_checkpoints_load_as_without_us(tmp_path, student_dir):
+def test_ordinary_checkpoints_load_as_without_this_package(tmp_path, student_dir):
     bert = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     llama = LlamaConfig(
         vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
@@ -132,7 +132,7 @@ def test_auto_tokenizer_gives_the_same_ids(student_dir, teacher_dir):
         assert len(ids) > 4 and tokenizer.is_fast
 
 
-def test_it_can_be_turned_off(monkeypatch):
+def test_registration_can_be_disabled(monkeypatch):
     monkeypatch.setenv("HF_DISRANKER_NO_AUTO", "1")
     monkeypatch.setattr(auto, "_install_gates", lambda configs: pytest.fail("registered all the same"))
     auto.install()
@@ -160,7 +160,7 @@ def test_gates_are_transparent_for_unmarked_configs(teacher_dir):
     assert pickle.loads(pickle.dumps(CONFIG_MAPPING))["llama"] is LlamaConfig
 
 
-def test_other_auto_classes_give_stock_models_for_marked_checkpoints(student_dir, teacher_dir):
+def test_other_auto_classes_return_stock_models_for_marked_checkpoints(student_dir, teacher_dir):
     bert = AutoModel.from_pretrained(student_dir).bert.embeddings.word_embeddings.weight
     for kind in (AutoModelForMaskedLM, AutoModelForTokenClassification, AutoModelForQuestionAnswering):
         model = kind.from_pretrained(student_dir)

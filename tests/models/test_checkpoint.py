@@ -59,7 +59,7 @@ def test_a_bert_without_pooler_gets_a_new_one_with_its_head(tmp_path):
         Ranker.from_pretrained(tmp_path)
 
 
-def test_a_language_model_without_its_head_is_not_pre_trained_on(teacher_dir, clicks, tmp_path):
+def test_cpt_refuses_a_language_model_without_its_head(teacher_dir, clicks, tmp_path):
     plain = renamed(teacher_dir, tmp_path / "plain", lambda key: None if key.startswith("score") else key)
     config = json.loads(Path(plain, "config.json").read_text()) | {"tie_word_embeddings": False}
     del config["disranker"]
@@ -119,7 +119,7 @@ def test_a_limit_beyond_the_positions_is_refused(config, positions):
             check_length(config, positions + 1)
 
 
-def test_every_stage_names_a_folder_that_is_not_there(tmp_path):
+def test_every_stage_names_a_missing_folder(tmp_path):
     runs = [
         (distill, distill.ScriptArguments("runs/nothing", "no.parquet"), DistillationConfig(str(tmp_path))),
         (fit_teacher, fit_teacher.ScriptArguments("no.parquet"), RankingConfig(str(tmp_path))),
@@ -179,7 +179,7 @@ def test_a_classifier_with_several_labels_is_named(labels, tmp_path):
             load(tmp_path)
 
 
-def test_lora_weights_alone_are_a_teacher_but_no_ranker(teacher_dir, tmp_path):
+def test_a_lora_adapter_alone_loads_as_a_teacher_but_not_as_a_ranker(teacher_dir, tmp_path):
     torch.manual_seed(0)
     lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
     adapted = get_peft_model(LLMForLastTokenRanking.from_pretrained(teacher_dir), lora).eval()

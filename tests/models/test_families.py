@@ -339,7 +339,7 @@ def served_by(family):
     return ", ".join(name for name, lists in SERVERS.items() if family in lists[role])
 
 
-def test_the_table_of_families_in_the_docs_is_this_one():
+def test_the_docs_list_the_same_families():
     lines = ["| family | role | batches | exports | listed by |", "|---|---|---|---|---|"]
     for family in ["bert", *QUICK_STUDENTS, *LONG_STUDENTS, *EARLIER, *QUICK, *LONG]:
         role = "teacher" if is_decoder(family) else "student"
@@ -351,12 +351,12 @@ def test_the_table_of_families_in_the_docs_is_this_one():
 
 
 @pytest.mark.parametrize("family", ["t5", "lilt"])
-def test_a_family_of_neither_kind_is_refused(family):
+def test_an_unsupported_family_is_refused(family):
     with pytest.raises(ValueError, match=f"A {family} model cannot be a ranker: transformers has no encoder and no"):
         ranker_class(transformers.AutoConfig.for_model(family))
 
 
-def test_a_tokenizer_that_joins_no_pairs_is_refused():
+def test_a_tokenizer_that_cannot_join_pairs_is_refused():
     tokenizer = pair_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
     with pytest.raises(ValueError, match="a student needs a fast tokenizer that joins pairs of texts"):

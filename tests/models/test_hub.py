@@ -91,7 +91,7 @@ def trainer_of(student_dir, judgments, out, **options):
 # what lands on the Hub
 
 
-def test_a_pushed_ranker_comes_back_with_its_scores(tiny_student, hub):
+def test_a_pushed_ranker_loads_with_the_same_scores(tiny_student, hub):
     repo = pushed(*tiny_student, "tester/round-trip")
     np.testing.assert_allclose(scores(repo), Ranker(*tiny_student).predict(PAIRS), atol=1e-5)
     files = set(hub.files(repo))
@@ -105,7 +105,7 @@ def test_save_pretrained_can_push(tiny_student, tmp_path, hub):
     assert hub.files("tester/saved")["model.safetensors"] == (tmp_path / "model/model.safetensors").read_bytes()
 
 
-def test_branches_hold_their_own_weights(tiny_student):
+def test_branches_have_their_own_weights(tiny_student):
     model, tokenizer = tiny_student
     repo = pushed(model, tokenizer, "tester/branches")
     other = copy.deepcopy(model)
@@ -115,7 +115,7 @@ def test_branches_hold_their_own_weights(tiny_student):
     np.testing.assert_allclose(scores(repo, revision="v2"), scores(repo) + 3.0, atol=1e-5)
 
 
-def test_teachers_are_private_unless_asked_otherwise(tiny_teacher, tiny_student, tmp_path):
+def test_teachers_are_private_by_default(tiny_teacher, tiny_student, tmp_path):
     for name, (model, tokenizer), options, private in (
         ("t-default", tiny_teacher, {}, True),
         ("t-open", tiny_teacher, {"private": False}, False),
@@ -139,7 +139,7 @@ def test_a_teacher_that_pads_with_its_end_token_is_not_pushed(tiny_teacher, hub)
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])
 @pytest.mark.parametrize("resave", ["CrossEncoder", "transformers"])
-def test_what_others_saved_again_is_still_a_ranker(request, kind, resave):
+def test_a_ranker_resaved_by_others_is_still_a_ranker(request, kind, resave):
     model, tokenizer = request.getfixturevalue(f"tiny_{kind}")
     folder, repo = request.getfixturevalue(f"{kind}_dir"), f"tester/{kind}-saved-by-{resave}"
     if resave == "CrossEncoder":
@@ -157,7 +157,7 @@ def test_what_others_saved_again_is_still_a_ranker(request, kind, resave):
     np.testing.assert_allclose(CrossEncoder(repo, device="cpu").predict(texts), expected, atol=1e-5)
 
 
-def test_remote_code_is_gone_once_saved_again(tiny_student, tmp_path):
+def test_remote_code_is_dropped_when_saved_again(tiny_student, tmp_path):
     model, tokenizer = tiny_student
     repo = pushed(model, tokenizer, "tester/with-code", remote_code=True)
     again = AutoModel.from_pretrained(repo, trust_remote_code=True)
@@ -307,7 +307,7 @@ def test_a_recipe_publishes_the_merged_teacher(teacher_dir, judgments, tmp_path,
 # the card
 
 
-def test_the_card_tells_what_is_known_and_passes_validation(tiny_student):
+def test_the_card_lists_what_is_known_and_passes_validation(tiny_student):
     config = copy.deepcopy(tiny_student[0].config)
     config.disranker |= {"teacher": {"id": "org/teacher", "revision": "abc123"}, "max_length": 64}
     config.disranker |= {"max_query_length": 16, "score_transform": {"scale": 0.5, "shift": 1.0}}
@@ -356,7 +356,7 @@ def test_the_snippets_of_a_card_run(tiny_student, tiny_teacher):
     assert run_snippets(pushed(*tiny_teacher, "tester/snippets-teacher")) == 2
 
 
-def test_no_path_of_this_machine_gets_into_a_card(tiny_student, student_dir, tmp_path):
+def test_a_card_contains_no_local_paths(tiny_student, student_dir, tmp_path):
     config = copy.deepcopy(tiny_student[0].config)
     config.disranker["teacher"] = {"id": str(tmp_path / "runs" / "teacher"), "revision": None}
     card = model_card(config, "org/student", CardFacts(base_model=student_dir))
@@ -364,7 +364,7 @@ def test_no_path_of_this_machine_gets_into_a_card(tiny_student, student_dir, tmp
     assert card.data.base_model is None
 
 
-def test_a_card_that_is_there_is_kept(tiny_student, hub):
+def test_an_existing_card_is_kept(tiny_student, hub):
     repo = pushed(*tiny_student, "tester/own-card")
     HfApi().upload_file(repo_id=repo, path_or_fileobj=b"---\nlicense: mit\n---\nMine.", path_in_repo="README.md")
     tiny_student[0].push_to_hub(repo)
@@ -382,7 +382,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
 
-def test_a_push_that_is_cut_off_leaves_the_last_revision(tiny_student, hub, monkeypatch, impatient, caplog):
+def test_an_interrupted_push_keeps_the_last_revision(tiny_student, hub, monkeypatch, impatient, caplog):
     model, tokenizer = copy.deepcopy(tiny_student[0]), tiny_student[1]
     repo = pushed(model, tokenizer, "tester/cut")
     good, before = hub.repos["model", repo].branches["main"], scores(repo)
@@ -398,7 +398,7 @@ def test_a_push_that_is_cut_off_leaves_the_last_revision(tiny_student, hub, monk
     np.testing.assert_allclose(scores(repo), before + 5.0, atol=1e-5)
 
 
-def test_a_trainers_push_that_is_cut_off_leaves_the_last_revision(
+def test_an_interrupted_trainer_push_keeps_the_last_revision(
     student_dir, judgments, tmp_path, hub, monkeypatch, impatient, caplog
 ):
     repo = "tester/trainer-cut"
@@ -423,7 +423,7 @@ def _push_and_hang(folder, repo):
     model.push_to_hub(repo)
 
 
-def test_a_process_killed_in_its_push_leaves_the_last_revision(student_dir, tiny_student, hub, monkeypatch):
+def test_a_process_killed_while_pushing_keeps_the_last_revision(student_dir, tiny_student, hub, monkeypatch):
     repo = pushed(*tiny_student, "tester/killed")
     before, good = scores(repo), hub.repos["model", repo].branches["main"]
     children = []
@@ -435,7 +435,7 @@ def test_a_process_killed_in_its_push_leaves_the_last_revision(student_dir, tiny
     np.testing.assert_allclose(scores(repo), before, atol=1e-5)
 
 
-def test_a_refused_token_is_named_as_such_and_not_shown(tiny_student, caplog):
+def test_a_rejected_token_is_reported_but_not_shown(tiny_student, caplog):
     caplog.set_level(logging.DEBUG)
     with pytest.raises(PushError, match="check the token") as error:
         tiny_student[0].push_to_hub("tester/refused", token="hf_wrongWRONGwrong")
@@ -457,7 +457,7 @@ def edit(folder, **changes):
 
 
 @pytest.mark.parametrize("where", ["folder", "Hub"])
-def test_pickled_weights_are_refused_unread(folder, where, tmp_path):
+def test_pickled_weights_are_refused_without_loading(folder, where, tmp_path):
     class Bomb:
         def __reduce__(self):
             return Path.touch, (tmp_path / "exploded",)
@@ -492,7 +492,7 @@ def test_an_auto_map_that_points_elsewhere_is_refused(folder):
         ({"hidden_size": 16}, "do not fit what its config claims"),
     ],
 )
-def test_a_config_that_lies_is_refused(folder, changes, message):
+def test_a_config_that_contradicts_the_checkpoint_is_refused(folder, changes, message):
     edit(folder, **changes)
     for load in (AutoModel, BertDistilledRanker):
         with pytest.raises(ValueError, match=message):
@@ -513,14 +513,14 @@ def test_a_marked_checkpoint_without_its_head_is_refused(folder):
         AutoModel.from_pretrained(folder)
 
 
-def test_weights_that_were_cut_off_are_refused(folder):
+def test_truncated_weights_are_refused(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(OSError, match="truncated or damaged. Download it again"):
         AutoModel.from_pretrained(folder)
 
 
-def test_a_download_that_ends_early_is_no_model(tiny_student, monkeypatch, impatient):
+def test_an_incomplete_download_is_refused(tiny_student, monkeypatch, impatient):
     repo = pushed(*tiny_student, "tester/early")
     answer = Handler.reply
 
@@ -536,13 +536,13 @@ def test_a_download_that_ends_early_is_no_model(tiny_student, monkeypatch, impat
 
 
 @pytest.mark.parametrize("token", ["hf_abcdefghijkl\n", "hf_oauth_abc.def-ghi\n", "a secret of another kind\n"])
-def test_a_token_that_no_header_can_hold_is_not_shown(tiny_student, token):
+def test_a_token_invalid_in_a_header_is_not_shown(tiny_student, token):
     with pytest.raises(PushError, match="Illegal header value b'Bearer \\*\\*\\*") as error:
         tiny_student[0].push_to_hub("tester/line-end", token=token)
     assert token.strip() not in "".join(traceback.format_exception(error.value))
 
 
-def test_push_folder_leaves_pickles_behind(folder, hub):
+def test_push_folder_skips_pickles(folder, hub):
     (folder / "training_args.bin").write_bytes(b"pickle")
     push_folder(folder, "tester/folder", BertDistilledRanker.from_pretrained(folder).config)
     assert "training_args.bin" not in hub.files("tester/folder")

@@ -243,7 +243,7 @@ def answers(published, with_code, families, without_us, tmp_path_factory):
 
 
 @pytest.mark.parametrize("package", ["imported", "not installed"])
-def test_a_process_has_this_package_or_not(answers, package):
+def test_processes_run_with_and_without_this_package(answers, package):
     assert answers[package]["installed"] is answers[package]["imported"] is (package == "imported")
 
 
@@ -278,7 +278,7 @@ def test_remote_code_gives_the_ranker_without_this_package(published, with_code,
     np.testing.assert_allclose(scores, expected, atol=2e-5)
 
 
-def test_who_does_not_trust_remote_code_gets_the_stock_class(published, answers):
+def test_without_trust_remote_code_the_stock_class_loads(published, answers):
     ((found, scores, _),) = answers["not installed"]["untrusted"]
     assert found == "BertForSequenceClassification"
     np.testing.assert_allclose(scores, published["student"][1][0], atol=2e-5)
@@ -292,7 +292,7 @@ def test_teachers_of_every_family_load_with_this_package_and_without(families, a
     assert answers["not installed"]["families"] == expected
 
 
-def test_ordinary_checkpoints_load_exactly_as_without_us(answers):
+def test_ordinary_checkpoints_load_exactly_as_without_this_package(answers):
     plain, ours = answers["not installed"]["ordinary"], answers["imported"]["ordinary"]
     assert isinstance(plain, dict) and len(plain) > 50, plain
     assert ours == plain

@@ -138,7 +138,7 @@ def test_bf16_differs_from_fp32_by_its_own_rounding(model):
     assert ours < 2 * stock + 0.02
 
 
-def test_no_row_reads_another(model):
+def test_rows_do_not_attend_to_each_other(model):
     before, changed = model(**ragged()).scores, ragged()
     changed["input_ids"][1] = 17 * changed["attention_mask"][1]
     after = model(**changed).scores
@@ -166,7 +166,7 @@ def varlen_by_rows(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale
 
 
 @pytest.mark.parametrize("groups", [None, [0, 0, 0, 1, 1]])
-def test_the_kernel_of_a_gpu_gets_what_it_documents(model, groups, monkeypatch):
+def test_the_gpu_kernel_is_called_as_documented(model, groups, monkeypatch):
     monkeypatch.setattr(packing, "varlen_attn", varlen_by_rows)
     monkeypatch.setattr(packing, "_takes_kernel", lambda *_: True)
     monkeypatch.setattr(packing, "_by_products", None)
@@ -175,7 +175,7 @@ def test_the_kernel_of_a_gpu_gets_what_it_documents(model, groups, monkeypatch):
     assert apart(gradients(model, rows | options), gradients(padded(model), rows)) < 1e-5
 
 
-def test_kernel_and_batches_of_a_gpu_are_chosen_by_what_it_can():
+def test_cpu_tensors_do_not_take_the_gpu_kernel():
     cpu = torch.zeros(3, 2, 8, dtype=torch.bfloat16)
     assert packing._has_kernel() and not packing._takes_kernel(cpu, cpu, 0.0)
 
@@ -214,7 +214,7 @@ def test_copies_and_pickles_compute_no_padding(model):
         assert torch.equal(again(**rows).logits, expected)
 
 
-def test_what_packing_cannot_compute_takes_padding():
+def test_unsupported_inputs_fall_back_to_padding():
     model, rows = ranker(LLAMA), ragged()
     assert plan(model, rows, "last") is not None
     more = {"output_attentions": True}, {"output_hidden_states": True}, {"use_cache": True}

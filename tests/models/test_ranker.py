@@ -84,7 +84,7 @@ def test_a_shared_prefix_changes_no_score(config, tiny_teacher, judgments):
     assert padded.std() > 0.05 and tokens < 0.9 * ranker.tokens / 3
 
 
-def test_another_attention_is_kept_and_shares_no_prefix(teacher_dir, judgments):
+def test_other_attention_implementations_are_kept_and_share_no_prefix(teacher_dir, judgments):
     eager, shared = (
         Ranker.from_pretrained(teacher_dir, device="cpu", attn_implementation=kind) for kind in ("eager", "sdpa")
     )
@@ -128,7 +128,7 @@ def test_one_pair_is_one_score(ranker):
     assert ranker.predict([]).shape == (0,) and ranker.predict([pair, pair]).shape == (2,)
 
 
-def test_what_is_no_pair_or_document_is_refused(ranker):
+def test_invalid_pairs_and_documents_are_refused(ranker):
     for pairs in ("read", ["read"], ["read", "json", "plot"]):
         with pytest.raises(ValueError, match=r"Give pairs \(query, document\)"):
             ranker.predict(pairs)
@@ -153,7 +153,7 @@ def test_threads_share_a_ranker(ranker):
     assert (ranker.queries_cut, ranker.documents_cut, ranker.tokens) == tuple(2 * count for count in counted)
 
 
-def test_scoring_leaves_the_tokenizer_as_it_is(ranker):
+def test_scoring_does_not_modify_the_tokenizer(ranker):
     backend = ranker.collator.tokenizer.backend_tokenizer
     before = backend.to_str()
     ranker.predict([("read " * 100, "json " * 100), ("read", "json")])
@@ -190,7 +190,7 @@ def test_limits_stay_within_the_positions(tiny_student):
         Ranker(model, tokenizer)
 
 
-def test_rank_gives_the_best_first(ranker):
+def test_rank_returns_the_best_first(ranker):
     documents = ["sort list", "read json file", "plot"]
     scores = ranker.predict([("read json", document) for document in documents])
     ranking = ranker.rank("read json", documents)
@@ -201,7 +201,7 @@ def test_rank_gives_the_best_first(ranker):
     assert ranker.rank("read json", []) == []
 
 
-def test_a_folder_is_loaded_by_the_constructor(student_dir, student_ranker, judgments):
+def test_the_constructor_loads_a_folder(student_dir, student_ranker, judgments):
     pairs = pair_texts(judgments)
     for ranker in (Ranker(student_dir), Ranker(student_dir, student_ranker.collator.tokenizer)):
         np.testing.assert_allclose(ranker.predict(pairs), student_ranker.predict(pairs), atol=1e-6)
@@ -209,7 +209,7 @@ def test_a_folder_is_loaded_by_the_constructor(student_dir, student_ranker, judg
         Ranker(student_ranker.model)
 
 
-def test_constructors_leave_the_tokenizer_alone(tiny_teacher):
+def test_constructors_do_not_modify_the_tokenizer(tiny_teacher):
     tokenizer = copy.deepcopy(tiny_teacher[1])
     tokenizer.pad_token = tokenizer.eos_token
     before = tokenizer.backend_tokenizer.to_str()
@@ -231,7 +231,7 @@ def test_predict_and_rank_have_the_parameters_of_cross_encoder(ranker, judgments
         ranker.predict(pairs, batch_size=0)
 
 
-def test_what_is_cut_is_counted(ranker):
+def test_truncated_texts_are_counted(ranker):
     pairs = [("read " * 100, "json"), ("read", "json " * 30_000), ("read", "json"), ("read", "🚗 東京 שלום")]
     for times in (1, 2):
         assert np.isfinite(ranker.predict(pairs)).all()
@@ -267,13 +267,13 @@ def test_checkpoints_of_another_kind_are_refused(tiny_student, tiny_teacher, tmp
 
 
 @pytest.mark.parametrize("name", ["/nowhere/student", "nowhere/student"])
-def test_a_folder_that_is_not_there_is_named(name):
+def test_a_missing_folder_is_named(name):
     with pytest.raises(OSError, match=f"{name}: no such folder"):
         Ranker.from_pretrained(name)
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])
-def test_half_the_bits_move_scores_little_and_tie_none(kind, request, judgments):
+def test_half_precision_moves_scores_little_and_adds_no_ties(kind, request, judgments):
     folder, pairs = request.getfixturevalue(f"{kind}_dir"), pair_texts(judgments)
     exact, half = (Ranker.from_pretrained(folder, device="cpu", dtype=kind) for kind in ("float32", "bfloat16"))
     expected, scores = exact.predict(pairs), half.predict(pairs)

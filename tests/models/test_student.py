@@ -46,7 +46,7 @@ def test_the_checkpoint_is_stock_and_scores_as_the_stock_class_does(tmp_path):
         torch.testing.assert_close(ranker(**batch()).scores, expected, atol=1e-6, rtol=0)
 
 
-def test_output_keeps_tuples_and_gives_fp32_scores():
+def test_output_supports_tuples_and_has_fp32_scores():
     ranker = BertDistilledRanker(BertConfig(**TINY)).eval().to(torch.bfloat16)
     output = ranker(**batch())
     assert output.scores.dtype == torch.float32 and output.scores.shape == (3,)
@@ -71,14 +71,14 @@ def test_marking_a_config_leaves_the_original_alone():
     assert type(config) is BertConfig and config.num_labels == 3 and not hasattr(config, "disranker")
 
 
-def test_a_config_that_nobody_marked_can_be_shown():
+def test_an_unmarked_config_can_be_printed():
     """Some versions of transformers build one to compare with."""
     config = BertDistilledRanker.config_class()
     assert config.to_dict()["architectures"] == ["BertForSequenceClassification"]
     assert "BertForSequenceClassification" in repr(config)
 
 
-def test_keep_layers_takes_the_named_layers_and_survives_saving(tmp_path):
+def test_keep_layers_keeps_the_named_layers_and_survives_saving(tmp_path):
     ranker = BertDistilledRanker(BertConfig(**TINY)).eval()
     first, third = (ranker.bert.encoder.layer[i].output.dense.weight.clone() for i in (0, 2))
     ranker.keep_layers([0, 2]).save_pretrained(tmp_path)
@@ -90,7 +90,7 @@ def test_keep_layers_takes_the_named_layers_and_survives_saving(tmp_path):
 
 
 @pytest.mark.parametrize("layers", [[], [0, 0], [4], [-1]])
-def test_keep_layers_refuses_layers_that_are_not_there(layers):
+def test_keep_layers_refuses_missing_layers(layers):
     with pytest.raises(ValueError, match="layers 0 to 3"):
         BertDistilledRanker(BertConfig(**TINY)).keep_layers(layers)
 
@@ -141,7 +141,7 @@ def test_without_padding_logits_and_gradients_are_those_of_the_stock_class(tmp_p
     assert (gradients(ours) - gradients(stock)).norm() / gradients(stock).norm() < 1e-5
 
 
-def test_what_asks_for_more_than_scores_gets_the_usual_forward():
+def test_calls_that_need_more_than_scores_use_the_stock_forward():
     ranker = BertDistilledRanker(BertConfig(**TINY)).eval()
     output = ranker(**batch(), output_hidden_states=True, labels=torch.zeros(3))
     assert len(output.hidden_states) == 5 and output.loss is not None
@@ -178,7 +178,7 @@ def test_masks_of_any_form_give_the_scores_of_the_stock_class():
             torch.testing.assert_close(ranker(**rows).logits, stock, atol=1e-5, rtol=0)
 
 
-def test_no_row_reads_another():
+def test_rows_do_not_attend_to_each_other():
     ranker = BertDistilledRanker(BertConfig(**TINY, initializer_range=0.3)).eval()
     before = ranker(**ragged()).scores
     changed = ragged()
@@ -188,7 +188,7 @@ def test_no_row_reads_another():
     assert torch.equal(after[others], before[others]) and after[1] != before[1]
 
 
-def test_dropout_falls_as_often_as_in_the_stock_class(tmp_path):
+def test_dropout_spreads_scores_as_in_the_stock_class(tmp_path):
     torch.manual_seed(1)
     options = {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.0, "initializer_range": 0.3}
     BertDistilledRanker(BertConfig(**TINY, **options)).save_pretrained(tmp_path)

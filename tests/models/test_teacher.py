@@ -166,7 +166,7 @@ def test_lora_keeps_the_score_row_and_merges_to_the_same_scores(tmp_path):
         torch.testing.assert_close(loaded.merge_and_unload()(**inputs).scores, expected, atol=1e-5, rtol=0)
 
 
-def test_prepare_tokenizer_ends_texts_once_and_pads_apart():
+def test_prepare_tokenizer_adds_one_end_token_and_a_separate_pad_token():
     bare = train_bpe(["read a json file"] * 5, vocab_size=300, max_length=8).backend_tokenizer
     bare.post_processor = None
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>", pad_token="</s>")
@@ -231,7 +231,7 @@ def test_label_expectation_is_the_mean_grade_of_the_stock_language_model(tmp_pat
     torch.testing.assert_close(language_model.lm_head.weight, stock.lm_head.weight)
 
 
-def test_an_ending_takes_the_place_of_the_end_token_and_stays(grades_tokenizer):
+def test_an_ending_replaces_the_end_token_and_is_added_once(grades_tokenizer):
     tokenizer = copy.deepcopy(grades_tokenizer)
     prepare_tokenizer(tokenizer)
     assert tokenizer("read").input_ids[-1] == tokenizer.eos_token_id

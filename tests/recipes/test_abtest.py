@@ -92,7 +92,7 @@ def test_a_sample_ratio_mismatch_ends_without_a_conclusion(run, log, capsys):
 
 
 @pytest.mark.parametrize("share", ["old", "old=half", "old=-1", "bm25=0.5"])
-def test_shares_that_make_no_sense_end_in_one_plain_line(run, log, share):
+def test_invalid_shares_are_a_one_line_error(run, log, share):
     with pytest.raises(SystemExit, match="BUCKET=SHARE|a share above 0 for each of the buckets old, new"):
         run("abtest", "log.parquet", "--control", "old", "--shares", share)
 
@@ -110,7 +110,7 @@ def test_few_users_end_without_a_conclusion(run):
         ({"old": "old", "new": "old"}, "old", "The buckets are old: an A/B test needs the control 'old' and another"),
     ],
 )
-def test_buckets_that_make_no_test_end_in_one_plain_line(run, log, buckets, control, message):
+def test_invalid_buckets_are_a_one_line_error(run, log, buckets, control, message):
     log.assign(bucket=log["bucket"].map(buckets)).to_parquet("log.parquet")
     with pytest.raises(SystemExit, match=message):
         run("abtest", "log.parquet", "--control", control)
@@ -127,7 +127,7 @@ def test_mixed_users_are_refused_or_left_out_by_name(run, log):
 
 
 @pytest.mark.parametrize("content", ["my notes", '{"made_by": "me"}', "[]"])
-def test_a_file_of_somebody_else_is_not_overwritten(run, log, content):
+def test_foreign_files_are_not_overwritten(run, log, content):
     Path("notes.json").write_text(content)
     with pytest.raises(SystemExit, match="notes.json exists and was not written by this command"):
         run("abtest", "log.parquet", "--control", "old", "--out", "notes.json")
@@ -154,7 +154,7 @@ def rankings(judgments, tmp_path):
         (tmp_path / f"{name}.run").write_text("".join(lines))
 
 
-def test_lists_are_made_and_clicks_on_them_read_back(run, rankings):
+def test_interleaved_lists_are_written_and_their_clicks_evaluated(run, rankings):
     made = run("interleave", "--a", "bad.run", "--b", "good.run", "--out", "lists.parquet", "--depth", "4")
     assert made == "lists.parquet: 12 queries, 16 lists of up to 4 documents each\n"
     lists = pd.read_parquet("lists.parquet")
@@ -165,7 +165,7 @@ def test_lists_are_made_and_clicks_on_them_read_back(run, rankings):
     assert f"400 users, {found['pages']:,} pages: a wins {found['first_wins']:,}" in result
 
 
-def test_interleave_refuses_what_is_not_its_own(run, rankings):
+def test_interleave_refuses_foreign_files_and_incomplete_options(run, rankings):
     lists = ["--a", "bad.run", "--b", "good.run", "--out"]
     with pytest.raises(SystemExit, match="was not written by this command"):
         run("interleave", *lists, "judgments.parquet")

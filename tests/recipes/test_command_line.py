@@ -41,7 +41,7 @@ def test_help_shows_required_options_first_then_ours_and_leaves_the_libraries_to
 
 
 @pytest.mark.parametrize("stage", cli.STAGES)
-def test_stored_help_is_that_of_the_code(stage):
+def test_stored_help_matches_the_code(stage):
     text = cli.load_stage(stage).make_parser().format_help()
     assert cli.help_file(stage).read_text(encoding="utf-8") == text, "out of date: run `make help-texts`"
 
@@ -119,7 +119,7 @@ def test_a_config_file_is_a_mapping_of_options(text, capsys, tmp_path):
     assert "config.yaml" in capsys.readouterr().err.splitlines()[0]
 
 
-def test_a_config_file_gives_lists_numbers_and_the_environment(tmp_path, monkeypatch):
+def test_a_config_file_sets_lists_numbers_and_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("A_VARIABLE", "old")
     config = tmp_path / "config.yaml"
     config.write_text(

@@ -32,7 +32,7 @@ class ByLength:
         return np.array([float(len(document["summary"])) for _, document in pairs])
 
 
-def test_columns_hold_places_scores_and_moves():
+def test_columns_contain_places_scores_and_moves():
     first, second = Searcher(CORPUS[:4], {"student": ByLength()}).search("json")
     assert first.name == "bm25" and sorted(first.places) == [0, 1, 2] and (np.diff(first.scores) <= 0).all()
     assert second.name == "student" and second.places.tolist() == [2, 1, 0]
@@ -41,7 +41,7 @@ def test_columns_hold_places_scores_and_moves():
     assert (np.diff(second.scores) <= 0).all() and first.seconds > 0
 
 
-def test_chinese_is_found_and_nothing_is_nothing():
+def test_chinese_queries_match_and_unknown_words_return_nothing():
     searcher = Searcher(CORPUS, {"student": ByLength()})
     assert [column.places.tolist() for column in searcher.search("读取")] == [[4], [4]]
     assert list(searcher.search("unheard")) == []
@@ -49,7 +49,7 @@ def test_chinese_is_found_and_nothing_is_nothing():
     assert "没有文档" in demo.render([], CORPUS, "中文")
 
 
-def test_columns_come_one_by_one():
+def test_columns_are_yielded_one_by_one():
     class Slow:
         def predict(self, pairs):
             raise AssertionError("the teacher is asked before the student is shown")
@@ -203,7 +203,7 @@ def test_a_phone_scrolls_down_only_and_speaks_the_browsers_language(opened):
     assert tops["student"] < tops["bm25"]
 
 
-def test_a_space_holds_all_that_it_needs(hub, student_dir, teacher_dir, tmp_path, monkeypatch):
+def test_a_space_contains_everything_it_needs(hub, student_dir, teacher_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     CORPUS.to_parquet("corpus.parquet")
     (tmp_path / "queries.txt").write_text("read json\n")

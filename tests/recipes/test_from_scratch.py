@@ -29,7 +29,7 @@ def test_wordpiece_reads_pairs_as_bert_does(tmp_path):
     assert again.model_max_length == 16 and again.pad_token_id == 0
 
 
-def test_bpe_frames_every_text_and_loses_nothing_but_blanks(tmp_path):
+def test_bpe_adds_special_tokens_and_loses_only_whitespace(tmp_path):
     train_bpe(TEXTS, vocab_size=400, max_length=64).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     for text in ("read a json file", "naïve 日本 🙂", "a_b(c)->d"):
@@ -51,7 +51,7 @@ def test_models_fit_their_tokenizers(layers):
     assert llama.lm_head.weight is llama.model.embed_tokens.weight
 
 
-def test_embed_by_svd_puts_words_of_like_company_together():
+def test_embed_by_svd_places_words_with_similar_contexts_together():
     # "cat" and "dog" keep the same company, "car" another.
     texts = ["cat eats food", "dog eats food", "car burns fuel", "bus burns fuel"] * 5
     tokenizer = train_wordpiece(texts, vocab_size=100, max_length=16)

@@ -163,12 +163,12 @@ def test_docstring_is_split_into_query_and_summary(shop):
     )
 
 
-def test_see_also_is_no_text(shop):
+def test_see_also_sections_are_left_out(shop):
     """It quotes the sentences of other documents, perhaps of the other side."""
     assert shop.loc["shop.shelf.stack", "summary"] == "The heaviest book comes first, then the lighter ones in order."
 
 
-def test_aliases_are_one_query(shop):
+def test_aliases_share_one_query(shop):
     alias, override = shop.loc["shop.shelf.Rack.add"], shop.loc["shop.shelf.Shelf.add"]
     assert alias["query_id"] == override["query_id"] and alias["query"] == override["query"]
     assert alias["split"] == override["split"]
@@ -207,7 +207,7 @@ def test_grades_follow_the_structure(shop, tmp_path):
         ("linalg.norm", "pandas.eval", ["numpy.linalg.norm"], "numpy.linalg.norm"),
     ],
 )
-def test_reference_means_the_nearest_document(reference, origin, meanings, meaning):
+def test_a_reference_resolves_to_the_nearest_document(reference, origin, meanings, meaning):
     assert python_docs._resolve(reference, origin, meanings) == meaning
 
 
@@ -219,7 +219,7 @@ def test_references_count_both_ways_within_a_side():
     }  # fmt: skip
 
 
-def test_what_many_refer_to_is_related_to_none_of_them():
+def test_a_document_with_many_referrers_is_not_related_to_them():
     referrers = [f"a.f{n}" for n in range(python_docs._MAX_REFERRERS + 1)]
     references = {"a.hub": [], **{name: ["hub"] for name in referrers}}
     related = python_docs._related(references, dict.fromkeys(references, "train"))
@@ -283,7 +283,7 @@ def test_unlabelled_queries_are_not_judged(built):
     assert not set(tables["candidates"]["query_id"]) & set(tables["judgments"]["query_id"])
 
 
-def test_pools_hold_the_graded_and_the_mined_and_strangers(built):
+def test_pools_contain_graded_mined_and_random_documents(built):
     documents, tables = built
     documents = documents.set_index("doc_id")
     for query_id, pool in tables["judgments"].groupby("query_id"):
@@ -330,7 +330,7 @@ def small_build(no_stdlib, tmp_path, monkeypatch):
     return small_build
 
 
-def test_finished_build_is_used_again(small_build, tmp_path):
+def test_a_finished_build_is_reused(small_build, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("left alone")
     counts, _ = small_build()
@@ -341,7 +341,7 @@ def test_finished_build_is_used_again(small_build, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["judgments.parquet", "manifest.json"])
-def test_tables_of_another_origin_are_left_alone(small_build, tmp_path, name):
+def test_foreign_tables_are_not_overwritten(small_build, tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text('{"mine": 1}')
     with pytest.raises(ValueError, match=f"{name} exists and was not written by this command"):
@@ -350,7 +350,7 @@ def test_tables_of_another_origin_are_left_alone(small_build, tmp_path, name):
     assert (tmp_path / "out" / name).read_text() == '{"mine": 1}'
 
 
-def test_what_changes_the_data_set_builds_it_again(small_build, no_stdlib, monkeypatch):
+def test_changed_inputs_rebuild_the_data_set(small_build, no_stdlib, monkeypatch):
     small_build()
     assert small_build(train_queries=6)[1] == 2
     (no_stdlib / "many" / "more.py").write_text(numbered_functions(3))
@@ -360,7 +360,7 @@ def test_what_changes_the_data_set_builds_it_again(small_build, no_stdlib, monke
     assert small_build(train_queries=6)[1] == 4
 
 
-def test_killed_build_is_built_again(small_build, tmp_path, monkeypatch):
+def test_an_interrupted_build_is_rebuilt(small_build, tmp_path, monkeypatch):
     counts, _ = small_build()
     moved = []
 

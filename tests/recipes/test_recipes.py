@@ -43,7 +43,7 @@ LORA = ["--use_peft", "true", "--lora_r", 4, "--lora_target_modules", "q_proj", 
 
 
 @pytest.mark.parametrize("lora", [[], LORA], ids=["full", "lora"])
-def test_cpt_and_fit_teacher_leave_stock_checkpoints(tables, language_model, lora):
+def test_cpt_and_fit_teacher_save_stock_checkpoints(tables, language_model, lora):
     steps = [*SHORT, "--max_steps", 3, "--learning_rate", 0.01, "--save_strategy", "no", *lora]
     clicks = ["--clicks", tables / "clicks.parquet", "--eval_clicks", tables / "clicks.parquet"]
     run("cpt", "--model", language_model, *clicks, "--out", tables / "cpt", *steps)
@@ -69,7 +69,7 @@ def test_cpt_and_fit_teacher_leave_stock_checkpoints(tables, language_model, lor
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
-def test_a_teacher_of_four_bits_leaves_a_stock_checkpoint(tables, language_model):
+def test_a_4_bit_teacher_is_saved_as_a_stock_checkpoint(tables, language_model):
     pytest.importorskip("bitsandbytes")
     # bitsandbytes passes no gradients on a CPU after an evaluation, so there is none.
     steps = [*SHORT, *LORA, "--load_in_4bit", "true", "--max_steps", 3, "--learning_rate", 0.01, "--logging_steps", 1]
@@ -82,7 +82,7 @@ def test_a_teacher_of_four_bits_leaves_a_stock_checkpoint(tables, language_model
     assert not info["missing_keys"] and not info["unexpected_keys"] and stock.dtype == torch.float32
 
 
-def test_a_tokenizer_that_pads_with_its_end_token_gets_a_pad_of_its_own(tables, tiny_teacher):
+def test_a_tokenizer_that_pads_with_its_end_token_gets_a_pad_token(tables, tiny_teacher):
     backend = tiny_teacher[1].backend_tokenizer
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
     torch.manual_seed(0)
@@ -183,7 +183,7 @@ def test_distill_learns_from_labelled_queries_too(tables, student_dir, judgments
     assert set(json.loads((tables / "student" / "run.json").read_text())["data"]) == {"labels", "scores_0"}
 
 
-def test_judgments_without_splits_need_none_named(tables, student_dir, judgments, caplog, monkeypatch):
+def test_judgments_without_splits_need_no_split_option(tables, student_dir, judgments, caplog, monkeypatch):
     read = []  # queries of each table, in the order of reading
     for recipe in ("fit_teacher", "distill"):
         module = importlib.import_module(f"hf_disranker.recipes.{recipe}")

@@ -72,7 +72,7 @@ def evaluations(judgments, tmp_path):
     ]
 
 
-def test_the_report_is_whole_and_tells_everything(evaluations, tmp_path):
+def test_the_report_contains_all_panels_and_facts(evaluations, tmp_path):
     write_report(evaluations, tmp_path / "report.html", titles={"teacher": "LLM teacher"})
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -146,7 +146,7 @@ def test_a_standardised_student_is_drawn_against_standardised_teacher_scores(jud
     assert "teacher, rescaled" in text
 
 
-def test_what_a_run_lacks_has_no_score_to_draw(judgments, tmp_path):
+def test_documents_missing_from_a_run_are_not_drawn(judgments, tmp_path):
     teacher = judgments.assign(teacher_score=np.arange(len(judgments)) % 7 + 1.0)
     run = teacher.assign(teacher_score=2 * teacher["teacher_score"])[::2]
     about = {"role": "student", "teacher": "t"}
@@ -162,7 +162,7 @@ def test_what_a_run_lacks_has_no_score_to_draw(judgments, tmp_path):
     assert facts["scale"] == "2.00" and float(facts["offset"]) == 0
 
 
-def test_the_report_reaches_for_nothing_and_runs_nothing(evaluations, tmp_path):
+def test_the_report_loads_nothing_and_runs_no_script(evaluations, tmp_path):
     write_report(evaluations, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -195,7 +195,7 @@ def test_the_report_can_be_used_by_keyboard_and_read_aloud(evaluations, tmp_path
         assert rule in text
 
 
-def test_gains_and_losses_stand_in_order(evaluations, tmp_path):
+def test_gains_and_losses_are_sorted(evaluations, tmp_path):
     write_report(evaluations, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     changes = [float(b) - float(a) for a, b in re.findall(r"</span> ([0-9.]+) → ([0-9.]+)<", text)]
@@ -205,7 +205,7 @@ def test_gains_and_losses_stand_in_order(evaluations, tmp_path):
     assert gains[0] == pytest.approx(values.max(), abs=0.02)
 
 
-def test_without_texts_there_are_ids_alone(evaluations, tmp_path, judgments):
+def test_without_texts_only_ids_are_shown(evaluations, tmp_path, judgments):
     write_report(evaluations, tmp_path / "report.html", texts=False)
     shown = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
     lead = shown.split("Training record of student<b>")[0]
@@ -232,7 +232,7 @@ def test_an_ab_test_has_a_panel(evaluations, tmp_path):
     assert any("Users: old<b> 1,000, new 1,003. The control is old<b>." in text for text in told)
 
 
-def test_one_ranker_alone_has_a_report(judgments, tmp_path):
+def test_a_single_ranker_has_a_report(judgments, tmp_path):
     one = Evaluation.of("one", judgments.drop(columns=["title", "summary"]).assign(score=1.0), role="run")
     write_report([one], tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
@@ -265,7 +265,7 @@ def test_ticks_are_round_numbers():
     assert charts.ticks(0.0, 0.0) == [0.0]
 
 
-def test_points_land_where_the_axes_say():
+def test_points_match_the_axes():
     svg = charts.lines({"a<b": (np.array([0.0, 10.0]), np.array([0.0, 1.0]))}, "x", "y", "spoken")
     root = ElementTree.fromstring(svg)
     (line,) = root.findall(".//polyline")

@@ -215,7 +215,7 @@ def described(tmp_path):
     return described
 
 
-def test_what_decides_no_score_is_not_described(teacher_dir, described, judgments):
+def test_settings_that_do_not_change_scores_are_not_described(teacher_dir, described, judgments):
     engine = load_engine(teacher_dir)
     about = engine.describe()
     engine.predict(pair_texts(judgments))  # sets the tokenizer's limits
@@ -242,7 +242,7 @@ def test_a_changed_config_or_tokenizer_is_described(teacher_dir, student_dir, de
     assert [key for key in now if now[key] != before[key]] == ["teacher", "tokenizer"]
 
 
-def test_all_that_turns_a_text_into_ids_is_in_the_digest(tiny_teacher):
+def test_the_digest_covers_everything_that_affects_token_ids(tiny_teacher):
     def changed(change):
         tokenizer = copy.deepcopy(tiny_teacher[1])
         change(tokenizer)
@@ -371,7 +371,7 @@ def test_scores_do_not_depend_on_batch_or_order(request, folder, dtype, judgment
 
 
 @pytest.mark.parametrize("kind", ["vllm", "tei", "infinity"])
-def test_a_server_gives_raw_scores_in_our_order(server, kind, judgments):
+def test_a_server_returns_raw_scores_in_our_order(server, kind, judgments):
     engine = HttpEngine(kind, f"{server.url}/", "org/teacher", batch_size=3, concurrency=4)
     scores = engine.predict(pair_texts(judgments))
     expected = [logit(query, document) for query, document in joined(judgments)]
@@ -383,13 +383,13 @@ def test_a_server_gives_raw_scores_in_our_order(server, kind, judgments):
     assert engine.tokens == (0 if kind == "tei" else 7 * 57)
 
 
-def test_requests_under_way_are_bounded(server, judgments):
+def test_requests_in_flight_are_bounded(server, judgments):
     server.delay = 0.01
     HttpEngine("tei", server.url, "t", batch_size=1, concurrency=3).predict(pair_texts(judgments))
     assert server.most_inside == 3
 
 
-def test_a_busy_server_is_asked_again(server, judgments, no_sleep):
+def test_a_busy_server_is_retried(server, judgments, no_sleep):
     server.troubles = [(503, {}), (429, {"Retry-After": "7"}), (500, {})]
     engine = HttpEngine("infinity", server.url, "t", concurrency=1)
     scores = engine.predict(pair_texts(judgments[:3]))
@@ -404,7 +404,7 @@ def test_a_server_that_refuses_us_or_stays_busy_ends_the_run(server, judgments, 
             HttpEngine("tei", server.url, "t", retries=2).predict(pair_texts(judgments[:3]))
 
 
-def test_what_the_server_cannot_read_has_no_score(server, judgments):
+def test_pairs_that_the_server_rejects_have_no_score(server, judgments):
     rows = judgments.assign(title=["unreadable" if at in (1, 30) else "read" for at in range(57)])
     scores = HttpEngine("vllm", server.url, "t").predict(pair_texts(rows))
     assert np.flatnonzero(np.isnan(scores)).tolist() == [1, 30]
@@ -417,7 +417,7 @@ def test_what_the_server_cannot_read_has_no_score(server, judgments):
     + [(float(value), np.nan) for value in ("nan", "inf", "-inf")],
     ids=str,
 )
-def test_a_document_whose_score_is_no_number_has_none(server, judgments, monkeypatch, score, expected):
+def test_a_score_that_is_not_a_number_becomes_nan(server, judgments, monkeypatch, score, expected):
     found = [{"index": 2, "score": 0.5}, {"index": 1, "score": score}, {"index": 0, "score": -0.5}]
     answer = {"data": found, "usage": {"prompt_tokens": None}}
     monkeypatch.setattr("score_server.Handler.answer", lambda self, body: (200, answer))
@@ -450,7 +450,7 @@ def poisoned(answer):
     ],
     ids=["left out", "one index twice", "no index", "error", "error of one"],
 )
-def test_a_document_that_spoils_an_answer_is_found(server, monkeypatch, answer):
+def test_a_document_that_invalidates_a_response_is_isolated(server, monkeypatch, answer):
     monkeypatch.setattr("score_server.Handler.answer", poisoned(answer))
     pairs = [("q", {"title": title, "summary": ""}) for title in ("a", "poison", "ccc", "dddd", "eeeee")]
     scores = HttpEngine("tei", server.url, "t").predict(pairs)
@@ -458,13 +458,13 @@ def test_a_document_that_spoils_an_answer_is_found(server, monkeypatch, answer):
 
 
 @pytest.mark.parametrize("answer", [{"detail": "hello"}, "hello", None, [1.0, 2.0, 3.0]], ids=str)
-def test_something_else_than_scores_is_no_answer(server, judgments, monkeypatch, answer):
+def test_a_response_without_scores_is_an_error(server, judgments, monkeypatch, answer):
     monkeypatch.setattr("score_server.Handler.answer", lambda self, body: (200, answer))
     with pytest.raises(OSError, match="returned no scores of 3 documents: "):
         HttpEngine("tei", server.url, "t").predict(pair_texts(judgments[:3]))
 
 
-def test_engines_tell_of_every_batch(server, judgments, teacher_dir):
+def test_engines_report_every_batch(server, judgments, teacher_dir):
     ours = load_engine(teacher_dir, token_budget=200)
     for engine in (ours, HttpEngine("tei", server.url, "t", batch_size=2)):
         steps = []
@@ -472,7 +472,7 @@ def test_engines_tell_of_every_batch(server, judgments, teacher_dir):
         assert sum(steps) == 57 and len(steps) >= 5
 
 
-def test_the_key_goes_into_the_header_and_nowhere_else(server, judgments, monkeypatch):
+def test_the_key_is_sent_in_the_header_only(server, judgments, monkeypatch):
     monkeypatch.setenv("HF_DISRANKER_API_KEY", "secret-key")
     engine = HttpEngine("vllm", server.url, "t")
     engine.predict(pair_texts(judgments[:3]))

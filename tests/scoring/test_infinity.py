@@ -91,7 +91,7 @@ def kill(process):
     process.wait()
 
 
-def test_scores_are_ours_while_another_process_hammers_it(start, student_ranker, judgments, tmp_path):
+def test_scores_equal_ours_under_load(start, student_ranker, judgments, tmp_path):
     _, url = start()
     pairs = pair_texts(judgments)
     expected = student_ranker.predict(pairs)
@@ -115,7 +115,7 @@ def test_scores_are_ours_while_another_process_hammers_it(start, student_ranker,
     print(f"{requests_per_s:.0f} requests/s, {pairs_per_s:.0f} pairs/s, {times}")
 
 
-def test_a_sigmoid_is_on_the_scores_unless_they_are_asked_raw(start, student_ranker):
+def test_scores_have_a_sigmoid_unless_requested_raw(start, student_ranker):
     _, url = start()
     documents = ["json file", "open the path"]
     body = {"model": "student", "query": "read json", "documents": documents}
@@ -125,7 +125,7 @@ def test_a_sigmoid_is_on_the_scores_unless_they_are_asked_raw(start, student_ran
     assert [found[0], found[1]] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_its_death_costs_one_shard(start, student_ranker, judgments, tmp_path):
+def test_a_killed_server_costs_one_shard(start, student_ranker, judgments, tmp_path):
     process, url = start()
     calls = []
 

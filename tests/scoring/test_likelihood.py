@@ -90,7 +90,7 @@ def test_score_matches_a_full_text_forward(decoder, judgments, family):
     assert engine.tokens > 57 * 8 and engine.documents_cut == 0
 
 
-def test_a_text_starts_with_what_the_tokenizer_puts_in_front(decoder, judgments):
+def test_a_text_starts_with_the_tokenizers_special_tokens(decoder, judgments):
     model, tokenizer = decoder[0], copy.deepcopy(decoder[1])
     pairs = pair_texts(judgments[:5])
     without = LikelihoodEngine(model, tokenizer, "lm", TEMPLATE).predict(pairs)
@@ -134,7 +134,7 @@ def test_each_document_is_read_once_and_the_head_sees_query_positions_only(decod
     assert len(read) == 1 + len(queries) and read[0] == len(contexts[0]) - 1 and max(read[1:]) == widest
 
 
-def test_a_long_document_is_cut_and_the_query_part_is_not(decoder, judgments):
+def test_a_long_document_is_truncated_and_the_query_part_is_not(decoder, judgments):
     model, tokenizer = decoder
     query, document = pair_texts(judgments)[0]
     long = document | {"summary": document["summary"] + " read write" * 30}
@@ -236,7 +236,7 @@ def test_score_and_evaluate_use_it_by_an_option(decoder, decoder_dir, judgments,
             main([*stage, *option, "--generative", "true"])
 
 
-def test_a_gguf_file_scores_as_the_model_that_it_holds(judgments, tmp_path, monkeypatch, capsys):
+def test_a_gguf_file_scores_as_the_model_it_contains(judgments, tmp_path, monkeypatch, capsys):
     pytest.importorskip("gguf")
     model = write_gguf(tmp_path / "model.gguf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")

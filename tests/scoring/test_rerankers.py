@@ -104,7 +104,7 @@ def test_a_label_is_chosen_among_several(tmp_path, tiny_student, judgments):
                 load_engine(path, label_index=wrong)
 
 
-def test_score_and_evaluate_take_the_label_by_an_option(tmp_path, tiny_student, judgments, monkeypatch):
+def test_score_and_evaluate_accept_a_label_option(tmp_path, tiny_student, judgments, monkeypatch):
     monkeypatch.setattr("sys.argv", ["disranker"])
     path, table, out = save_modular(tmp_path, tiny_student[1], labels=2), str(tmp_path / "t.parquet"), tmp_path / "out"
     judgments.to_parquet(table)

@@ -112,7 +112,7 @@ def test_another_teacher_input_or_limit_is_refused(engine, student_ranker, judgm
         assert {re.split("[:.]", line)[0].strip() for line in str(error.value).splitlines()[1:]} == names
 
 
-def test_the_manifest_tells_weights_apart(engine, judgments, store):
+def test_the_manifest_distinguishes_weights(engine, judgments, store):
     run(engine, judgments, store)
     weights = store.manifest()["weights"]
     other = copy.deepcopy(engine.ranker.model)
@@ -200,7 +200,7 @@ def test_a_few_poisoned_rows_at_the_end_do_not_keep_a_run_from_finishing(judgmen
 # Several workers
 
 
-def test_workers_share_the_shards_and_any_number_of_them_may_go_on(judgments, store):
+def test_workers_share_the_shards_and_any_number_of_them_can_resume(judgments, store):
     engines = [Stub() for _ in range(3)]
     done = [run(engine, judgments, store, worker=(at, 3)) for at, engine in enumerate(engines[:2])]
     assert done == [20, 20] and store.shards() == {0, 3, 1, 4}
@@ -210,7 +210,7 @@ def test_workers_share_the_shards_and_any_number_of_them_may_go_on(judgments, st
     assert store.read()["doc_id"].tolist() == judgments["doc_id"].tolist()
 
 
-def test_the_log_tells_who_scored_what(judgments, store, tmp_path):
+def test_the_log_records_shard_and_worker(judgments, store, tmp_path):
     run(Stub(), judgments, store, worker=(1, 4))
     record = json.loads((tmp_path / "scores" / "log" / "part-000005.json").read_text())
     assert (record["shard"], record["pairs"], record["tokens"], record["worker"]) == (5, 7, 35, "1 of 4")
@@ -450,7 +450,7 @@ def test_a_full_disk_leaves_no_half_shard(engine, judgments, store, tmp_path, li
     assert len(store.read()) == 57 and store.failures() == {}
 
 
-def test_input_that_is_damaged_on_the_way_costs_only_its_shards(judgments, store, tmp_path):
+def test_input_damaged_during_a_run_costs_only_its_shards(judgments, store, tmp_path):
     judgments.to_parquet(tmp_path / "pairs.parquet", index=False, row_group_size=10)
     candidates = Candidates(tmp_path / "pairs.parquet")
     candidates.check()

@@ -43,7 +43,7 @@ def test_shards_read_back_as_one_table_in_their_order(store, rows):
     assert read["split"].tolist() == rows["split"].tolist()
 
 
-def test_what_is_missing_is_known_and_told(store, rows, caplog):
+def test_missing_pairs_are_counted_and_reported(store, rows, caplog):
     store.open(MANIFEST)
     assert store.missing() == 5 and store.shards() == set()
     store.write(1, rows[2:4])
@@ -55,7 +55,7 @@ def test_what_is_missing_is_known_and_told(store, rows, caplog):
     assert store.missing() == 2
 
 
-def test_the_same_run_may_go_on(store, rows):
+def test_the_same_run_can_resume(store, rows):
     store.open(MANIFEST)
     store.write(0, rows[:2])
     again = ScoreStore(store.path)
@@ -66,7 +66,7 @@ def test_the_same_run_may_go_on(store, rows):
     assert again.shards() == {0}
 
 
-def test_without_a_digest_of_weights_the_name_tells_teachers_apart(store):
+def test_without_a_weights_digest_teachers_differ_by_name(store):
     served = {**MANIFEST, "weights": None, "engine": "tei"}
     store.open(served)
     with pytest.raises(ValueError, match="teacher: 'runs/teacher' there, 'org/other' now"):
@@ -86,7 +86,7 @@ def test_another_run_is_refused_with_the_differences(store):
     assert store.manifest() == MANIFEST
 
 
-def test_the_fields_of_a_config_are_told_one_by_one(store):
+def test_differing_config_fields_are_listed(store):
     store.open({**MANIFEST, "config": {"model_type": "bert", "hidden_act": "relu", "vocab_size": 9}})
     with pytest.raises(ValueError) as error:
         store.open({**MANIFEST, "config": {"model_type": "bert", "layer_norm_eps": 0.1, "vocab_size": 8}})
@@ -104,7 +104,7 @@ def test_a_folder_with_other_tables_is_refused(tmp_path, rows):
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_a_torn_file_of_a_crash_is_no_shard(tmp_path, rows):
+def test_a_leftover_temporary_file_is_not_a_shard(tmp_path, rows):
     store = ScoreStore(tmp_path)
     store.open(MANIFEST)
     store.write(0, rows[:2])
@@ -126,7 +126,7 @@ def test_a_shard_that_cannot_be_written_does_not_appear(tmp_path, rows):
 QUARANTINED = pa.table({"query_id": ["q0"], "doc_id": ["d0-9"], "reason": ["empty document"]})
 
 
-def test_the_quarantine_is_kept_apart_from_what_trains(store, rows):
+def test_quarantined_pairs_are_kept_out_of_training(store, rows):
     store.open(MANIFEST)
     store.write(0, rows[:1], QUARANTINED)
     store.write(1, rows[2:4])
@@ -138,7 +138,7 @@ def test_the_quarantine_is_kept_apart_from_what_trains(store, rows):
     assert store.summary().quarantined == {"empty document": 1}
 
 
-def test_a_pair_that_gets_its_score_at_last_leaves_the_quarantine(store, rows):
+def test_a_pair_scored_later_leaves_the_quarantine(store, rows):
     store.open(MANIFEST)
     store.write(0, rows[:1], QUARANTINED)
     store.write(0, rows[:2])
@@ -161,7 +161,7 @@ def record(shard, started, ended, worker="0 of 1"):
     return {"shard": shard, "pairs": 2, "tokens": 40, "started": started, "ended": ended, "worker": worker}
 
 
-def test_the_status_tells_progress_rate_and_failures(store, rows):
+def test_the_status_reports_progress_rate_and_failures(store, rows):
     store.open(MANIFEST)
     assert store.status().splitlines() == [
         f"{store.path}: 0 of 5 pairs, 0.0%",
@@ -194,7 +194,7 @@ def test_a_store_on_the_hub(hub, rows):
     assert len(again.read()) == 4
 
 
-def test_the_teacher_of_scores_is_known_where_a_manifest_tells(tmp_path, rows):
+def test_teacher_of_reads_the_manifest(tmp_path, rows):
     store = ScoreStore(tmp_path / "scores")
     store.open(MANIFEST)
     with pytest.raises(ValueError, match="still lacks the scores of 5 pairs"):

@@ -40,7 +40,7 @@ def exported(student_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("file", ["onnx/model.onnx", "openvino/openvino_model.xml"])
-def test_fp32_formats_give_the_rankers_scores(exported, student_ranker, judgments, file):
+def test_fp32_formats_match_the_rankers_scores(exported, student_ranker, judgments, file):
     pairs = pair_texts(judgments)
     scores = LightRanker(exported, file).predict(pairs)
     np.testing.assert_allclose(scores, student_ranker.predict(pairs), atol=1e-4)
@@ -59,7 +59,7 @@ def test_the_graph_is_what_other_runtimes_accept(exported):
     assert axes == {"input_ids": both, "attention_mask": both, "token_type_ids": both, "logits": ["batch", 1]}
 
 
-def test_the_folder_holds_what_loaders_ask_for(exported, tiny_student):
+def test_the_folder_contains_what_loaders_need(exported, tiny_student):
     tokenizer = tiny_student[1]
     words = (exported / "vocab.txt").read_text(encoding="utf-8").splitlines()
     assert words == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
@@ -110,7 +110,7 @@ def test_a_missing_library_is_named(student_dir, tmp_path, monkeypatch):
         recipe.main(ExportArguments(student_dir, str(tmp_path / "out"), "openvino"))
 
 
-def test_nothing_is_written_where_scores_move(student_dir, table, tmp_path, monkeypatch):
+def test_nothing_is_written_if_scores_change(student_dir, table, tmp_path, monkeypatch):
     def wrong(ranker, folder):
         return lambda pairs: ranker.predict(pairs)[::-1]
 
@@ -145,7 +145,7 @@ def test_the_verdict_says_no_more_than_was_measured():
     assert replace(EQUAL, top1=0.9).verdict.startswith("different scores")
 
 
-def test_pairs_are_whole_queries_without_those_that_are_cut(student_ranker, judgments, table, caplog):
+def test_pairs_are_whole_queries_without_truncated_ones(student_ranker, judgments, table, caplog):
     rows = recipe.read_pairs(ExportArguments("m", "o", "onnx", table, max_pairs=8), student_ranker)
     assert rows["query_id"].value_counts().to_dict() == {"q0": 3, "q1": 4}
     long = judgments.assign(query=judgments["query"].where(judgments["query_id"] != "q1", "read " * 40))

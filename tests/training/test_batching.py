@@ -62,7 +62,7 @@ def test_a_stream_keeps_the_budget_and_loses_no_query(collate):
     assert rows and real / padded > real / unsorted  # queries of like length share a batch
 
 
-def test_a_query_beyond_the_budget_is_said(caplog):
+def test_a_query_beyond_the_budget_is_reported(caplog):
     TokenBudgetSampler(np.array([1, 50]), np.array([10, 10]), token_budget=100)
     assert "1 of 2 queries need more than 100 tokens" in caplog.text
 
@@ -73,7 +73,7 @@ def test_batches_match_hand_example():
     assert [batch.tolist() for batch in batches] == [[2], [1, 4], [0, 3]]
 
 
-def test_every_row_comes_once_and_no_batch_is_over_the_budget():
+def test_every_row_appears_once_and_no_batch_exceeds_the_budget():
     lengths = np.random.default_rng(0).integers(1, 65, 1000)
     batches = budget_batches(lengths, token_budget=256)
     assert sorted(np.concatenate(batches)) == list(range(1000))
@@ -82,7 +82,7 @@ def test_every_row_comes_once_and_no_batch_is_over_the_budget():
     assert padded < 1.03 * lengths.sum()
 
 
-def test_no_rows_make_no_batch():
+def test_no_rows_yield_no_batches():
     assert budget_batches(np.array([], dtype=int), token_budget=10) == []
 
 
@@ -92,7 +92,7 @@ def test_runs_keep_the_order_and_the_budget():
     assert runs_within(np.array([], dtype=int), token_budget=8) == []
 
 
-def test_the_next_is_made_while_one_is_used():
+def test_the_next_result_is_computed_in_the_background():
     begun = [threading.Event() for _ in range(3)]
 
     def make(number):
@@ -104,7 +104,7 @@ def test_the_next_is_made_while_one_is_used():
     assert list(results) == [1, 4] and list(prefetch_map(make, [])) == []
 
 
-def test_an_error_comes_where_its_result_would():
+def test_an_error_is_raised_in_place_of_its_result():
     results = prefetch_map(lambda number: 1 / number, [1, 0, 1])
     assert next(results) == 1
     with pytest.raises(ZeroDivisionError):

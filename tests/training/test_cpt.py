@@ -32,7 +32,7 @@ def tokenizer():
     return train_bpe([*texts, "query: document:"] * 10, vocab_size=400, max_length=48)
 
 
-def test_the_options_warn_of_nothing_and_checkpoint_nothing(tmp_path, recwarn):
+def test_the_defaults_raise_no_warning_and_checkpoint_no_activations(tmp_path, recwarn):
     assert not CptConfig(str(tmp_path), use_cpu=True).gradient_checkpointing
     assert [str(warning.message) for warning in recwarn if "deprecated" in str(warning.message)] == []
     assert CptConfig(str(tmp_path), use_cpu=True, gradient_checkpointing=True).gradient_checkpointing
@@ -88,7 +88,7 @@ def test_training_lowers_the_loss_and_the_model_reloads(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
-def test_the_loss_on_a_cpu_is_trls(tokenizer, tmp_path, loss_type):
+def test_the_loss_on_a_cpu_equals_trl(tokenizer, tmp_path, loss_type):
     losses = []
     # One evaluation batch: over several trl averages their means.
     options = {"max_steps": 3, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 12}
@@ -100,9 +100,7 @@ def test_the_loss_on_a_cpu_is_trls(tokenizer, tmp_path, loss_type):
 
 
 @pytest.mark.parametrize(("options", "private"), [({}, True), ({"hub_private_repo": False}, False)])
-def test_what_has_read_clicks_is_published_privately_unless_asked_otherwise(
-    tokenizer, tmp_path, hub, options, private
-):
+def test_models_trained_on_clicks_are_private_by_default(tokenizer, tmp_path, hub, options, private):
     repo = f"tester/clicks-{private}"
     trainer_of(ClickTrainer, tokenizer, tmp_path, push_to_hub=True, hub_model_id=repo, hub_token=hub.token, **options)
     assert hub.repos["model", repo].private is private
@@ -112,7 +110,7 @@ def table(*rows):
     return pd.DataFrame(rows, columns=["query", "title", "summary", "weight", "users"])
 
 
-def test_equal_clicks_become_one_and_rows_come_as_often_as_they_weigh():
+def test_equal_clicks_are_merged_and_rows_repeat_by_weight():
     clicks = table(("a", "x", "", 1.0, 9), ("a", "x", "", 2.0, 9), ("b", "y", "", 9.0, 9), ("c", "z", "", 0.0, 9))
     # Three rows are left, of weights 3, 9 and 0: of three draws b gets 9/4 and a 3/4.
     drawn = [prepare_clicks(clicks, seed=seed)["query"].tolist() for seed in range(200)]
@@ -159,7 +157,7 @@ def test_losses_of_title_and_summary_match_the_token_by_token_sum(tokenizer):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_samples_are_kept_apart(tokenizer, tmp_path, attention):
+def test_packed_samples_train_as_separate_ones(tokenizer, tmp_path, attention):
     options = {"learning_rate": 0.0, "max_steps": 1, "per_device_train_batch_size": 12, "logging_steps": 1}
     apart = trainer_of(ClickTrainer, tokenizer, tmp_path, **options)
     packed = trainer_of(ClickTrainer, tokenizer, tmp_path, packing=True, eval_packing=False, **options)

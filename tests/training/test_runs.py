@@ -31,7 +31,7 @@ def test_resume_point_is_the_newest_checkpoint(tmp_path, caplog):
     assert "Resuming from" in caplog.text
 
 
-def test_resume_point_passes_over_a_checkpoint_that_was_cut_off(tmp_path, caplog):
+def test_resume_point_skips_an_incomplete_checkpoint(tmp_path, caplog):
     save_json({"global_step": 5}, str(tmp_path / "checkpoint-5" / "trainer_state.json"))
     (tmp_path / "checkpoint-10").mkdir()
     (tmp_path / "checkpoint-15").mkdir()
@@ -50,7 +50,7 @@ def test_save_json_leaves_the_old_file_when_the_new_cannot_be_written(tmp_path):
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}
 
 
-def test_a_record_holds_options_data_versions_and_revision(tmp_path, monkeypatch):
+def test_a_record_contains_options_data_versions_and_revision(tmp_path, monkeypatch):
     table = tmp_path / "table.parquet"
     table.write_bytes(b"abc")
     config = DistillationConfig(str(tmp_path), learning_rate=3e-4, hub_token="secret", hinge_weight=0.5)
@@ -100,7 +100,7 @@ def test_a_record_names_the_commit_and_that_it_was_changed(tmp_path, monkeypatch
     assert json.loads((tmp_path / "out" / "run.json").read_text())["git"] == f"{commit}+"
 
 
-def test_the_fingerprint_of_a_score_store_passes_over_its_quarantine(tmp_path):
+def test_the_fingerprint_of_a_score_store_ignores_its_quarantine(tmp_path):
     (tmp_path / "part-000000.parquet").write_bytes(b"scores")
     before = fingerprint(str(tmp_path))
     (tmp_path / "quarantine.parquet").mkdir()

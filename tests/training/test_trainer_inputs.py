@@ -87,7 +87,7 @@ def test_a_folder_and_rows_are_enough(tiny_student, groups, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("kind", [RankingConfig, DistillationConfig, CptConfig])
-def test_it_evaluates_every_epoch_if_there_is_a_set(student_dir, groups, tmp_path, kind):
+def test_an_evaluation_set_is_evaluated_every_epoch(student_dir, groups, tmp_path, kind):
     assert kind(str(tmp_path), use_cpu=True).eval_strategy == "epoch"
     args = RankingConfig(str(tmp_path), **SHORT)
     for eval_dataset, strategy in ((None, "no"), (groups, "epoch"), (None, "no")):
@@ -160,7 +160,7 @@ def test_a_causal_model_that_pads_with_its_end_is_fitted(plain_llama, groups, tm
     assert config.pad_token_id == trainer.processing_class.pad_token_id == config.vocab_size - 1
 
 
-def test_the_callers_tokenizer_and_config_stay_as_they_are(plain_llama, student_dir, groups, tmp_path):
+def test_the_callers_tokenizer_and_config_are_not_modified(plain_llama, student_dir, groups, tmp_path):
     for folder, kind in ((plain_llama, LLMForLastTokenRanking), (student_dir, BertDistilledRanker)):
         model, tokenizer = kind.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         config, before = model.config, (copy.deepcopy(model.config.to_dict()), state_of(tokenizer))
@@ -188,7 +188,7 @@ def test_stock_classifiers_share_their_weights(tiny_student, tiny_teacher, group
         assert again.config.marker.templates == ranker.config.marker.templates
 
 
-def test_models_that_are_no_rankers_are_refused(tiny_student, plain_llama, groups, tmp_path):
+def test_models_that_are_not_rankers_are_refused(tiny_student, plain_llama, groups, tmp_path):
     args, tokenizer = RankingConfig(str(tmp_path), **SHORT), tiny_student[1]
     config = copy.deepcopy(tiny_student[0].bert.config)
     two = BertForSequenceClassification(type(config).stock(**{**config.to_dict(), "num_labels": 2}))
@@ -203,7 +203,7 @@ def test_models_that_are_no_rankers_are_refused(tiny_student, plain_llama, group
         RankingTrainer(small_bert(tokenizer, layers=1, size=32), args, groups)
 
 
-def test_a_model_init_makes_each_training_anew(student_dir, groups, tmp_path):
+def test_model_init_is_called_for_each_training(student_dir, groups, tmp_path):
     made = []
 
     def model_init(trial):
@@ -224,7 +224,7 @@ def test_a_model_init_makes_each_training_anew(student_dir, groups, tmp_path):
 
 
 @pytest.mark.parametrize("trainer_class", [RankingTrainer, DistillationTrainer])
-def test_what_would_be_ignored_is_refused(student_dir, groups, tmp_path, trainer_class):
+def test_options_that_would_be_ignored_are_refused(student_dir, groups, tmp_path, trainer_class):
     args = trainer_class.config_class(str(tmp_path), **SHORT)
     for name in ("compute_loss_func", "data_collator"):
         with pytest.raises(TypeError, match=f"accepts no .*{name}.* loss_terms"):
@@ -240,7 +240,7 @@ def test_what_would_be_ignored_is_refused(student_dir, groups, tmp_path, trainer
         trainer_class(student_dir, trainer_class.config_class(str(tmp_path), **SHORT | {"max_length": 65}), groups)
 
 
-def test_losses_that_no_trainer_reads_are_refused(student_dir, groups, tmp_path):
+def test_losses_that_the_trainer_does_not_read_are_refused(student_dir, groups, tmp_path):
     trainer = RankingTrainer(student_dir, DistillationConfig(str(tmp_path), **SHORT), groups)
     with pytest.raises(ValueError, match="All losses of RankingTrainer have weight 0"):
         trainer.train()
@@ -269,7 +269,7 @@ def test_rows_of_another_kind_are_refused(student_dir, groups, tmp_path):
 
 
 @pytest.mark.parametrize("trainer_class", [RankingTrainer, DistillationTrainer])
-def test_the_evaluation_loss_is_that_of_the_whole_set(student_dir, groups, tmp_path, trainer_class):
+def test_the_evaluation_loss_covers_the_whole_set(student_dir, groups, tmp_path, trainer_class):
     found = []
     weights = {"hinge_weight": 0.5, "softmax_weight": 0.3}
     weights |= {"kl_weight": 0.2} if trainer_class is DistillationTrainer else {}
@@ -304,7 +304,7 @@ def test_measures_do_not_depend_on_how_predictions_are_gathered(student_dir, gro
         assert measured[0][name] == measured[1][name]
 
 
-def test_a_loss_of_ones_own_is_evaluated_too(student_dir, groups, tmp_path):
+def test_a_custom_loss_is_evaluated_too(student_dir, groups, tmp_path):
     class Mine(RankingTrainer):
         def loss_terms(self, scores, batch):
             _, term = super().loss_terms(scores, batch)["hinge"]
@@ -315,7 +315,7 @@ def test_a_loss_of_ones_own_is_evaluated_too(student_dir, groups, tmp_path):
     assert losses[1] == pytest.approx(2 * losses[0])
 
 
-def test_queries_without_labels_are_distilled_beside_those_that_have_some(student_dir, groups, tmp_path):
+def test_labelled_and_unlabelled_queries_are_distilled_together(student_dir, groups, tmp_path):
     rows = groups.to_list()
     rows[0]["labels"] = None
     rows[2]["labels"] = [None, *rows[2]["labels"][1:]]
