@@ -45,7 +45,7 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(CONFIGS / "quickstart", "500,3000,5,500"),
+    "tiny": Preset(CONFIGS / "quickstart", "1500,3000,5,500"),
     "hub": Preset(
         CONFIGS / "quickstart_hub",
         "1500,8000,7,1000",
