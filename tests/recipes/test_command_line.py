@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,7 @@ def test_help_shows_required_options_first_then_ours_and_leaves_the_libraries_to
 def test_stored_help_is_that_of_the_code(stage):
     text = cli.load_stage(stage).make_parser().format_help()
     assert cli.help_file(stage).read_text(encoding="utf-8") == text, "out of date: run `make help-texts`"
+    assert str(Path.cwd()) not in text
 
 
 def test_help_of_every_stage_imports_nothing_heavy():
