@@ -115,6 +115,7 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     tables = {"corpus": script_args.corpus, "labels": script_args.labels, "judgments": script_args.judgments}
     tables |= {f"scores_{number}": path for number, path in enumerate(sources)}
     next_step = f"disranker evaluate --model {training_args.output_dir} --judgments {script_args.judgments or 'TABLE'}"
+    next_step += f" --columns {script_args.columns}" if script_args.judgments and script_args.columns else ""
     save_run(trainer, (script_args, training_args), tables, measures, next_step)
 
 

@@ -133,3 +133,14 @@ def test_a_config_file_gives_lists_numbers_and_the_environment(tmp_path, monkeyp
     config.write_text("more_scores: t\n")
     args, _ = distill.make_parser().parse_args_and_config(["--config", str(config), "--model", "m", "--scores", "s"])
     assert args.more_scores == ["t"]
+
+
+def test_a_value_without_an_option_is_quoted_back(capsys):
+    with pytest.raises(SystemExit):
+        score.make_parser().parse_args_and_config(["--columns", "query=search", "title=product", "--out", "o"])
+    assert "'title=product' belongs to no option; a value with spaces needs quotes." in capsys.readouterr().err
+
+
+def test_columns_may_be_separated_as_a_chinese_keyboard_does():
+    names = score.ScoreArguments(columns="query=查询，title=标题").column_names()
+    assert names == {"query": "查询", "title": "标题"}

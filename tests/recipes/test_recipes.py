@@ -114,6 +114,11 @@ def test_a_teacher_learns_by_label_expectation_in_bf16_with_lora_and_recomputed_
     assert ((scores > 0) & (scores < 2)).all() and scores[0] != scores[1]
 
 
+def test_cpt_refuses_an_encoder(tables, student_dir):
+    with pytest.raises(ValueError, match="is a bert: cpt trains a decoder"):
+        run("cpt", "--model", student_dir, "--clicks", tables / "clicks.parquet", "--out", tables / "cpt", *SHORT)
+
+
 def test_a_finished_cpt_stays_as_it_is(tables, language_model):
     steps = [*SHORT, "--max_steps", 1, "--save_strategy", "steps", "--save_steps", 1]
     for _ in range(2):
@@ -130,6 +135,8 @@ def test_distill_resumes_and_keeps_the_chosen_layers(tables, student_dir, teache
     pairs = ["--pairs", tables / "candidates.parquet", "--corpus", tables / "corpus.parquet"]
     run("score", "--model", teacher_dir, *pairs, "--out", tables / "scores", "--shard_rows", 20)
     assert f"Scored {len(judgments)} of {len(judgments)} pairs" in capsys.readouterr().out
+    run("score", "--model", teacher_dir, *pairs, "--out", tables / "scores", "--shard_rows", 20)
+    assert "Nothing left to score for this job" in capsys.readouterr().out
     inputs = ["--model", student_dir, "--student_layers", "1", "--scores", tables / "scores"]
     inputs += ["--judgments", tables / "judgments.parquet", "--out", tables / "student", *SHORT]
     inputs += ["--save_strategy", "steps", "--save_steps", 1, "--logging_steps", 1]
