@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ class TableArguments:
 
     def column_names(self) -> dict[str, str]:
         """Return the table's name of each of our columns."""
-        pairs = [pair.partition("=") for pair in str(self.columns or "").split(",") if pair.strip()]
+        pairs = [pair.partition("=") for pair in re.split("[,，]", str(self.columns or "")) if pair.strip()]
         names = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
         if len(names) < len(pairs) or not all(names) or not all(names.values()):
             raise ValueError(f"--columns is OURS=YOURS,OURS=YOURS with each of ours once, got {self.columns!r}.")
@@ -149,6 +150,8 @@ class RecipeParser(HfArgumentParser):
         *parsed, unknown = self.parse_args_into_dataclasses(
             args, return_remaining_strings=True, look_for_args_file=False
         )
+        if unknown and not unknown[0].startswith("-"):
+            self.error(f"'{unknown[0]}' belongs to no option; a value with spaces needs quotes.")
         if unknown:
             self.error(self._unknown(unknown[0].split("=")[0]))
         return tuple(part for part in parsed if not isinstance(part, argparse.Namespace))

@@ -18,6 +18,7 @@ from hf_disranker.data.tables import read_table
 from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
 from hf_disranker.models.checkpoint import load_config, load_tokenizer
 from hf_disranker.models.checks import check_length, check_weights, position_limit
+from hf_disranker.models.student import is_encoder
 from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
 from hf_disranker.training.cpt import ClickTrainer, CptConfig, click_dataset, click_losses, prepare_clicks
 from hf_disranker.training.runs import check_output_dir, save_run, train
@@ -47,6 +48,10 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
     """Read the clicks, train, measure the held-out loss before and after, save."""
     check_output_dir(training_args, model_args.model_name_or_path)
     config = load_config(model_args.model_name_or_path, revision=model_args.model_revision)
+    if is_encoder(config.model_type):
+        raise ValueError(
+            f"{model_args.model_name_or_path} is a {config.model_type}: cpt trains a decoder, such as Qwen3."
+        )
     check_length(config, training_args.max_length or 1)  # before the tables are read
     columns = script_args.column_names()
     clicks = read_table(script_args.clicks, "clicks", columns=columns)

@@ -92,10 +92,11 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     if script_args.judgments and training_args.eval_strategy != "no":
         eval_split = usual_split(script_args.judgments, script_args.eval_split, "dev", columns)
         eval_dataset = load_groups(script_args.judgments, split=eval_split, columns=columns)
-        warn_shared_queries(sample_groups(train_dataset)["query"], eval_dataset["query"])
 
     if script_args.labels:
         train_dataset = with_labelled(train_dataset, script_args.labels, training_args, columns)
+    if eval_dataset is not None:
+        warn_shared_queries(sample_groups(train_dataset)["query"], eval_dataset["query"])
     report_data("distill", train_dataset, eval_dataset)
     student = load_student(script_args, training_args)
     if not student.config.marker.teacher and training_args.score_transform == "none":
@@ -114,6 +115,7 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     tables = {"corpus": script_args.corpus, "labels": script_args.labels, "judgments": script_args.judgments}
     tables |= {f"scores_{number}": path for number, path in enumerate(sources)}
     next_step = f"disranker evaluate --model {training_args.output_dir} --judgments {script_args.judgments or 'TABLE'}"
+    next_step += f" --columns {script_args.columns}" if script_args.judgments and script_args.columns else ""
     save_run(trainer, (script_args, training_args), tables, measures, next_step)
 
 
@@ -131,7 +133,7 @@ def with_labelled(
         raise ValueError("--labels needs the scores in memory: leave out --streaming.")
     weights = training_args.loss_weights()
     if not any(weights[name] for name in LABEL_LOSSES):
-        raise ValueError(f"--labels needs the weight of a loss on labels, such as --hinge_weight 1: {weights}.")
+        raise ValueError("--labels needs the weight of a loss on labels, such as --hinge_weight 1; all of them are 0.")
     labelled = load_groups(labels, split=usual_split(labels, None, "train", columns), columns=columns)
     if "labels" in groups.column_names:
         groups = groups.remove_columns("labels")

@@ -102,10 +102,10 @@ def make_parser() -> RecipeParser:
 def main(args: EvaluateArguments) -> Evaluation:
     """Score the judged pairs and measure the ranking."""
     if sum(map(bool, (args.model, args.run, args.scores, args.bm25))) != 1:
-        raise SystemExit("Name one of --model, --run, --scores and --bm25.")
+        raise SystemExit("disranker evaluate: name one of --model, --run, --scores and --bm25.")
     is_own = is_likelihood(args, args.generative, args.label_index) or args.generative or args.label_index is not None
     if is_own and not args.model:
-        raise SystemExit("--likelihood, --generative and --label_index need --model.")
+        raise SystemExit("disranker evaluate: --likelihood, --generative and --label_index need --model.")
     if args.out:
         inputs = (args.judgments, args.run, args.scores, args.corpus, args.queries, args.candidates, args.expect)
         check_evaluation_output(args.out, inputs)

@@ -104,6 +104,7 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     next_step = f"disranker score --model {training_args.output_dir} --pairs TABLE --out FOLDER"
     if is_encoder(config.model_type):
         next_step = f"disranker evaluate --model {training_args.output_dir} --judgments {script_args.judgments}"
+        next_step += f" --columns {script_args.columns}" if script_args.columns else ""
     save_run(trainer, (script_args, training_args, model_args), tables, measures, next_step)
 
 

@@ -91,7 +91,9 @@ def main(args: ScoreArguments) -> None:
     if not (args.model and args.out and (args.pairs or args.verify)):
         raise SystemExit("disranker score: name --model, --pairs and --out, or --status.")
     if not 0 <= args.shard_index < args.num_shards:
-        raise SystemExit(f"--shard_index {args.shard_index} of --num_shards {args.num_shards}: they count from 0.")
+        raise SystemExit(
+            f"disranker score: --shard_index {args.shard_index} of --num_shards {args.num_shards}: they count from 0."
+        )
     store = ScoreStore(args.out)
     if args.verify:
         check(make_engine(args), store, args.tolerance)
@@ -104,9 +106,9 @@ def main(args: ScoreArguments) -> None:
     done = ScoringRun(engine, candidates, store, args.shard_rows).run(worker, args.num_shards * processes)
     ranker = getattr(engine, "ranker", None)
     cut = f"; {ranker.documents_cut} documents and {ranker.queries_cut} queries were truncated" if ranker else ""
-    print(f"Scored {done} of {len(candidates)} pairs into {args.out}{cut}.")
-    if done:
-        print(f"Next: disranker distill --model ENCODER --scores {args.out} --out FOLDER")
+    finished = f"Nothing left to score for this job: its pairs are in {args.out}."
+    print(f"Scored {done} of {len(candidates)} pairs into {args.out}{cut}." if done else finished)
+    print(f"Next: disranker distill --model ENCODER --scores {args.out} --out FOLDER")
 
 
 def check(engine: Engine, store: ScoreStore, tolerance: float) -> None:

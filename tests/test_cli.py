@@ -263,7 +263,7 @@ def test_judgments_without_splits_need_no_split_option(run, tmp_path, judgments)
 def test_one_ranking_is_evaluated_at_a_time(run, tmp_path, judgments):
     judgments.to_parquet(tmp_path / "judgments.parquet")
     for chosen in ([], ["--bm25", "--scores", "scores"]):
-        with pytest.raises(SystemExit, match="Name one of --model, --run, --scores and --bm25"):
+        with pytest.raises(SystemExit, match="disranker evaluate: name one of --model, --run, --scores and --bm25"):
             run("evaluate", "--judgments", tmp_path / "judgments.parquet", *chosen)
 
 

@@ -35,10 +35,10 @@ def main(args: ReportArguments) -> None:
     """Load the evaluations and write the report."""
     check_output(args.out, is_report, args.runs)
     if args.abtest and not made_by(args.abtest, "disranker abtest"):
-        raise SystemExit(f"{args.abtest} was not written by `disranker abtest --out`.")
+        raise SystemExit(f"disranker report: {args.abtest} was not written by `disranker abtest --out`.")
     abtest = json_in(args.abtest) if args.abtest else None
     write_report(load_evaluations(args.runs), Path(args.out), args.texts, abtest=abtest)
-    print(f"{args.out}: {Path(args.out).stat().st_size / 1024:.0f} KiB")
+    print(f"Report written to {args.out}; open it in a browser.")
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ class ShowcaseArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of each student."})
     out: str = field(default="runs/showcase", metadata={"help": "Folder for data, models and report."})
     models: str = field(default=str(MODELS), metadata={"help": "Folder of `make models`."})
-    shipped: str = field(default=str(SHIPPED), metadata={"help": "Folder of the packed scores."})
-    configs: str = field(default=str(CONFIGS), metadata={"help": "Folder of the configs."})
+    shipped: str | None = field(default=None, metadata={"help": "Folder of packed scores; default: those shipped."})
+    configs: str | None = field(default=None, metadata={"help": "Folder of configs; default: those of the package."})
     workers: int | None = field(
         default=None, metadata={"help": "Models trained at the same time; default: one on each core."}
     )
@@ -89,11 +89,11 @@ def make_parser() -> RecipeParser:
 def main(args: ShowcaseArguments) -> None:
     """Run all unfinished stages, then show the results."""
     begin = time.perf_counter()
-    out = Path(args.out)
+    out, shipped = Path(args.out), Path(args.shipped or SHIPPED)
     check(args)
     make_data(out / "data")
-    forget_finished(out, [out / "data" / "manifest.json", Path(args.shipped, "scores.parquet")])
-    make_scores(out, Path(args.shipped))
+    forget_finished(out, [out / "data" / "manifest.json", shipped / "scores.parquet"])
+    make_scores(out, shipped)
     teacher = examine_teacher(out, Path(args.models, "smollm2"))
     print(teacher.verdict, flush=True)
     precision = fast_precision()
@@ -163,7 +163,11 @@ def training_stages(args: ShowcaseArguments, name: str, seed: int) -> Iterator[S
     def stage(kind: str, recipe: str, *options: str) -> Stage:
         folder = out / f"{name}-{kind}-{seed}"
         to = ["--model", base, "--seed", str(seed), "--out", str(folder)]
-        return folder, recipe, ["--config", f"{args.configs}/{student.config}_{kind}.yaml", *to, *options, *cut]
+        return (
+            folder,
+            recipe,
+            ["--config", f"{args.configs or CONFIGS}/{student.config}_{kind}.yaml", *to, *options, *cut],
+        )
 
     yield stage("student", "distill", *scores, "--labels", labels)
     yield stage("likelihood", "distill", *scores)

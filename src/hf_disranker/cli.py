@@ -106,6 +106,7 @@ def quiet_libraries() -> None:
     A head or weights that are missing where they must not be are errors of ours.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler: each line would be printed twice
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # set to DEBUG by its import
     if "transformers" in sys.modules:
         from transformers.utils import logging as library

@@ -79,7 +79,7 @@ def test_pairs_without_ids_get_them_from_their_texts(tmp_path, judgments, caplog
     bare = judgments.drop(columns=["query_id", "doc_id"])
     bare.to_csv(tmp_path / "bare.csv", index=False)
     found = read_table(tmp_path / "bare.csv", "judgments")
-    assert caplog.messages == [f"{tmp_path}/bare.csv: no column query_id and doc_id: ids are made from the texts."]
+    assert caplog.messages == [f"{tmp_path}/bare.csv has no query_id or doc_id: ids are made from the texts."]
     assert found["query_id"].nunique() == judgments["query_id"].nunique() and found["doc_id"].str.len().eq(16).all()
     bare.drop(columns="label").to_parquet(tmp_path / "pairs.parquet")
     pairs = Candidates(tmp_path / "pairs.parquet").read(0, len(bare)).to_pandas()

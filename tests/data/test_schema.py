@@ -142,6 +142,23 @@ def test_a_column_with_other_case_or_whitespace_is_refused(table, column):
     validate(rows(weight=1.0).assign(**{column: "x"}), table, "my.csv")  # beside the real one it may be anything
 
 
+def test_all_columns_with_another_spelling_are_named_at_once():
+    error = error_of(rows().rename(columns={"query": "Query", "title": "TITLE "}))
+    assert error == (
+        "my.csv: the columns 'Query', 'TITLE ' are called 'query', 'title' here: rename them, or --columns "
+        "query=Query,title=TITLE."
+    )
+
+
+def test_ids_need_no_columns():
+    shop = rows().drop(columns=["query_id", "doc_id"]).rename(columns={"query": "search", "title": "product"})
+    assert error_of(shop) == (
+        "my.csv: a judgments table needs the column(s) query, title; it has: search, product, summary, label. "
+        "If yours have other names: --columns query=YOURS,title=YOURS. Without query_id and doc_id, ids are made from "
+        "the texts."
+    )
+
+
 def test_a_column_that_occurs_twice_is_refused():
     frame = pd.concat([rows(), rows()[["title"]]], axis=1)
     assert error_of(frame) == "my.csv: the column 'title' occurs 2 times; keep one."

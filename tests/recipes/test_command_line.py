@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,7 @@ def test_help_shows_required_options_first_then_ours_and_leaves_the_libraries_to
 def test_stored_help_matches_the_code(stage):
     text = cli.load_stage(stage).make_parser().format_help()
     assert cli.help_file(stage).read_text(encoding="utf-8") == text, "out of date: run `make help-texts`"
+    assert str(Path.cwd()) not in text
 
 
 def test_help_of_every_stage_imports_nothing_heavy():
@@ -131,3 +133,14 @@ def test_a_config_file_sets_lists_numbers_and_the_environment(tmp_path, monkeypa
     config.write_text("more_scores: t\n")
     args, _ = distill.make_parser().parse_args_and_config(["--config", str(config), "--model", "m", "--scores", "s"])
     assert args.more_scores == ["t"]
+
+
+def test_a_value_without_an_option_is_quoted_back(capsys):
+    with pytest.raises(SystemExit):
+        score.make_parser().parse_args_and_config(["--columns", "query=search", "title=product", "--out", "o"])
+    assert "'title=product' belongs to no option; a value with spaces needs quotes." in capsys.readouterr().err
+
+
+def test_columns_may_be_separated_as_a_chinese_keyboard_does():
+    names = score.ScoreArguments(columns="query=查询，title=标题").column_names()
+    assert names == {"query": "查询", "title": "标题"}

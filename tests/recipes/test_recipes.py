@@ -114,6 +114,18 @@ def test_a_teacher_learns_by_label_expectation_in_bf16_with_lora_and_recomputed_
     assert ((scores > 0) & (scores < 2)).all() and scores[0] != scores[1]
 
 
+def test_cpt_refuses_an_encoder(tables, student_dir):
+    with pytest.raises(ValueError, match="is a bert: cpt trains a decoder"):
+        run("cpt", "--model", student_dir, "--clicks", tables / "clicks.parquet", "--out", tables / "cpt", *SHORT)
+
+
+def test_a_finished_cpt_stays_as_it_is(tables, language_model):
+    steps = [*SHORT, "--max_steps", 1, "--save_strategy", "steps", "--save_steps", 1]
+    for _ in range(2):
+        run("cpt", "--model", language_model, "--clicks", tables / "clicks.parquet", "--out", tables / "cpt", *steps)
+        assert [path.name for path in (tables / "cpt").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
 def losses(checkpoint):
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
@@ -123,14 +135,18 @@ def test_distill_resumes_and_keeps_the_chosen_layers(tables, student_dir, teache
     pairs = ["--pairs", tables / "candidates.parquet", "--corpus", tables / "corpus.parquet"]
     run("score", "--model", teacher_dir, *pairs, "--out", tables / "scores", "--shard_rows", 20)
     assert f"Scored {len(judgments)} of {len(judgments)} pairs" in capsys.readouterr().out
+    run("score", "--model", teacher_dir, *pairs, "--out", tables / "scores", "--shard_rows", 20)
+    assert "Nothing left to score for this job" in capsys.readouterr().out
     inputs = ["--model", student_dir, "--student_layers", "1", "--scores", tables / "scores"]
     inputs += ["--judgments", tables / "judgments.parquet", "--out", tables / "student", *SHORT]
     inputs += ["--save_strategy", "steps", "--save_steps", 1, "--logging_steps", 1]
     run("distill", *inputs, "--max_steps", 2)
     first = losses(tables / "student" / "checkpoint-2")
-    run("distill", *inputs, "--max_steps", 4)
-    whole = losses(tables / "student" / "checkpoint-4")
-    assert len(first) == 2 and len(whole) == 4 and whole[:2] == first  # resumed
+    for _ in range(2):  # a finished run stays as it is
+        run("distill", *inputs, "--max_steps", 3)
+        whole = losses(tables / "student" / "checkpoint-3")
+        assert len(first) == 2 and len(whole) == 3 and whole[:2] == first  # resumed
+        assert not (tables / "student" / "checkpoint-4").exists()
     config = json.loads((tables / "student" / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert config["disranker"]["teacher"] == {"id": teacher_dir, "revision": None}
@@ -179,8 +195,17 @@ def test_distill_learns_from_labelled_queries_too(tables, student_dir, judgments
     run("distill", *inputs, "--hinge_weight", 1, *batch)
     history = json.loads((tables / "student" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert history[0]["margin_mse"] > 0 and history[0]["hinge"] > 0 and history[0]["epoch"] == 1  # all queries twice
-    assert "have no pair of different teacher_scores" not in caplog.text
+    assert "have no pair of different teacher_scores" not in caplog.text and "also trained on" not in caplog.text
     assert set(json.loads((tables / "student" / "run.json").read_text())["data"]) == {"labels", "scores_0"}
+
+
+def test_labelled_queries_to_evaluate_on_are_reported(tables, student_dir, judgments, caplog):
+    dev = judgments[judgments["split"] == "dev"].drop(columns="label")
+    dev.assign(teacher_score=np.arange(len(dev), dtype=np.float32)).to_parquet(tables / "scores.parquet")
+    inputs = ["--model", student_dir, "--scores", tables / "scores.parquet", "--labels", tables / "judgments.parquet"]
+    inputs += ["--judgments", tables / "judgments.parquet", "--eval_split", "train", "--hinge_weight", 1, *SHORT]
+    run("distill", *inputs, "--out", tables / "student", "--max_steps", 1)
+    assert "8 of 8 evaluation queries are also trained on" in caplog.text
 
 
 def test_judgments_without_splits_need_no_split_option(tables, student_dir, judgments, caplog, monkeypatch):

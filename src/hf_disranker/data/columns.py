@@ -10,16 +10,12 @@ from typing import TypeAlias
 import pandas as pd
 import pyarrow as pa
 
-from hf_disranker.data.schema import TABLES, TableError
+from hf_disranker.data.schema import ID_TEXTS, KNOWN_COLUMNS, TABLES, TableError, ids_may_be_made
 
 logger = logging.getLogger(__name__)
 
 # Our column name to that of the user's tables.
 Columns: TypeAlias = Mapping[str, str]
-
-_KNOWN = {column for table in TABLES.values() for column in table.required + table.optional}
-# Texts that identify a query or a document without an id.
-_ID_TEXTS = {"query_id": ("query",), "doc_id": ("title", "summary")}
 
 
 def with_columns(frame: pd.DataFrame, columns: Columns | None, table: str, source: str) -> pd.DataFrame:
@@ -38,7 +34,7 @@ def with_columns(frame: pd.DataFrame, columns: Columns | None, table: str, sourc
     frame = frame.assign(**{ours: frame[theirs] for ours, theirs in chosen.items()}).drop(columns=_replaced(chosen))
     made = id_texts(frame.columns, table)
     if made:
-        logger.warning("%s: no column %s: ids are made from the texts.", source, " and ".join(made))
+        logger.warning("%s has no %s: ids are made from the texts.", source, " or ".join(made))
     return frame.assign(**{name: _ids(frame[list(texts)]) for name, texts in made.items()})
 
 
@@ -56,13 +52,13 @@ def with_arrow_columns(rows: pa.Table, columns: Columns | None, table: str, sour
 def id_texts(names: Iterable[object], table: str) -> dict[str, tuple[str, ...]]:
     """Return the ids to make for a table, each with the columns of its texts.
 
-    None is made if a column of another name ends with "id": it may be the one to read.
+    None is made if `schema.ids_may_be_made` is False.
     """
     names = set(names)
-    if table == "queries" or any(str(name).strip().casefold().endswith("id") for name in names - _KNOWN):
+    if not ids_may_be_made(names, table):
         return {}
-    lacking = [name for name in _ID_TEXTS if name in TABLES[table].required and name not in names]
-    return {name: _ID_TEXTS[name] for name in lacking if names.issuperset(_ID_TEXTS[name])}
+    lacking = [name for name in ID_TEXTS if name in TABLES[table].required and name not in names]
+    return {name: ID_TEXTS[name] for name in lacking if names.issuperset(ID_TEXTS[name])}
 
 
 def _chosen(names: Iterable[object], columns: Columns | None, table: str, source: str) -> dict[str, str]:
@@ -70,9 +66,9 @@ def _chosen(names: Iterable[object], columns: Columns | None, table: str, source
     present, schema = [str(name) for name in names], TABLES[table]
     chosen = {}
     for ours, theirs in (columns or {}).items():
-        if ours not in _KNOWN:
+        if ours not in KNOWN_COLUMNS:
             raise TableError(
-                f"There is no column '{ours}' to read '{theirs}' as; there are: {', '.join(sorted(_KNOWN))}."
+                f"There is no column '{ours}' to read '{theirs}' as; there are: {', '.join(sorted(KNOWN_COLUMNS))}."
             )
         found = [name for name in present if name == theirs] or [name for name in present if name.strip() == theirs]
         if found and ours in present and ours != found[0]:
@@ -88,7 +84,7 @@ def _chosen(names: Iterable[object], columns: Columns | None, table: str, source
 
 def _replaced(chosen: Columns) -> list[str]:
     """Return the columns that are renamed; one of our own names is copied: `query_id=query` keeps the query."""
-    return sorted(set(chosen.values()) - _KNOWN)
+    return sorted(set(chosen.values()) - KNOWN_COLUMNS)
 
 
 def _ids(texts: pd.DataFrame) -> list[str]:

@@ -321,7 +321,8 @@ def _beir_judgments(folder: Path, split: str | None) -> tuple[pd.DataFrame, str]
     paths = {path.name.split(".tsv")[0]: path for path in qrels}
     if not paths or (split and split not in paths):
         raise TableError(
-            f"{folder}: there are no judgments of split '{split}'; there are: {', '.join(paths) or 'none'}."
+            f"{folder}: there are no judgments of split '{split}'; there are: {', '.join(paths) or 'none'}. "
+            "Name one: --split to evaluate, --eval_split to train."
         )
     chosen = {split: paths[split]} if split else paths
     parts = [

@@ -53,6 +53,10 @@ TABLES = {
     "scores": Table((*_PAIR, "teacher_score"), ("title", "summary", "label", "split"), ("query_id", "doc_id")),
 }
 
+KNOWN_COLUMNS = {column for table in TABLES.values() for column in table.required + table.optional}
+# Texts that identify a query or a document without an id.
+ID_TEXTS = {"query_id": ("query",), "doc_id": ("title", "summary")}
+
 
 def validate(frame: pd.DataFrame, table: str, source: str) -> pd.DataFrame:
     """Check a table against its schema and convert its columns.
@@ -72,13 +76,7 @@ def validate(frame: pd.DataFrame, table: str, source: str) -> pd.DataFrame:
     """
     schema = TABLES[table]
     check_names(frame.columns, table, source)
-    missing = [column for column in schema.required if column not in frame.columns]
-    if missing:
-        found = ", ".join(map(str, frame.columns)) or "none"
-        raise TableError(
-            f"{source}: a {table} table needs the column(s) {', '.join(missing)}; it has: {found}. "
-            f"If yours have other names: --columns {','.join(f'{name}=YOURS' for name in missing)}."
-        )
+    _check_complete(frame.columns, table, source)
     if frame.empty:
         raise TableError(f"{source}: the {table} table has no rows.")
     frame = frame.copy()
@@ -95,14 +93,43 @@ def check_names(columns: Iterable[object], table: str, source: str) -> None:
     """Raise TableError for a duplicate column, or one that differs from the schema in case or spaces only."""
     names = list(columns)
     schema = TABLES[table]
+    spelt: dict[str, str] = {}
     for known in schema.required + schema.optional:
         if names.count(known) > 1:
             raise TableError(f"{source}: the column '{known}' occurs {names.count(known)} times; keep one.")
         if known not in names:
-            for name in names:
-                if isinstance(name, str) and name.strip().casefold() == known:
-                    how = f"rename it, or --columns {known}={name.strip()}"
-                    raise TableError(f"{source}: the column {name!r} is called '{known}' here: {how}.")
+            alike = [name for name in names if isinstance(name, str) and name.strip().casefold() == known]
+            if alike:
+                spelt[known] = alike[0]
+    if spelt:
+        found, ours = ", ".join(map(repr, spelt.values())), ", ".join(map(repr, spelt))
+        what, them = (f"column {found} is", "it") if len(spelt) == 1 else (f"columns {found} are", "them")
+        how = ",".join(f"{known}={name.strip()}" for known, name in spelt.items())
+        raise TableError(f"{source}: the {what} called {ours} here: rename {them}, or --columns {how}.")
+
+
+def _check_complete(columns: Iterable[object], table: str, source: str) -> None:
+    """Raise TableError for missing columns, of which ids are not asked for if they can be made."""
+    names = list(columns)
+    missing = [column for column in TABLES[table].required if column not in names]
+    if not missing:
+        return
+    makeable = ids_may_be_made(names, table)
+    made = [name for name, texts in ID_TEXTS.items() if makeable and name in missing and not {*texts} <= {*names}]
+    needed = [name for name in missing if name not in made]
+    ids = f" Without {' and '.join(made)}, ids are made from the texts." if made else ""
+    raise TableError(
+        f"{source}: a {table} table needs the column(s) {', '.join(needed)}; it has: "
+        f"{', '.join(map(str, names)) or 'none'}. "
+        f"If yours have other names: --columns {','.join(f'{name}=YOURS' for name in needed)}.{ids}"
+    )
+
+
+def ids_may_be_made(names: Iterable[object], table: str) -> bool:
+    """Return True unless a column of another name ends with "id": it may be the one to read."""
+    return table != "queries" and not any(
+        str(name).strip().casefold().endswith("id") for name in set(names) - KNOWN_COLUMNS
+    )
 
 
 def unread_weight(columns: Iterable[object]) -> str | None:

@@ -160,6 +160,13 @@ class ClickTrainer(EvaluationLossMixin, SFTTrainer):
             )
             ModelCard(text).save(os.path.join(folder, "README.md"))
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """See `Trainer.get_batch_samples`."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # resumed after the last step: Trainer would take one more
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        return batches, items
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """See `Trainer.compute_loss`."""
         own = self.args.device.type == "cpu" and self.args.loss_type == "nll"

@@ -241,7 +241,7 @@ def cast_weights(model: nn.Module, dtype: str) -> None:
         stored = " and ".join(sorted(found))
         logger.warning("The weights are %s and are trained in %s; see weights_dtype.", stored, dtype)
     else:
-        logger.info("Training %d weights in %s.", count, dtype)
+        logger.info("Training %s weights in %s.", f"{count:,}", dtype)
 
 
 def _cast_input(layer: nn.Linear, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
