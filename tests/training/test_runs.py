@@ -60,7 +60,8 @@ def test_a_record_contains_options_data_versions_and_revision(tmp_path, monkeypa
     options = record["options"]["DistillationConfig"]
     assert (options["learning_rate"], options["hinge_weight"], options["optim"]) == (3e-4, 0.5, config.optim)
     assert "secret" not in text
-    assert record["packages"]["torch"] == torch.__version__ and "transformers" in record["packages"]
+    # PyPI's wheels of torch omit the build (+cu126) in their metadata.
+    assert torch.__version__.startswith(record["packages"]["torch"]) and "transformers" in record["packages"]
     digest = hashlib.sha256(hashlib.sha256(b"abc").digest()).hexdigest()
     assert record["data"]["scores"] == {"source": str(table), "fingerprint": digest}
     assert record["data"]["folder"]["fingerprint"] == digest and "corpus" not in record["data"]

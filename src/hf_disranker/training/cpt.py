@@ -167,11 +167,15 @@ class ClickTrainer(EvaluationLossMixin, SFTTrainer):
         batches, items = super().get_batch_samples(*args, **kwargs)
         return batches, items
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """See `Trainer.compute_loss`."""
         own = self.args.device.type == "cpu" and self.args.loss_type == "nll"
         kind = Trainer if own else SFTTrainer
-        return kind.compute_loss(self, model, inputs, *args, **kwargs)
+        # In evaluation trl 1.0 counts the tokens of all processes; `prediction_step` needs the mean of this one.
+        items = num_items_in_batch if model.training else None
+        return kind.compute_loss(self, model, inputs, return_outputs, items)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
