@@ -35,7 +35,15 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")])
 TRAINING = ("cpt", "fit_teacher", "distill")
 # What stands in pages and is no `disranker`: the quickstart has tests of its own, `make install` makes what runs them.
-ELSEWHERE = ("make quickstart", "make demo", "make models", "make showcase", "make test", "make install", "source .venv/bin/activate")
+ELSEWHERE = (
+    "make quickstart",
+    "make demo",
+    "make models",
+    "make showcase",
+    "make test",
+    "make install",
+    "source .venv/bin/activate",
+)
 
 
 def blocks(page, sections=None):
