@@ -164,8 +164,7 @@ class ClickTrainer(EvaluationLossMixin, SFTTrainer):
         """See `Trainer.get_batch_samples`."""
         if self.state.global_step >= self.state.max_steps:
             return [], None  # resumed after the last step: Trainer would take one more
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        return batches, items
+        return super().get_batch_samples(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
