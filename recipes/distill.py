@@ -10,7 +10,6 @@ ones, by the losses on labels (`--hinge_weight 1`). An interrupted run resumes f
 
 from dataclasses import dataclass, field
 
-import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import set_seed
 
@@ -21,7 +20,7 @@ from hf_disranker.models.student import DistilledRanker, family_class
 from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
 from hf_disranker.scoring.store import teacher_of
 from hf_disranker.training.distillation import LABEL_LOSSES, DistillationConfig, DistillationTrainer
-from hf_disranker.training.monitor import known_values, sample_groups, warn_shared_queries
+from hf_disranker.training.monitor import sample_groups, warn_shared_queries
 from hf_disranker.training.runs import check_output_dir, report_data, save_run, train
 
 
@@ -99,8 +98,6 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
         warn_shared_queries(sample_groups(train_dataset)["query"], eval_dataset["query"])
     report_data("distill", train_dataset, eval_dataset)
     student = load_student(script_args, training_args)
-    if not student.config.marker.teacher and training_args.score_transform == "none":
-        student.start_at(float(np.mean(np.concatenate(known_values(sample_groups(train_dataset), "teacher_scores")))))
     several = {"id": " + ".join(str(teacher["id"]) for teacher in teachers), "revision": None}
     student.config.update_marker(teacher=several if len(teachers) > 1 else next(iter(teachers), None))
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 from two_processes import make_trainer, ragged_groups
 
-from hf_disranker import DistillationConfig, RankingConfig
+from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer, RankingConfig
 from hf_disranker.data import collators
 from hf_disranker.data.collators import GroupCollator
 from hf_disranker.models.ranker import pair_collator
@@ -40,6 +41,17 @@ def test_a_new_student_and_a_small_target_scale_do_not_warn(caplog):
         monitor = LossMonitor(target)
         for spread in spreads:
             monitor.check(1, {"score_spread": spread})
+    assert lines(caplog) == []
+
+
+def test_a_run_that_ends_on_its_first_plateau_warns(caplog):
+    monitor = LossMonitor(0.8)
+    monitor.check(25, {"score_spread": 0.008})
+    monitor.check_end(250)
+    assert "Step 250: training ends on its first plateau" in lines(caplog)[0] and "0.008" in lines(caplog)[0]
+    caplog.clear()
+    monitor.check(275, {"score_spread": 0.3})
+    monitor.check_end(275)
     assert lines(caplog) == []
 
 
@@ -144,3 +156,17 @@ def test_shared_queries_are_counted_up_to_case_and_whitespace(caplog):
     )
     warn_shared_queries(["kettle"], ["kettles"])
     assert len(lines(caplog)) == 1
+
+
+@pytest.mark.parametrize(
+    ("transform", "bias", "expected"), [("none", 0.0, 7.0), ("affine", 0.0, 0.0), ("none", 1.5, 1.5)]
+)
+def test_a_new_head_starts_at_the_mean_of_the_targets(transform, bias, expected, student_dir, tmp_path):
+    student = BertDistilledRanker.from_pretrained(student_dir)
+    student.start_at(bias)
+    groups = ragged_groups(8, 5)
+    shift = 7.0 - np.concatenate(groups["teacher_scores"]).mean()
+    groups = groups.map(lambda row: {"teacher_scores": [score + shift for score in row["teacher_scores"]]})
+    args = DistillationConfig(str(tmp_path), score_transform=transform, max_length=64, report_to="none")
+    trainer = DistillationTrainer(student, args, groups, processing_class=AutoTokenizer.from_pretrained(student_dir))
+    assert trainer.model.classifier.bias.item() == pytest.approx(expected, abs=1e-5)

@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset
 from torch import Tensor
 
+from hf_disranker.models.student import DistilledRanker, output_layer
 from hf_disranker.training.losses import LossTerm, kl, margin_mse, point_mse
 from hf_disranker.training.monitor import known_values, warn_squashed
 from hf_disranker.training.ranking_trainer import RankingTrainer
@@ -56,7 +57,7 @@ class DistillationTrainer(RankingTrainer):
     target = "teacher_scores"
     config_class = DistillationConfig
     args: DistillationConfig
-    _shift, _scale = 0.0, 1.0
+    _mean, _shift, _scale = 0.0, 0.0, 1.0
 
     def check_groups(self, groups: Dataset) -> float:
         """Check the rows and fit the score transform, for a stream on its first 1,000 queries."""
@@ -66,9 +67,16 @@ class DistillationTrainer(RankingTrainer):
             raise ValueError(f"A loss on labels has a weight, but the rows have no labels: {groups.column_names}.")
         scores = np.concatenate(known_values(groups, "teacher_scores"))
         warn_squashed(scores)
+        self._mean = float(scores.mean())
         if self.args.score_transform == "affine":
-            self._shift, self._scale = float(scores.mean()), float(scores.std())
+            self._shift, self._scale = self._mean, float(scores.std())
         return spread / self._scale
+
+    def start_head(self, ranker: Any) -> None:
+        """Start a new head, which has a bias of 0, at the mean of the targets."""
+        bias = output_layer(ranker).bias if isinstance(ranker, DistilledRanker) else None
+        if bias is not None and not bias.any():
+            ranker.start_at(self._mean - self._shift)
 
     def marker(self) -> dict[str, Any]:
         """Return the marker entries, including the transform score = (teacher - shift) / scale."""

@@ -118,7 +118,7 @@ def warn_truncated(groups: Dataset, collate: GroupCollator) -> None:
 
 
 class LossMonitor:
-    """Check logged values: stop on a loss that is not finite, warn once if the scores collapse.
+    """Check logged values: stop on a loss that is not finite, warn once if the scores collapse or never spread.
 
     `target_spread` is the standard deviation of the target within a query.
     """
@@ -145,6 +145,17 @@ class LossMonitor:
             self._warn(step, "The model scores all documents of a query equally")
         elif spread < _COLLAPSED * min(self.highest, self.target_spread):
             self._warn(step, f"The scores within a query collapse: spread {spread}, down from {self.highest}")
+
+    def check_end(self, step: int) -> None:
+        """Warn if the scores within a query have hardly spread: training has not left its first plateau."""
+        if not self.warned and 0 < self.highest < _COLLAPSED * self.target_spread:
+            logger.warning(
+                "Step %d: training ends on its first plateau: the scores within a query spread by %.4g, the target by "
+                "%.4g. Train for more steps, or with less --point_weight, which delays the order.",
+                step,
+                self.highest,
+                self.target_spread,
+            )
 
     def _warn(self, step: int, what: str) -> None:
         self.warned = True

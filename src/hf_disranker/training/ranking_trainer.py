@@ -177,6 +177,7 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
     def _prepare_model(self, model: Any) -> Any:
         """Build the ranker to train, with its limits in its config, and prepare the tokenizer once."""
         model = as_ranker(model, frozen=self.peft_config is not None)
+        self.start_head(model)
         check_length(model.config, self.args.max_length or 1)
         if self._own_tokenizer is None:
             self._own_tokenizer = own_tokenizer(self.processing_class, model.config._name_or_path)
@@ -192,6 +193,9 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
     def check_groups(self, groups: Dataset) -> float:
         """Check the target of the rows and return its spread; see `monitor.check_target`."""
         return check_target(groups, self.target, type(self).__name__)
+
+    def start_head(self, ranker: Any) -> None:
+        """Initialise a new head; nothing to do for losses on labels, which ignore a common offset."""
 
     def marker(self) -> dict[str, Any]:
         """Return the entries of the checkpoint's marker that depend on the training."""
@@ -286,6 +290,8 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
                 logs[name] = round((total / weight.clamp(min=1.0)).item(), 4)
             self._logged = {}
             self.monitor.check(self.state.global_step, logs)
+        elif "train_loss" in logs:
+            self.monitor.check_end(self.state.global_step)
         super().log(logs, *args, **kwargs)
 
     def _weights(self, terms: dict[str, tuple[float, LossTerm]]) -> Tensor:
