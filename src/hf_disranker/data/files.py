@@ -18,13 +18,10 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
-from pyarrow import csv as arrow_csv
 
 from hf_disranker.data.schema import (
     TABLES,
@@ -143,49 +140,15 @@ def _without_index(rows: pa.Table) -> pa.Table:
 
 
 def _read_csv(file: IO[bytes], separator: str = ",") -> pd.DataFrame:
-    content = file.read()
     # strict: otherwise a stray quote would silently join lines.
-    reader = csv.reader(_text(io.BytesIO(content)), delimiter=separator, strict=True)
+    reader = csv.reader(_text(file), delimiter=separator, strict=True)
     _, names = next(_records(reader), (1, []))
     if separator == "," and len(names) == 1 and (found := [mark for mark in _SEPARATORS if mark in names[0]]):
         raise ValueError(f"its fields are separated by {_SEPARATORS[found[0]]}: save it with commas between them.")
     names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"its header names the column '{twice[0]}' twice.")
-    if reader.line_num == 1 and (rows := _read_regular_csv(content, names, separator)) is not None:
-        return rows
     return _frame(_full_rows(reader, names), names)
-
-
-def _read_regular_csv(content: bytes, names: list[str], separator: str) -> pd.DataFrame | None:
-    """Parse a csv by pyarrow, which is faster; None if it might deviate from the strict reader."""
-    body = content[content.find(b"\n") + 1 :]
-    if b"\0" in body or body.count(b"\r") != body.count(b"\r\n") or not _quotes_match(body, separator):
-        return None
-    try:
-        table = arrow_csv.read_csv(
-            pa.BufferReader(body),
-            arrow_csv.ReadOptions(column_names=names, block_size=min(len(body), 2**30)),
-            arrow_csv.ParseOptions(delimiter=separator, newlines_in_values=True),
-            arrow_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
-        )
-    except pa.ArrowException:
-        return None
-    lines = 1 + sum(pc.count_substring(column, "\n").to_numpy() for column in table.columns)
-    if lines.sum() != body.count(b"\n") + (not body.endswith(b"\n")):
-        return None  # it has empty lines
-    index = pd.Index(2 + np.cumsum(lines) - lines, name="line")
-    return table.to_pandas().astype(object).set_index(index)
-
-
-def _quotes_match(content: bytes, separator: str) -> bool:
-    """Return True if all double quotes enclose a field or are doubled within one."""
-    data = np.frombuffer(content, np.uint8)
-    quotes = np.flatnonzero(data == ord('"'))
-    edge = np.zeros(256, bool)
-    edge[[*b'"\r\n', ord(separator)]] = True
-    closed = np.minimum(quotes[1::2] + 1, len(data) - 1)
-    return len(quotes) % 2 == 0 and bool(edge[data[quotes[::2] - 1]].all() and edge[data[closed]].all())
 
 
 def _full_rows(reader: Any, names: list[str]) -> Iterator[tuple[int, list[str]]]:
