@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_disranker.data.outputs import save_json
+from hf_disranker.recipes.outputs import save_json
 from hf_disranker.recipes.quickstart.results import TITLES
 from hf_disranker.recipes.quickstart.run import STAGES
 

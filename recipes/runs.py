@@ -25,10 +25,10 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_disranker.data.files import beir_files
-from hf_disranker.data.outputs import check_output_folder, json_in, save_json
 from hf_disranker.data.tables import parquet_files
 from hf_disranker.models.card import model_card, training_facts
 from hf_disranker.models.hub import TrainerHubMixin
+from hf_disranker.recipes.outputs import check_output_folder, json_in, save_json
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 
 from hf_disranker.data.bm25 import with_random_documents
-from hf_disranker.data.outputs import json_in, save_json
 from hf_disranker.data.tables import read_table, write_table
+from hf_disranker.recipes.outputs import json_in, save_json
 from hf_disranker.recipes.quickstart import from_scratch, python_docs
 from hf_disranker.recipes.quickstart.results import show_results
 from hf_disranker.recipes.quickstart.run import CONFIGS, Stage, has_finished, inputs, record

@@ -10,11 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from hf_disranker.data.bm25 import bm25_scores
-from hf_disranker.data.outputs import save_json
 from hf_disranker.data.tables import read_table
-from hf_disranker.evaluation.evaluate import describe, score_with
-from hf_disranker.evaluation.rankings import Evaluation, compare_evaluations
 from hf_disranker.models.ranker import Ranker
+from hf_disranker.recipes.outputs import save_json
+from hf_disranker.recipes.rankings import Evaluation, compare_evaluations, describe, score_with
 from hf_disranker.recipes.report.page import write_report
 from hf_disranker.recipes.showcase.scoring import load_teacher
 from hf_disranker.scoring.run import verify

@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_disranker.data.outputs import save_json
+from hf_disranker.recipes.outputs import save_json
 from hf_disranker.scoring.store import ScoreStore
 
 SHIPPED = Path(__file__).parent / "scores"

@@ -25,9 +25,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from hf_disranker.data.outputs import json_in, save_json
 from hf_disranker.data.tables import read_table
 from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.outputs import json_in, save_json
 from hf_disranker.recipes.quickstart import from_scratch
 from hf_disranker.recipes.quickstart.stages import MAX_LENGTH, fast_precision, make_data, run_recipe
 from hf_disranker.recipes.showcase.models import MODELS

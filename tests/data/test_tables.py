@@ -75,7 +75,7 @@ def hub(monkeypatch):
     """A Hub that holds the data sets of this dict, and fails for others as the real one does."""
     sets = {}
 
-    def load_dataset(name):
+    def load_dataset(name, streaming):
         if name not in sets:
             raise ConnectionError("cannot be reached")
         return sets[name]

@@ -18,7 +18,7 @@ import yaml
 from transformers import BertConfig, BertModel
 
 from hf_disranker import cli
-from hf_disranker.data.outputs import save_json
+from hf_disranker.recipes.outputs import save_json
 from hf_disranker.recipes.quickstart import from_scratch, python_docs, results, run, stages
 from hf_disranker.recipes.runs import resume_point
 from hf_disranker.scoring.store import ScoreStore
@@ -131,7 +131,7 @@ def test_a_second_run_prints_the_results_without_torch_and_children_inherit_pass
     code = f"""
 import dataclasses, subprocess, sys
 from hf_disranker import cli
-from hf_disranker.data.outputs import save_json
+from hf_disranker.recipes.outputs import save_json
 from hf_disranker.recipes.quickstart import run
 run.PRESETS["tiny"] = dataclasses.replace(run.PRESETS["tiny"], sizes="{SIZES}")
 cli.main({["quickstart", *map(str, options)]!r})

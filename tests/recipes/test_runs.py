@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
 from hf_disranker import DistillationConfig, LLMForLastTokenRanking
-from hf_disranker.data.outputs import save_json
+from hf_disranker.recipes.outputs import save_json
 from hf_disranker.recipes.quickstart.from_scratch import small_llama
 from hf_disranker.recipes.runs import (
     fingerprint,

@@ -15,7 +15,7 @@ import yaml
 from tiny_gguf import write_gguf
 from transformers import AutoModelForCausalLM
 
-from hf_disranker.data.outputs import save_json
+from hf_disranker.recipes.outputs import save_json
 from hf_disranker.recipes.quickstart import python_docs
 from hf_disranker.recipes.quickstart.from_scratch import small_llama
 from hf_disranker.recipes.showcase import models, results, scoring, shipped

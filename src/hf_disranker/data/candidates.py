@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from hf_disranker.data.columns import Columns, with_arrow_columns
 from hf_disranker.data.files import RowGroup, row_groups
 from hf_disranker.data.schema import TABLES, TableError, check_names, corpus_rows, validate
 from hf_disranker.data.tables import (
+    Columns,
     Source,
     arrow_column,
     has_texts,
@@ -24,6 +24,7 @@ from hf_disranker.data.tables import (
     read_table,
     read_texts,
     source_name,
+    with_arrow_columns,
 )
 
 TEXT_COLUMNS = ("query", "title", "summary")

@@ -1,4 +1,4 @@
-"""Strict readers of files: csv and jsonl (optionally gzipped), parquet by row group, and BEIR folders.
+"""Files: atomic writes, and strict readers of csv, jsonl (optionally gzipped), parquet and BEIR folders.
 
 Rows of a text file are indexed by their line, counted from 1 as in an editor, so that errors can name it.
 """
@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -83,6 +84,21 @@ def _ending(path: str) -> str:
 def _opened(fs: Any, path: str) -> IO[bytes]:
     file: IO[bytes] = fs.open(path, "rb", compression="gzip" if path.lower().endswith(".gz") else None)
     return file
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file in an existing folder by a rename, so that no reader sees a part of it."""
+    temporary = f"{os.fspath(path)}.{uuid.uuid4().hex}.tmp"  # two processes never write to the same file
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
 
 
 # Parquet

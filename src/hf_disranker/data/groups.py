@@ -13,21 +13,22 @@ import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
-from hf_disranker.data.columns import Columns, with_columns
 from hf_disranker.data.files import row_groups
 from hf_disranker.data.schema import TableError, with_index
 from hf_disranker.data.tables import (
+    Columns,
     Source,
     arrow_column,
     check_rows,
     is_hub_id,
     load_splits,
     locate,
-    not_found,
     parquet_files,
     read_rows,
     read_table,
     source_name,
+    with_columns,
+    with_split,
 )
 
 SAMPLINGS = ("all", "top", "stratified")
@@ -69,7 +70,9 @@ def load_groups(
         name = os.fspath(source)
         if not is_hub_id(name) and not parquet_files(name):
             fs, path = locate(name)
-            raise TableError(f"{name}: only parquet can be streamed.") if fs.exists(path) else not_found(name)
+            if not fs.exists(path):
+                raise FileNotFoundError(f"{name}: no such file or folder.")
+            raise TableError(f"{name}: only parquet can be streamed.")
         options = {"source": name, "split": split, "columns": columns}
         return IterableDataset.from_generator(_stream_groups, gen_kwargs=options)
     if isinstance(source, list | tuple):
@@ -154,9 +157,7 @@ def _chunks(source: str) -> Iterator[pd.DataFrame]:
     """Yield the rows of all splits, some thousand at a time."""
     if is_hub_id(source):
         for split, part in load_splits(source, streaming=True).items():
-            for table in part.with_format("arrow").iter(_CHUNK):
-                frame = table.to_pandas()
-                yield frame if "split" in frame.columns else frame.assign(split=str(split))
+            yield from (with_split(rows.to_pandas(), split) for rows in part.with_format("arrow").iter(_CHUNK))
         return
     fs, _ = locate(source)
     for path in parquet_files(source):

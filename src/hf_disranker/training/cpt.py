@@ -27,7 +27,7 @@ from hf_disranker.data.tables import is_hub_id
 from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
 from hf_disranker.models.checks import check_length
 from hf_disranker.models.teacher import fit_embeddings, prepare_tokenizer
-from hf_disranker.training.losses import EvaluationLossMixin, LossTerm
+from hf_disranker.training.losses import LossTerm, TrainerMixin
 from hf_disranker.training.setup import StageArguments, cast_weights, own_tokenizer, resolve_arguments, with_own_config
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class CptConfig(StageArguments, SFTConfig):
     hub_private_repo: bool | None = field(default=True, metadata={"help": "If True, create a private repository."})
 
 
-class ClickTrainer(EvaluationLossMixin, SFTTrainer):
+class ClickTrainer(TrainerMixin, SFTTrainer):
     """trl's `SFTTrainer`, on a CPU with the loss of the model.
 
     trl computes the loss in chunks of the vocabulary to save GPU memory; on a CPU this took three to eight times as
@@ -160,12 +160,6 @@ class ClickTrainer(EvaluationLossMixin, SFTTrainer):
             )
             ModelCard(text).save(os.path.join(folder, "README.md"))
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """See `Trainer.get_batch_samples`."""
-        if self.state.global_step >= self.state.max_steps:
-            return [], None  # resumed after the last step: Trainer would take one more
-        return super().get_batch_samples(*args, **kwargs)
-
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -179,7 +173,7 @@ class ClickTrainer(EvaluationLossMixin, SFTTrainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
-        """See `Trainer.prediction_step` and `EvaluationLossMixin`."""
+        """See `Trainer.prediction_step` and `TrainerMixin`."""
         rows = len(inputs["input_ids"])
         real = self.real_rows(rows) if prediction_loss_only else rows
         if real < rows:

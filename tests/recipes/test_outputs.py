@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from hf_disranker.data.outputs import check_output
 from hf_disranker.recipes import export
+from hf_disranker.recipes.outputs import check_output
 from hf_disranker.recipes.runs import check_output_dir
 from hf_disranker.training.distillation import DistillationConfig
 from hf_disranker.training.ranking_trainer import RankingConfig
