@@ -158,40 +158,33 @@ def _without_index(rows: pa.Table) -> pa.Table:
 def _read_csv(file: IO[bytes], separator: str = ",") -> pd.DataFrame:
     # strict: otherwise a stray quote would silently join lines.
     reader = csv.reader(_text(file), delimiter=separator, strict=True)
-    _, names = next(_records(reader), (1, []))
+    records = _records(reader)
+    _, names = next(records, (1, []))
     if separator == "," and len(names) == 1 and (found := [mark for mark in _SEPARATORS if mark in names[0]]):
         raise ValueError(f"its fields are separated by {_SEPARATORS[found[0]]}: save it with commas between them.")
     names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"its header names the column '{twice[0]}' twice.")
-    return _frame(_full_rows(reader, names), names)
-
-
-def _full_rows(reader: Any, names: list[str]) -> Iterator[tuple[int, list[str]]]:
-    for line, row in _records(reader):
-        if len(row) != len(names):
-            why = (
-                "is the row truncated?" if len(row) < len(names) else "a text with the separator needs double quotes."
-            )
-            raise ValueError(f"line {line} has {len(row)} fields, the header {len(names)}: {why}")
-        yield line, row
+    return _frame(records, names)
 
 
 def _records(reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows of a csv and the line where each starts, skipping empty lines."""
-    while True:
-        line = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise ValueError(
-                f"the double quotes of the row in line {line} do not match ({error}, line {reader.line_num}). Put a "
-                "text that contains a quote into double quotes and double its own quotes."
-            ) from error
-        if row:
-            yield line, row
+    """Yield the rows of a csv, header first, and the line where each starts, skipping empty lines."""
+    line, width = 1, 0
+    try:
+        for row in reader:
+            if row and len(row) != (width or len(row)):
+                why = "is the row truncated?" if len(row) < width else "a text with the separator needs double quotes."
+                raise ValueError(f"line {line} has {len(row)} fields, the header {width}: {why}")
+            if row:
+                width = len(row)
+                yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"the double quotes of the row in line {line} do not match ({error}, line {reader.line_num}). Put a text "
+            "that contains a quote into double quotes and double its own quotes."
+        ) from error
 
 
 def _objects(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -211,10 +204,8 @@ def _frame(rows: Iterator[tuple[int, Any]], names: list[str] | None = None) -> p
     """Build a frame from (line, row) pairs, where a row is a list of the values of `names`, or a dict."""
     blocks = []
     while block := list(islice(rows, _BLOCK)):
-        lines, values = zip(*block, strict=True)
-        columns: Any = list(values) if names is None else dict(zip(names, zip(*values, strict=True), strict=True))
-        index = pd.Index(lines, name="line")
-        blocks.append(pd.DataFrame(columns, index, dtype=None if names is None else object))
+        index = pd.Index([line for line, _ in block], name="line")
+        blocks.append(pd.DataFrame([row for _, row in block], index, names, dtype=object if names else None))
     return pd.concat(blocks) if blocks else pd.DataFrame(columns=names)
 
 
