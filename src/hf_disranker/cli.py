@@ -103,7 +103,7 @@ def _run(stage: str) -> None:
 def quiet_libraries() -> None:
     """Silence bars and messages of the libraries that say nothing to a user of the stages.
 
-    A head or weights that are missing where they must not be are errors of ours.
+    Missing heads or weights that must not be new raise an error in this package.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler: each line would be printed twice

@@ -14,7 +14,6 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +24,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from hf_disranker.data.schema import (
-    TABLES,
+    KNOWN_COLUMNS,
     TableError,
     grades_from_zero,
     join_queries,
@@ -40,7 +39,7 @@ _BLOCK = 50_000
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _READ_ERRORS = (ValueError, OSError, EOFError, zlib.error, pa.ArrowException)
-# Column names of BEIR, and ours.
+# Column names of BEIR and of the tables.
 _BEIR_CORPUS = {"_id": "doc_id", "title": "title", "text": "summary"}
 _BEIR_QUERIES = {"_id": "query_id", "text": "query"}
 _BEIR_QRELS = {"query-id": "query_id", "corpus-id": "doc_id", "score": "label"}
@@ -104,38 +103,29 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 # Parquet
 
 
-@dataclass(frozen=True)
-class RowGroup:
-    """Row group of a parquet file, to be read whole or in batches.
-
-    Named index levels are columns; unnamed ones (internal to pandas) are dropped. Reading raises TableError if the
-    file is damaged.
-    """
-
-    fs: Any
-    path: str
-    number: int
-    rows: int
-
-    def read(self) -> pa.Table:
-        """Read all rows."""
-        with _parquet(self.fs, self.path) as file:
-            return _without_index(file.read_row_group(self.number))
-
-    def batches(self, size: int) -> Iterator[pa.Table]:
-        """Yield at most `size` rows at a time."""
-        # Not by datasets, whose scanner prefetches up to the whole file. A row group at a time, since the reader keeps
-        # what it has read until its iteration ends.
-        with _parquet(self.fs, self.path) as file:
-            for batch in file.iter_batches(size, row_groups=[self.number]):
-                yield _without_index(pa.Table.from_batches([batch]))
+# Named index levels are columns; unnamed ones, internal to pandas, are dropped. A damaged file raises TableError.
 
 
-def row_groups(fs: Any, path: str) -> list[RowGroup]:
-    """Return the row groups of a parquet file from its footer; TableError if it cannot be read."""
+def row_group_sizes(fs: Any, path: str) -> list[int]:
+    """Return the number of rows of each row group of a parquet file, from its footer."""
     with _parquet(fs, path) as file:
-        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-    return [RowGroup(fs, path, number, rows) for number, rows in enumerate(sizes)]
+        return [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+
+
+def read_row_group(fs: Any, path: str, number: int) -> pa.Table:
+    """Read a row group of a parquet file."""
+    with _parquet(fs, path) as file:
+        return _without_index(file.read_row_group(number))
+
+
+def parquet_batches(fs: Any, path: str, size: int) -> Iterator[pa.Table]:
+    """Yield the rows of a parquet file, at most `size` at a time."""
+    # Not by datasets, whose scanner prefetches up to the whole file. A row group at a time, since the reader keeps
+    # what it has read until its iteration ends.
+    with _parquet(fs, path) as file:
+        for number in range(file.num_row_groups):
+            for batch in file.iter_batches(size, row_groups=[number]):
+                yield _without_index(pa.Table.from_batches([batch]))
 
 
 @contextmanager
@@ -311,8 +301,7 @@ def _renamed(rows: pd.DataFrame, names: Mapping[str, str], path: Path) -> pd.Dat
     """Rename BEIR's columns, dropping other columns whose names have a meaning in our tables."""
     if missing := [name for name in names if name not in rows.columns]:
         raise TableError(f"{path}: the rows lack {', '.join(missing)}; they have: {', '.join(rows.columns)}.")
-    ours = {column for table in TABLES.values() for column in table.required + table.optional}
-    return rows.drop(columns=(ours - set(names)) & set(rows.columns)).rename(columns=names)
+    return rows.drop(columns=(KNOWN_COLUMNS - set(names)) & set(rows.columns)).rename(columns=names)
 
 
 def _packed_or_not(path: Path) -> Path | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
-from hf_disranker.data.files import row_groups
+from hf_disranker.data.files import parquet_batches
 from hf_disranker.data.schema import TableError, with_index
 from hf_disranker.data.tables import (
     Columns,
@@ -118,24 +117,27 @@ def _stream_groups(source: str, split: str | None, columns: Columns | None) -> I
     """Yield the rows of `load_groups`, checking some thousand table rows at a time."""
     seen: set[str] = set()
     rest: list[pd.DataFrame] = []
-    for chunk in chain(_stream_rows(source, split, columns), [None]):
-        if chunk is not None:
-            frame = pd.concat([*rest, chunk])
-            table = "scores" if "teacher_score" in frame.columns else "judgments"
-            frame = check_rows(frame, source, table, None, None).set_index(frame.index)
-            last = frame["query_id"] == frame["query_id"].iloc[-1]  # may continue in the next chunk
-            frame, rest = frame[~last], [frame[last]]
-        else:
-            frame, rest = pd.concat(rest), []
-        starts = frame["query_id"][frame["query_id"] != frame["query_id"].shift()]
-        scattered = starts[starts.duplicated() | starts.isin(seen)]
-        if len(scattered):
-            raise TableError(
-                f"{source}: the rows of query '{scattered.iloc[0]}' are not adjacent: sort by query_id to stream it."
-            )
-        if len(seen) < _REMEMBERED:  # an unsorted table shows early, and memory stays flat
-            seen.update(starts)
-        yield from group_rows(frame)
+    for chunk in _stream_rows(source, split, columns):
+        frame = pd.concat([*rest, chunk])
+        table = "scores" if "teacher_score" in frame.columns else "judgments"
+        frame = check_rows(frame, source, table, None, None).set_index(frame.index)
+        last = frame["query_id"] == frame["query_id"].iloc[-1]  # may continue in the next chunk
+        yield from _group_adjacent(frame[~last], seen, source)
+        rest = [frame[last]]
+    yield from _group_adjacent(pd.concat(rest), seen, source)
+
+
+def _group_adjacent(frame: pd.DataFrame, seen: set[str], source: str) -> Iterator[dict[str, Any]]:
+    """Yield the groups of some rows, whose queries are added to `seen`; TableError if a query was seen before."""
+    starts = frame["query_id"][frame["query_id"] != frame["query_id"].shift()]
+    scattered = starts[starts.duplicated() | starts.isin(seen)]
+    if len(scattered):
+        raise TableError(
+            f"{source}: the rows of query '{scattered.iloc[0]}' are not adjacent: sort by query_id to stream it."
+        )
+    if len(seen) < _REMEMBERED:  # an unsorted table shows early, and memory stays flat
+        seen.update(starts)
+    yield from group_rows(frame)
 
 
 def _stream_rows(source: str, split: str | None, columns: Columns | None) -> Iterator[pd.DataFrame]:
@@ -145,10 +147,11 @@ def _stream_rows(source: str, split: str | None, columns: Columns | None) -> Ite
         frame = with_index(frame).set_axis(range(start, start + len(frame)))  # row numbers in errors
         start += len(frame)
         frame = with_columns(frame, columns, "scores" if "teacher_score" in frame else "judgments", source)
-        chosen = frame if not split else frame[frame["split"] == split] if "split" in frame else frame[:0]
-        found |= len(chosen) > 0
-        if len(chosen):
-            yield chosen
+        if split:
+            frame = frame[frame["split"] == split] if "split" in frame else frame[:0]
+        if len(frame):
+            found = True
+            yield frame
     if not found:
         raise TableError(f"{source}: no row has split '{split}'.")
 
@@ -161,8 +164,7 @@ def _chunks(source: str) -> Iterator[pd.DataFrame]:
         return
     fs, _ = locate(source)
     for path in parquet_files(source):
-        for group in row_groups(fs, path):
-            yield from (rows.to_pandas() for rows in group.batches(_CHUNK))
+        yield from (rows.to_pandas() for rows in parquet_batches(fs, path, _CHUNK))
 
 
 def group_rows(frame: pd.DataFrame) -> Dataset:

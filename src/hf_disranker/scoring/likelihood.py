@@ -125,8 +125,8 @@ class LikelihoodEngine:
         ids = dict(zip(documents, self._ids(documents), strict=True))
         self.documents_cut += sum(len(ids[text]) > limit for text in texts)
         contexts = {text: self._start + ids[text][:limit] + self._suffix_ids for text in documents}
-        asked = dict(zip(queries, self._ids([self._space + query for query in queries]), strict=True))
-        return [contexts[text] for text in texts], [asked[query] for query, _ in pairs]
+        query_ids = dict(zip(queries, self._ids([self._space + query for query in queries]), strict=True))
+        return [contexts[text] for text in texts], [query_ids[query] for query, _ in pairs]
 
     def _check_length(self, contexts: list[list[int]], queries: list[list[int]]) -> None:
         longest = max((len(context) + len(query) for context, query in zip(contexts, queries, strict=True)), default=0)

@@ -25,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import is_hub_id
 from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
+from hf_disranker.models.card import TEMPLATES
 from hf_disranker.models.checks import check_length
 from hf_disranker.models.teacher import fit_embeddings, prepare_tokenizer
 from hf_disranker.training.losses import LossTerm, TrainerMixin
@@ -35,26 +36,6 @@ logger = logging.getLogger(__name__)
 _CHUNK = 10_000
 _PROMPT, _TITLE, _SUMMARY = range(3)
 _CARD_OPTIONS = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length", "seed")
-_CARD = """\
----
-{data}
----
-
-# {name}
-
-A language model after continued pre-training on search clicks with hf-disranker (`pip install hf-disranker`): it
-reads a query and continues with the title and summary that users clicked. `disranker fit_teacher --model {folder}`
-makes it a ranker.
-
-- Started from: {base}
-- Data: {rows} clicks, as `{template}`, with the loss on title and summary
-
-| hyper-parameter | value |
-|---|---|
-{options}
-
-It may have memorized queries and documents of its click log: check what it may reveal before you publish it.
-"""
 
 
 @dataclass
@@ -149,14 +130,18 @@ class ClickTrainer(TrainerMixin, SFTTrainer):
                 pipeline_tag="text-generation",
                 tags=["hf-disranker", "generated_from_trainer"],
             )
-            text = _CARD.format(
-                data=data.to_yaml(),
-                name=os.path.basename(os.path.normpath(folder)),
-                folder=folder,
-                base=base if is_hub_id(base) else "a model that is not published",
-                rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else "streamed",
-                template=getattr(model.config, "click_templates", TEACHER_TEMPLATES.to_dict())["text"],
-                options="\n".join(f"| {name} | {getattr(self.args, name)} |" for name in _CARD_OPTIONS),
+            text = (
+                (TEMPLATES / "click_model_card.md")
+                .read_text(encoding="utf-8")
+                .format(
+                    data=data.to_yaml(),
+                    name=os.path.basename(os.path.normpath(folder)),
+                    folder=folder,
+                    base=base if is_hub_id(base) else "a model that is not published",
+                    rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else "streamed",
+                    template=getattr(model.config, "click_templates", TEACHER_TEMPLATES.to_dict())["text"],
+                    options="\n".join(f"| {name} | {getattr(self.args, name)} |" for name in _CARD_OPTIONS),
+                )
             )
             ModelCard(text).save(os.path.join(folder, "README.md"))
 

@@ -149,7 +149,7 @@ class RankingTrainer(TrainerMixin, TrainerHubMixin, Trainer):
         """Apply defaults and refuse options without effect; use one GPU per process."""
         args = resolve_arguments(args, self.config_class, type(self).__name__, has_eval_dataset)
         if args.batch_eval_metrics and compute_metrics is ranking_metrics:
-            raise ValueError("batch_eval_metrics needs a compute_metrics of your own: ours needs the whole set.")
+            raise ValueError("batch_eval_metrics needs another compute_metrics: ranking_metrics needs the whole set.")
         if args.n_gpu > 1:
             logger.warning("Using one GPU of %d: use `accelerate launch` for all of them.", args.n_gpu)
             args._n_gpu = 1
