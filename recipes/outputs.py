@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_disranker.data.files import write_atomically
-
 # Files of a model folder.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.jinja", "README.md", "onnx/*", "openvino/*")
 
@@ -24,6 +22,8 @@ def json_in(path: str | os.PathLike[str]) -> Any:
 
 def save_json(content: Any, path: str) -> None:
     """Write indented json atomically, creating the folder."""
+    from hf_disranker.data.files import write_atomically  # imports pandas; reading json does without
+
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 

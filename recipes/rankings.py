@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,11 @@ from hf_disranker.evaluation.evaluate import best_passages, evaluate, join_run, 
 from hf_disranker.evaluation.significance import Comparison, changed_tops, compare
 from hf_disranker.recipes.outputs import check_output, json_in
 
+if TYPE_CHECKING:
+    from hf_disranker.models.base import PairRanker
+    from hf_disranker.scoring.engines import Engine
+
+# Pairs scored at a time, for the progress bar.
 _CHUNK = 16_384
 _PACKAGES = ("hf-disranker", "torch", "transformers", "numpy")
 
@@ -109,11 +114,9 @@ def load_evaluations(paths: Iterable[str | os.PathLike[str]]) -> list[Evaluation
         FileNotFoundError: If a file of an evaluation is missing.
         ValueError: If there is no evaluation, two have the same name, or their judgments differ.
     """
-    files = [
-        file
-        for path in map(Path, paths)
-        for file in (filter(_is_evaluation, sorted(path.glob("*.json"))) if path.is_dir() else [path])
-    ]
+    files: list[Path] = []
+    for path in map(Path, paths):
+        files += filter(_is_evaluation, sorted(path.glob("*.json"))) if path.is_dir() else [path]
     if not files:
         raise ValueError("No json file of `disranker evaluate --out` was found.")
     about = [_read_measures(file)["about"] for file in files]
@@ -152,16 +155,9 @@ def compare_evaluations(
     ]
 
 
-class Predictor(Protocol):
-    """Scorer of (query, {"title", "summary"}) pairs: a `Ranker` or a scoring engine."""
-
-    def predict(self, pairs: Sequence[tuple[str, Any]]) -> np.ndarray:
-        """Return raw scores in the order of the pairs, shape (len(pairs),)."""
-
-
-def score_with(ranker: Predictor, judgments: pd.DataFrame, progress: bool = True) -> tuple[np.ndarray, float]:
+def score_with(ranker: PairRanker | Engine, rows: pd.DataFrame, progress: bool = True) -> tuple[np.ndarray, float]:
     """Score rows with query, title and summary; return scores, shape (rows,), and pairs per second after warm-up."""
-    pairs = pair_texts(judgments)
+    pairs = pair_texts(rows)
     cut = {name: getattr(ranker, name) for name in ("queries_cut", "documents_cut") if hasattr(ranker, name)}
     ranker.predict(pairs[:256])
     for name, count in cut.items():  # do not count the warm-up

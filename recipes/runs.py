@@ -85,7 +85,7 @@ def _size(groups: Any) -> str:
 
 
 def warn_shared_queries(train: Iterable[str], held_out: Iterable[str]) -> None:
-    """Warn of evaluation queries that are also trained on, ignoring case and whitespace."""
+    """Warn about evaluation queries that are also trained on, ignoring case and whitespace."""
     seen = set(map(_normalized, train))
     measured = {_normalized(query): query for query in held_out}
     shared = [query for spelling, query in measured.items() if spelling in seen]

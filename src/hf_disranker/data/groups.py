@@ -64,16 +64,7 @@ def load_groups(
         ValueError: If `streaming` is combined with a corpus or with a table in memory.
     """
     if streaming:
-        if corpus is not None or not isinstance(source, str | os.PathLike):
-            raise ValueError("Streaming needs the path or id of a table with texts, and no corpus.")
-        name = os.fspath(source)
-        if not is_hub_id(name) and not parquet_files(name):
-            fs, path = locate(name)
-            if not fs.exists(path):
-                raise FileNotFoundError(f"{name}: no such file or folder.")
-            raise TableError(f"{name}: only parquet can be streamed.")
-        options = {"source": name, "split": split, "columns": columns}
-        return IterableDataset.from_generator(_stream_groups, gen_kwargs=options)
+        return _streamed(source, split, corpus, columns)
     if isinstance(source, list | tuple):
         return group_rows(_average(source, split, corpus, columns))
     frame, name = read_rows(source, "judgments", split, columns)
@@ -81,6 +72,19 @@ def load_groups(
     groups = group_rows(check_rows(frame, name, table, split, corpus, columns=columns))
     groups.info.dataset_name = source_name(source)
     return groups
+
+
+def _streamed(source: Any, split: str | None, corpus: Source | None, columns: Columns | None) -> IterableDataset:
+    if corpus is not None or not isinstance(source, str | os.PathLike):
+        raise ValueError("Streaming needs the path or id of a table with texts, and no corpus.")
+    name = os.fspath(source)
+    if not is_hub_id(name) and not parquet_files(name):
+        fs, path = locate(name)
+        if not fs.exists(path):
+            raise FileNotFoundError(f"{name}: no such file or folder.")
+        raise TableError(f"{name}: only parquet can be streamed.")
+    options = {"source": name, "split": split, "columns": columns}
+    return IterableDataset.from_generator(_stream_groups, gen_kwargs=options)
 
 
 def _average(
@@ -114,7 +118,7 @@ def mean_scores(tables: Sequence[pd.DataFrame], scales: Sequence[Sequence[float]
 
 
 def _stream_groups(source: str, split: str | None, columns: Columns | None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of `load_groups`, checking some thousand table rows at a time."""
+    """Yield the rows of `load_groups`, checking a few thousand table rows at a time."""
     seen: set[str] = set()
     rest: list[pd.DataFrame] = []
     for chunk in _stream_rows(source, split, columns):
@@ -141,7 +145,7 @@ def _group_adjacent(frame: pd.DataFrame, seen: set[str], source: str) -> Iterato
 
 
 def _stream_rows(source: str, split: str | None, columns: Columns | None) -> Iterator[pd.DataFrame]:
-    """Yield the rows of a split, some thousand at a time."""
+    """Yield the rows of a split, a few thousand at a time."""
     found, start = False, 0
     for frame in _chunks(source):
         frame = with_index(frame).set_axis(range(start, start + len(frame)))  # row numbers in errors
@@ -157,7 +161,7 @@ def _stream_rows(source: str, split: str | None, columns: Columns | None) -> Ite
 
 
 def _chunks(source: str) -> Iterator[pd.DataFrame]:
-    """Yield the rows of all splits, some thousand at a time."""
+    """Yield the rows of all splits, a few thousand at a time."""
     if is_hub_id(source):
         for split, part in load_splits(source, streaming=True).items():
             yield from (with_split(rows.to_pandas(), split) for rows in part.with_format("arrow").iter(_CHUNK))

@@ -30,7 +30,7 @@ _THOUSANDS = re.compile(r"\s*\d{1,3}(\.\d{3})+\s*")
 
 
 class TableError(ValueError):
-    """A table breaks its schema. The message names the source, the column and the first offending rows."""
+    """Error of a table that breaks its schema; the message names source, column and the first offending rows."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def check_names(columns: Iterable[object], table: str, source: str) -> None:
 
 
 def _check_complete(columns: Iterable[object], table: str, source: str) -> None:
-    """Raise TableError for missing columns, of which ids are not asked for if they can be made."""
+    """Raise TableError for missing columns, except ids that can be made from texts."""
     names = list(columns)
     missing = [column for column in TABLES[table].required if column not in names]
     if not missing:

@@ -163,7 +163,7 @@ def with_columns(frame: pd.DataFrame, columns: Columns | None, table: str, sourc
 
 
 def with_arrow_columns(rows: pa.Table, columns: Columns | None, table: str, source: str) -> pa.Table:
-    """Do the same as `with_columns` to an arrow table, without a message."""
+    """Apply `with_columns` to an arrow table, without a message."""
     chosen = _chosen(rows.column_names, columns, table, source)
     for ours, theirs in chosen.items():
         rows = rows.append_column(ours, rows[theirs])

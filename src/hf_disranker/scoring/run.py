@@ -25,9 +25,9 @@ from hf_disranker.version import __version__
 
 logger = logging.getLogger(__name__)
 
-# A longer document is an error of the index, and tokenising it lasts minutes.
+# Longer documents are indexing errors and take minutes to tokenise.
 MAX_CHARACTERS = 500_000
-# So many pairs without a single score are a broken teacher, not bad rows.
+# This many pairs without a single score mean a broken teacher, not bad rows.
 _MANY = 10
 
 

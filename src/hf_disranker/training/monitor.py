@@ -55,7 +55,7 @@ def known_values(groups: Dataset, column: str) -> list[list[float]]:
 
 
 def check_target(groups: Dataset, target: str, reader: str) -> float:
-    """Check that the rows rank documents, and warn of queries that do not.
+    """Check that the rows rank documents, and warn about queries that do not.
 
     Returns:
         Standard deviation of the target within a query, averaged over the queries that have the target.
@@ -75,7 +75,7 @@ def check_target(groups: Dataset, target: str, reader: str) -> float:
 
 
 def warn_squashed(scores: np.ndarray) -> None:
-    """Warn of teacher scores that look like probabilities, which compress large score differences."""
+    """Warn about teacher scores that look like probabilities, which compress large score differences."""
     if scores.min() >= 0 and scores.max() <= 1:
         logger.warning(
             "All teacher scores are between 0 and 1, as if passed through a sigmoid: store the teacher's raw logits, "
