@@ -163,11 +163,11 @@ def _records(reader: Any) -> Iterator[tuple[int, list[str]]]:
     line, width = 1, 0
     try:
         for row in reader:
-            if row and len(row) != (width or len(row)):
+            width = width or len(row)  # of the header
+            if row and len(row) != width:
                 why = "is the row truncated?" if len(row) < width else "a text with the separator needs double quotes."
                 raise ValueError(f"line {line} has {len(row)} fields, the header {width}: {why}")
             if row:
-                width = len(row)
                 yield line, row
             line = reader.line_num + 1
     except csv.Error as error:

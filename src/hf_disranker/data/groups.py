@@ -157,7 +157,7 @@ def _stream_rows(source: str, split: str | None, columns: Columns | None) -> Ite
             found = True
             yield frame
     if not found:
-        raise TableError(f"{source}: no row has split '{split}'.")
+        raise TableError(f"{source}: no row has split '{split}'." if split else f"{source}: the table has no rows.")
 
 
 def _chunks(source: str) -> Iterator[pd.DataFrame]:
