@@ -37,10 +37,10 @@ from transformers import AutoTokenizer, set_seed
 from hf_disranker import BertDistilledRanker, DistillationConfig, DistillationTrainer, Ranker
 from hf_disranker.data.bm25 import bm25_scores, mine_candidates
 from hf_disranker.data.groups import load_groups
-from hf_disranker.data.outputs import save_json
 from hf_disranker.data.tables import pair_texts, read_table, write_table
-from hf_disranker.evaluation.evaluate import per_query, summarise
+from hf_disranker.evaluation.evaluate import evaluate, per_query
 from hf_disranker.evaluation.significance import compare, refusal
+from hf_disranker.recipes.outputs import save_json
 from hf_disranker.recipes.quickstart.stages import bf16_is_faster
 from hf_disranker.recipes.showcase.models import MODELS
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
@@ -220,7 +220,7 @@ def show(args: argparse.Namespace) -> None:
             if len(joined) < len(rows):
                 continue  # a fold is missing
             queries = per_query(joined, joined["score"].to_numpy())
-            found = summarise(joined, joined["score"].to_numpy(), queries)
+            found = evaluate(joined, joined["score"].to_numpy(), queries=queries)
             values[name][ranker] = queries["ndcg@10"].to_numpy()
             low, high = found["intervals"]["ndcg@10"]
             costs = [f"{cost[key]:,.0f}" if key in cost else "" for key in ("pairs_per_cpu_s", "cpu_seconds")]

@@ -35,11 +35,10 @@ from hf_disranker.data.bm25 import bm25_scores
 from hf_disranker.data.groups import load_groups
 from hf_disranker.data.tables import pair_texts, read_table, write_table
 from hf_disranker.evaluation import metrics
-from hf_disranker.evaluation.evaluate import describe
-from hf_disranker.evaluation.rankings import Evaluation
 from hf_disranker.evaluation.significance import bootstrap, compare, refusal
 from hf_disranker.recipes.quickstart import from_scratch
 from hf_disranker.recipes.quickstart.stages import bf16_is_faster
+from hf_disranker.recipes.rankings import Evaluation, describe
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
 from hf_disranker.training.sentence_transformers import to_n_tuples
 

@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hf_disranker.recipes.outputs import save_json
 from hf_disranker.recipes.quickstart.results import TITLES
 from hf_disranker.recipes.quickstart.run import STAGES
-from hf_disranker.training.runs import save_json
 
 # Environment variables that restrict the libraries to AVX2.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}

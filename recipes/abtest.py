@@ -17,12 +17,12 @@ from typing import Any
 
 import pandas as pd
 
-from hf_disranker.data.impressions import read_log
-from hf_disranker.data.outputs import check_output, made_by, save_json
 from hf_disranker.evaluation import online
 from hf_disranker.evaluation.online import Effect, buckets_of, by_user, effects
 from hf_disranker.evaluation.significance import LEVEL
 from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.impressions import read_log
+from hf_disranker.recipes.outputs import check_output, made_by, save_json
 
 MADE_BY = "disranker abtest"
 MOST_SLICES = 20

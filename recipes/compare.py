@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from hf_disranker.data.outputs import check_output, json_in, save_json
-from hf_disranker.evaluation.rankings import compare_evaluations, load_evaluations
 from hf_disranker.evaluation.significance import Comparison, bootstrap, marks, refusal
 from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.outputs import check_output, json_in, save_json
+from hf_disranker.recipes.rankings import compare_evaluations, load_evaluations
 
 
 @dataclass

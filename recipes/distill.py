@@ -18,10 +18,10 @@ from hf_disranker.data.tables import usual_split
 from hf_disranker.models.checkpoint import load_config, load_tokenizer
 from hf_disranker.models.student import DistilledRanker, family_class
 from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
+from hf_disranker.recipes.runs import check_output_dir, report_data, save_run, train, warn_shared_queries
 from hf_disranker.scoring.store import teacher_of
 from hf_disranker.training.distillation import LABEL_LOSSES, DistillationConfig, DistillationTrainer
-from hf_disranker.training.monitor import sample_groups, warn_shared_queries
-from hf_disranker.training.runs import check_output_dir, report_data, save_run, train
+from hf_disranker.training.monitor import sample_groups
 
 
 @dataclass

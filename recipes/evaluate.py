@@ -34,12 +34,14 @@ from hf_disranker.data.trec import (
     read_judgments,
     read_run,
 )
-from hf_disranker.evaluation.evaluate import best_passages, describe, join_run, score_with
-from hf_disranker.evaluation.rankings import (
+from hf_disranker.evaluation.evaluate import best_passages, join_run
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.rankings import (
     Evaluation,
     check_evaluation_output,
+    describe,
+    score_with,
 )
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 from hf_disranker.recipes.score import LikelihoodArguments, is_likelihood, load_from
 from hf_disranker.scoring.engines import Engine, load_engine
 

@@ -19,10 +19,10 @@ from typing import Literal
 import pandas as pd
 import torch
 
-from hf_disranker.data.outputs import check_output_folder
 from hf_disranker.data.tables import read_table
 from hf_disranker.models.ranker import Ranker
 from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
+from hf_disranker.recipes.outputs import check_output_folder
 from hf_disranker.serving.export import Parity, export
 
 logger = logging.getLogger(__name__)

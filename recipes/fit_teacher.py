@@ -24,9 +24,8 @@ from hf_disranker.models.loading import load_ranker_model
 from hf_disranker.models.student import is_encoder
 from hf_disranker.models.teacher import expect_labels
 from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
-from hf_disranker.training.monitor import warn_shared_queries
+from hf_disranker.recipes.runs import check_output_dir, report_data, save_run, train, warn_shared_queries
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
-from hf_disranker.training.runs import check_output_dir, report_data, save_run, train
 
 logger = logging.getLogger("hf_disranker")
 

@@ -17,10 +17,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 
-from hf_disranker.data.impressions import read_credit
-from hf_disranker.data.outputs import check_output, made_by, save_json
 from hf_disranker.evaluation.online import draft_lists, preference
 from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.impressions import read_credit
+from hf_disranker.recipes.outputs import check_output, made_by, save_json
 
 MADE_BY = "disranker interleave"
 COLUMNS = ["query_id", "draft", "rank", "doc_id", "team"]

@@ -30,7 +30,7 @@ from pathlib import Path
 import pandas as pd
 
 from hf_disranker.data.bm25 import mine_candidates
-from hf_disranker.data.outputs import json_in
+from hf_disranker.recipes.outputs import json_in
 from hf_disranker.recipes.quickstart.docstrings import package_files, read_docstrings
 
 logger = logging.getLogger(__name__)

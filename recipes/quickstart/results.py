@@ -13,12 +13,11 @@ import pandas as pd
 from transformers import AutoConfig
 
 from hf_disranker.data.bm25 import bm25_scores, mine_candidates
-from hf_disranker.data.outputs import save_json
 from hf_disranker.data.tables import pair_texts, read_table
 from hf_disranker.evaluation import metrics
-from hf_disranker.evaluation.evaluate import describe, score_with
-from hf_disranker.evaluation.rankings import Evaluation, compare_evaluations
 from hf_disranker.models.ranker import Ranker
+from hf_disranker.recipes.outputs import save_json
+from hf_disranker.recipes.rankings import Evaluation, compare_evaluations, describe, score_with
 from hf_disranker.recipes.report import charts
 from hf_disranker.recipes.report.page import interval_bar, write_report
 

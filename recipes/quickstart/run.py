@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from hf_disranker.data.outputs import json_in
 from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.outputs import json_in
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

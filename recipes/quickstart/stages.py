@@ -14,9 +14,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from hf_disranker.data.bm25 import click_judgments, with_random_documents
-from hf_disranker.data.outputs import json_in, save_json
+from hf_disranker.data.bm25 import with_random_documents
 from hf_disranker.data.tables import read_table, write_table
+from hf_disranker.recipes.outputs import json_in, save_json
 from hf_disranker.recipes.quickstart import from_scratch, python_docs
 from hf_disranker.recipes.quickstart.results import show_results
 from hf_disranker.recipes.quickstart.run import CONFIGS, Stage, has_finished, inputs, record
@@ -80,6 +80,19 @@ def make_data(folder: Path) -> None:
     write_table(labels, f"{folder}/labels.parquet")
     write_table(pd.concat([weak, labels[weak.columns]]), f"{folder}/clicks_and_labels.parquet")
     write_table(with_random_documents(pairs, train, 1), f"{folder}/unlabelled.parquet")
+
+
+def click_judgments(clicks: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
+    """Turn clicks with ids into weak labels: 1 for a query's clicked documents, 0 for its other candidates with texts.
+
+    Returns:
+        A judgments table of the queries in both, sorted by ids so that the order of documents does not leak labels.
+    """
+    clicked = clicks[clicks["query_id"].isin(candidates["query_id"])].assign(label=1)
+    others = candidates[candidates["query_id"].isin(clicked["query_id"])].assign(label=0)
+    columns = ["query_id", "query", "doc_id", "title", "summary", "label"]
+    rows = pd.concat([clicked[columns], others[columns]]).drop_duplicates(["query_id", "doc_id"], keep="first")
+    return rows.sort_values(["query_id", "doc_id"], ignore_index=True)
 
 
 def make_sample(data: Path, judged: int, unlabelled: int, documents: int, dev: int) -> None:

@@ -16,8 +16,8 @@ from scipy.stats import gaussian_kde
 
 from hf_disranker.evaluation import metrics
 from hf_disranker.evaluation.evaluate import UNJUDGED
-from hf_disranker.evaluation.rankings import Evaluation, compare_evaluations
 from hf_disranker.evaluation.significance import Comparison, marks, refusal
+from hf_disranker.recipes.rankings import Evaluation, compare_evaluations
 from hf_disranker.recipes.report import charts
 from hf_disranker.recipes.report.verdict import base_and_ours, is_distilled, teacher_of, tested, verdict
 

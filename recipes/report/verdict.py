@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from hf_disranker.evaluation.rankings import Evaluation
 from hf_disranker.evaluation.significance import LEVEL, Comparison
+from hf_disranker.recipes.rankings import Evaluation
 
 
 def is_distilled(one: Evaluation) -> bool:

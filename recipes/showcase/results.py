@@ -11,14 +11,13 @@ import numpy as np
 
 from hf_disranker.data.bm25 import bm25_scores
 from hf_disranker.data.tables import read_table
-from hf_disranker.evaluation.evaluate import describe, score_with
-from hf_disranker.evaluation.rankings import Evaluation, compare_evaluations
 from hf_disranker.models.ranker import Ranker
+from hf_disranker.recipes.outputs import save_json
+from hf_disranker.recipes.rankings import Evaluation, compare_evaluations, describe, score_with
 from hf_disranker.recipes.report.page import write_report
 from hf_disranker.recipes.showcase.scoring import load_teacher
 from hf_disranker.scoring.run import verify
 from hf_disranker.scoring.store import ScoreStore
-from hf_disranker.training.runs import save_json
 
 NAMES = {"bert": "BERT of 0.8M", "minilm3": "MiniLM, 3 layers", "minilm": "MiniLM"}
 # Kinds of models, in the order of the table.

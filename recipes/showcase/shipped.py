@@ -20,8 +20,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hf_disranker.recipes.outputs import save_json
 from hf_disranker.scoring.store import ScoreStore
-from hf_disranker.training.runs import save_json
 
 SHIPPED = Path(__file__).parent / "scores"
 # Scores are rounded to multiples of this, in nats per token: far below the rounding of a model in bfloat16.

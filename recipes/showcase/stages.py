@@ -25,16 +25,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from hf_disranker.data.outputs import json_in
 from hf_disranker.data.tables import read_table
 from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.outputs import json_in, save_json
 from hf_disranker.recipes.quickstart import from_scratch
 from hf_disranker.recipes.quickstart.stages import MAX_LENGTH, fast_precision, make_data, run_recipe
 from hf_disranker.recipes.showcase.models import MODELS
 from hf_disranker.recipes.showcase.results import examine_teacher, show_results
 from hf_disranker.recipes.showcase.shipped import SHIPPED, as_store, join
 from hf_disranker.scoring.store import ScoreStore
-from hf_disranker.training.runs import save_json
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "showcase"
 # Folder, recipe and arguments of one stage.

@@ -101,9 +101,9 @@ def _run(stage: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silence bars and messages of the libraries that say nothing to a user of the stages.
+    """Silence progress bars and messages of the libraries that do not concern users of the stages.
 
-    A head or weights that are missing where they must not be are errors of ours.
+    Missing heads or weights that must not be new raise an error in this package.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler: each line would be printed twice
@@ -113,14 +113,14 @@ def quiet_libraries() -> None:
 
         library.disable_progress_bar()  # of loading and saving weights; those of training are kept
         for handler in (*logging.getLogger("transformers").handlers, *logging.getLogger().handlers):
-            handler.addFilter(_says_something)
+            handler.addFilter(_is_relevant)
     if "datasets" in sys.modules:
         from datasets import disable_progress_bars
 
         disable_progress_bars()
 
 
-def _says_something(record: logging.LogRecord) -> bool:
+def _is_relevant(record: logging.LogRecord) -> bool:
     return not any(text in record.getMessage() for text in _NOISE)
 
 

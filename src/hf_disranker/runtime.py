@@ -83,15 +83,10 @@ class Ranker(PairRanker):
 
             file = file or FILES[0]
             wanted = ["config.json", "tokenizer.json", str(Path(file).with_suffix(".*"))]
+            hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+            hub |= {"local_files_only": local_files_only, "allow_patterns": wanted}
             try:
-                name_or_path = snapshot_download(
-                    os.fspath(name_or_path),
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    token=token,
-                    local_files_only=local_files_only,
-                    allow_patterns=wanted,
-                )
+                name_or_path = snapshot_download(os.fspath(name_or_path), **hub)
             except (OSError, ValueError) as error:
                 raise OSError(f"{name_or_path}: no such folder, and as a Hub id: {error}") from error
         return cls(name_or_path, file, threads)

@@ -1,28 +1,13 @@
-"""BM25 against numbers worked out by hand, random documents, clicks as weak labels."""
+"""BM25 against numbers worked out by hand, and random documents."""
 
 from math import log
 
 import pandas as pd
 import pytest
 
-from hf_disranker.data.bm25 import bm25_scores, bm25_tokens, click_judgments, mine_candidates, with_random_documents
+from hf_disranker.data.bm25 import bm25_scores, bm25_tokens, mine_candidates, with_random_documents
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import read_table
-
-
-def test_clicked_documents_are_label_1_and_other_candidates_0():
-    rows = [("1", "red", "d1"), ("0", "car", "d1"), ("0", "car", "007"), ("0", "car", "d2")]
-    candidates = pd.DataFrame(rows, columns=["query_id", "query", "doc_id"]).assign(title="", summary="text")
-    clicks = candidates.iloc[[3]]
-    clicks = pd.concat([clicks, clicks.assign(doc_id="d9"), clicks.assign(query_id="unseen")])
-    judged = click_judgments(clicks, candidates)
-    assert judged[["query_id", "doc_id", "label"]].to_numpy().tolist() == [
-        ["0", "007", 0],
-        ["0", "d1", 0],
-        ["0", "d2", 1],
-        ["0", "d9", 1],
-    ]
-
 
 # Words: a = red apple apple pie, b = green pear, c = a red red car; mean length 10/3.
 FRUIT = pd.DataFrame(

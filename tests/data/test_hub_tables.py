@@ -89,3 +89,6 @@ def test_unstreamable_tables_are_refused(scores, tmp_path, monkeypatch):
         load_groups(scores, streaming=True)
     with pytest.raises(TableError, match="no row has split 'nowhere'"):
         list(load_groups(tmp_path / "apart.parquet", split="nowhere", streaming=True))
+    scores.iloc[:0].to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(TableError, match="empty.parquet: the table has no rows"):
+        list(load_groups(tmp_path / "empty.parquet", streaming=True))

@@ -10,7 +10,6 @@ from numpy.testing import assert_allclose
 from scipy.stats import binom, binomtest, chisquare, norm, ttest_1samp
 from scipy.stats.contingency import relative_risk
 
-from hf_disranker.data.impressions import read_credit
 from hf_disranker.data.schema import TableError
 from hf_disranker.evaluation.online import (
     MEASURES,
@@ -27,6 +26,7 @@ from hf_disranker.evaluation.online import (
     team_draft,
 )
 from hf_disranker.evaluation.significance import bootstrap, holm
+from hf_disranker.recipes.impressions import read_credit
 
 simulator = importlib.import_module("hf_disranker.recipes.simulator")
 BUCKETS = ["old", "new"]

@@ -18,9 +18,10 @@ import yaml
 from transformers import BertConfig, BertModel
 
 from hf_disranker import cli
+from hf_disranker.recipes.outputs import save_json
 from hf_disranker.recipes.quickstart import from_scratch, python_docs, results, run, stages
+from hf_disranker.recipes.runs import resume_point
 from hf_disranker.scoring.store import ScoreStore
-from hf_disranker.training.runs import resume_point, save_json
 
 SIZES = "8,10,4,6"  # judged queries, unlabelled ones, their documents, development queries
 
@@ -130,6 +131,7 @@ def test_a_second_run_prints_the_results_without_torch_and_children_inherit_pass
     code = f"""
 import dataclasses, subprocess, sys
 from hf_disranker import cli
+from hf_disranker.recipes.outputs import save_json
 from hf_disranker.recipes.quickstart import run
 run.PRESETS["tiny"] = dataclasses.replace(run.PRESETS["tiny"], sizes="{SIZES}")
 cli.main({["quickstart", *map(str, options)]!r})
@@ -347,3 +349,17 @@ def test_fast_precision_asks_for_bf16_only_where_it_is_faster(monkeypatch):
         )
         monkeypatch.setattr(stages.torch.accelerator, "is_available", lambda: False)
         assert (stages.fast_precision()[:2] == ["--bf16", "true"]) is options
+
+
+def test_clicked_documents_are_label_1_and_other_candidates_0():
+    rows = [("1", "red", "d1"), ("0", "car", "d1"), ("0", "car", "007"), ("0", "car", "d2")]
+    candidates = pd.DataFrame(rows, columns=["query_id", "query", "doc_id"]).assign(title="", summary="text")
+    clicks = candidates.iloc[[3]]
+    clicks = pd.concat([clicks, clicks.assign(doc_id="d9"), clicks.assign(query_id="unseen")])
+    judged = stages.click_judgments(clicks, candidates)
+    assert judged[["query_id", "doc_id", "label"]].to_numpy().tolist() == [
+        ["0", "007", 0],
+        ["0", "d1", 0],
+        ["0", "d2", 1],
+        ["0", "d9", 1],
+    ]

@@ -5,8 +5,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 
-from hf_disranker.evaluation.rankings import Evaluation
 from hf_disranker.recipes.quickstart.results import results_picture, results_table, search_examples
+from hf_disranker.recipes.rankings import Evaluation
 
 INTERVALS = {"ndcg@5": [0.1, 0.2], "ndcg@10": [0.601, 0.673], "pnr": [2.36, None]}
 BM25 = {"name": "bm25", "parameters": None, "ndcg@5": 0.619, "ndcg@10": 0.638, "pnr": 2.79, "pairs_per_s": None}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hf_disranker.evaluation.evaluate import join_run
-from hf_disranker.evaluation.rankings import Evaluation
+from hf_disranker.recipes.rankings import Evaluation
 from hf_disranker.recipes.report import charts
 from hf_disranker.recipes.report import page as report
 from hf_disranker.recipes.report.page import write_report

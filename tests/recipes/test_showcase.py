@@ -15,12 +15,12 @@ import yaml
 from tiny_gguf import write_gguf
 from transformers import AutoModelForCausalLM
 
+from hf_disranker.recipes.outputs import save_json
 from hf_disranker.recipes.quickstart import python_docs
 from hf_disranker.recipes.quickstart.from_scratch import small_llama
 from hf_disranker.recipes.showcase import models, results, scoring, shipped
 from hf_disranker.scoring.likelihood import load_likelihood
 from hf_disranker.scoring.store import ScoreStore
-from hf_disranker.training.runs import save_json
 
 showcase = importlib.import_module("hf_disranker.recipes.showcase.stages")
 MANIFEST = {"format": 2, "teacher": "lm", "dtype": "float32"}

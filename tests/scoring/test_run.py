@@ -174,7 +174,7 @@ def test_poisoned_rows_go_to_the_quarantine_with_their_reason(judgments, store, 
     reasons = {
         judgments["doc_id"][3]: "empty document",
         judgments["doc_id"][14]: f"document of more than {MAX_CHARACTERS:,} characters",
-        judgments["doc_id"][40]: "the teacher gave no finite score",
+        judgments["doc_id"][40]: "the teacher returned no finite score",
     }
     assert dict(zip(apart["doc_id"], apart["reason"], strict=True)) == reasons
     assert store.summary().quarantined == dict.fromkeys(reasons.values(), 1)
@@ -194,7 +194,7 @@ def test_a_teacher_that_scores_nothing_stops_the_run(judgments, store):
 def test_a_few_poisoned_rows_at_the_end_do_not_keep_a_run_from_finishing(judgments, store):
     last = set(judgments["query"][53:])
     run(Stub(lambda pair: float("nan") if pair[0] in last else 1.0), judgments, store, shard_rows=9)
-    assert store.missing() == 0 and store.summary().quarantined == {"the teacher gave no finite score": 4}
+    assert store.missing() == 0 and store.summary().quarantined == {"the teacher returned no finite score": 4}
 
 
 # Several workers

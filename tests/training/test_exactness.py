@@ -20,7 +20,7 @@ from two_processes import (
 )
 
 from hf_disranker import load_groups
-from hf_disranker.training.runs import resume_point
+from hf_disranker.recipes.runs import resume_point
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from hf_disranker.models.ranker import pair_collator
 from hf_disranker.training.monitor import (
     LossMonitor,
     sample_groups,
-    warn_shared_queries,
     warn_squashed,
     warn_truncated,
 )
@@ -146,16 +145,6 @@ def test_trackers_receive_the_terms(student_dir, tmp_path, monkeypatch, tracker,
     folder = tmp_path if tracker == "tensorboard" else Path(os.environ["HF_HOME"], "trackio")
     found = list(folder.rglob(files))
     assert found and b"margin_mse" in b"".join(path.read_bytes() for path in found)
-
-
-def test_shared_queries_are_counted_up_to_case_and_whitespace(caplog):
-    warn_shared_queries(["GPS  watch ", "kettle", "kettle"], ["gps watch", "Toaster", "cable", "cable"])
-    assert len(lines(caplog)) == 1
-    assert lines(caplog)[0].startswith(
-        "1 of 3 evaluation queries are also trained on, up to case and whitespace, first 'gps"
-    )
-    warn_shared_queries(["kettle"], ["kettles"])
-    assert len(lines(caplog)) == 1
 
 
 @pytest.mark.parametrize(

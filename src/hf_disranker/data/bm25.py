@@ -1,4 +1,4 @@
-"""Mining of candidates and judgments: BM25, random documents, clicks."""
+"""Mining of candidates: BM25 and random documents."""
 
 from __future__ import annotations
 
@@ -65,19 +65,6 @@ def with_random_documents(
     rows = pd.concat([candidates, drawn]).drop_duplicates(["query_id", "doc_id"], keep="first")
     order = np.argsort(pd.factorize(rows["query_id"])[0], kind="stable")
     return rows.iloc[order].reset_index(drop=True)
-
-
-def click_judgments(clicks: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
-    """Turn clicks with ids into weak labels: 1 for a query's clicked documents, 0 for its other candidates with texts.
-
-    Returns:
-        A judgments table of the queries in both, sorted by ids so that the order of documents does not leak labels.
-    """
-    clicked = clicks[clicks["query_id"].isin(candidates["query_id"])].assign(label=1)
-    others = candidates[candidates["query_id"].isin(clicked["query_id"])].assign(label=0)
-    columns = ["query_id", "query", "doc_id", "title", "summary", "label"]
-    rows = pd.concat([clicked[columns], others[columns]]).drop_duplicates(["query_id", "doc_id"], keep="first")
-    return rows.sort_values(["query_id", "doc_id"], ignore_index=True)
 
 
 def bm25_scores(pairs: pd.DataFrame, corpus: pd.DataFrame | None = None) -> np.ndarray:

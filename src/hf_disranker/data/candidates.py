@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from hf_disranker.data.columns import Columns, with_arrow_columns
-from hf_disranker.data.files import RowGroup, row_groups
+from hf_disranker.data.files import read_row_group, row_group_sizes
 from hf_disranker.data.schema import TABLES, TableError, check_names, corpus_rows, validate
 from hf_disranker.data.tables import (
+    Columns,
     Source,
     arrow_column,
     has_texts,
@@ -24,6 +24,7 @@ from hf_disranker.data.tables import (
     read_table,
     read_texts,
     source_name,
+    with_arrow_columns,
 )
 
 TEXT_COLUMNS = ("query", "title", "summary")
@@ -134,12 +135,12 @@ def _parts(source: Source, columns: Columns | None) -> Iterator[tuple[int, Calla
         yield len(rows), lambda: rows
     for path in files:
         fs, _ = locate(os.fspath(source))  # type: ignore[arg-type]
-        for group in row_groups(fs, path):
-            yield group.rows, partial(_read_group, group, columns)
+        for number, size in enumerate(row_group_sizes(fs, path)):
+            yield size, partial(_read_part, fs, path, number, columns)
 
 
-def _read_group(group: RowGroup, columns: Columns | None) -> pa.Table:
-    return with_arrow_columns(group.read(), columns, _TABLE, group.path)
+def _read_part(fs: Any, path: str, number: int, columns: Columns | None) -> pa.Table:
+    return with_arrow_columns(read_row_group(fs, path, number), columns, _TABLE, path)
 
 
 def _arrow(frame: pd.DataFrame) -> pa.Table:

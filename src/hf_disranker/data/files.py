@@ -1,4 +1,4 @@
-"""Strict readers of files: csv and jsonl (optionally gzipped), parquet by row group, and BEIR folders.
+"""Files: atomic writes, and strict readers of csv, jsonl (optionally gzipped), parquet and BEIR folders.
 
 Rows of a text file are indexed by their line, counted from 1 as in an editor, so that errors can name it.
 """
@@ -10,24 +10,21 @@ import io
 import json
 import os
 import re
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
-from pyarrow import csv as arrow_csv
 
 from hf_disranker.data.schema import (
-    TABLES,
+    KNOWN_COLUMNS,
     TableError,
     grades_from_zero,
     join_queries,
@@ -42,7 +39,7 @@ _BLOCK = 50_000
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _READ_ERRORS = (ValueError, OSError, EOFError, zlib.error, pa.ArrowException)
-# Column names of BEIR, and ours.
+# Column names of BEIR and of the tables.
 _BEIR_CORPUS = {"_id": "doc_id", "title": "title", "text": "summary"}
 _BEIR_QUERIES = {"_id": "query_id", "text": "query"}
 _BEIR_QRELS = {"query-id": "query_id", "corpus-id": "doc_id", "score": "label"}
@@ -88,41 +85,47 @@ def _opened(fs: Any, path: str) -> IO[bytes]:
     return file
 
 
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file in an existing folder by a rename, so that no reader sees a part of it."""
+    temporary = f"{os.fspath(path)}.{uuid.uuid4().hex}.tmp"  # two processes never write to the same file
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
 # Parquet
 
 
-@dataclass(frozen=True)
-class RowGroup:
-    """Row group of a parquet file, to be read whole or in batches.
-
-    Named index levels are columns; unnamed ones (internal to pandas) are dropped. Reading raises TableError if the
-    file is damaged.
-    """
-
-    fs: Any
-    path: str
-    number: int
-    rows: int
-
-    def read(self) -> pa.Table:
-        """Read all rows."""
-        with _parquet(self.fs, self.path) as file:
-            return _without_index(file.read_row_group(self.number))
-
-    def batches(self, size: int) -> Iterator[pa.Table]:
-        """Yield at most `size` rows at a time."""
-        # Not by datasets, whose scanner prefetches up to the whole file. A row group at a time, since the reader keeps
-        # what it has read until its iteration ends.
-        with _parquet(self.fs, self.path) as file:
-            for batch in file.iter_batches(size, row_groups=[self.number]):
-                yield _without_index(pa.Table.from_batches([batch]))
+# Named index levels are columns; unnamed ones, internal to pandas, are dropped. A damaged file raises TableError.
 
 
-def row_groups(fs: Any, path: str) -> list[RowGroup]:
-    """Return the row groups of a parquet file from its footer; TableError if it cannot be read."""
+def row_group_sizes(fs: Any, path: str) -> list[int]:
+    """Return the number of rows of each row group of a parquet file, from its footer."""
     with _parquet(fs, path) as file:
-        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-    return [RowGroup(fs, path, number, rows) for number, rows in enumerate(sizes)]
+        return [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+
+
+def read_row_group(fs: Any, path: str, number: int) -> pa.Table:
+    """Read a row group of a parquet file."""
+    with _parquet(fs, path) as file:
+        return _without_index(file.read_row_group(number))
+
+
+def parquet_batches(fs: Any, path: str, size: int) -> Iterator[pa.Table]:
+    """Yield the rows of a parquet file, at most `size` at a time."""
+    # Not by datasets, whose scanner prefetches up to the whole file. A row group at a time, since the reader keeps
+    # what it has read until its iteration ends.
+    with _parquet(fs, path) as file:
+        for number in range(file.num_row_groups):
+            for batch in file.iter_batches(size, row_groups=[number]):
+                yield _without_index(pa.Table.from_batches([batch]))
 
 
 @contextmanager
@@ -143,76 +146,35 @@ def _without_index(rows: pa.Table) -> pa.Table:
 
 
 def _read_csv(file: IO[bytes], separator: str = ",") -> pd.DataFrame:
-    content = file.read()
     # strict: otherwise a stray quote would silently join lines.
-    reader = csv.reader(_text(io.BytesIO(content)), delimiter=separator, strict=True)
-    _, names = next(_records(reader), (1, []))
+    reader = csv.reader(_text(file), delimiter=separator, strict=True)
+    records = _records(reader)
+    _, names = next(records, (1, []))
     if separator == "," and len(names) == 1 and (found := [mark for mark in _SEPARATORS if mark in names[0]]):
         raise ValueError(f"its fields are separated by {_SEPARATORS[found[0]]}: save it with commas between them.")
     names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"its header names the column '{twice[0]}' twice.")
-    if reader.line_num == 1 and (rows := _read_regular_csv(content, names, separator)) is not None:
-        return rows
-    return _frame(_full_rows(reader, names), names)
-
-
-def _read_regular_csv(content: bytes, names: list[str], separator: str) -> pd.DataFrame | None:
-    """Parse a csv by pyarrow, which is faster; None if it might deviate from the strict reader."""
-    body = content[content.find(b"\n") + 1 :]
-    if b"\0" in body or body.count(b"\r") != body.count(b"\r\n") or not _quotes_match(body, separator):
-        return None
-    try:
-        table = arrow_csv.read_csv(
-            pa.BufferReader(body),
-            arrow_csv.ReadOptions(column_names=names, block_size=min(len(body), 2**30)),
-            arrow_csv.ParseOptions(delimiter=separator, newlines_in_values=True),
-            arrow_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
-        )
-    except pa.ArrowException:
-        return None
-    lines = 1 + sum(pc.count_substring(column, "\n").to_numpy() for column in table.columns)
-    if lines.sum() != body.count(b"\n") + (not body.endswith(b"\n")):
-        return None  # it has empty lines
-    index = pd.Index(2 + np.cumsum(lines) - lines, name="line")
-    return table.to_pandas().astype(object).set_index(index)
-
-
-def _quotes_match(content: bytes, separator: str) -> bool:
-    """Return True if all double quotes enclose a field or are doubled within one."""
-    data = np.frombuffer(content, np.uint8)
-    quotes = np.flatnonzero(data == ord('"'))
-    edge = np.zeros(256, bool)
-    edge[[*b'"\r\n', ord(separator)]] = True
-    closed = np.minimum(quotes[1::2] + 1, len(data) - 1)
-    return len(quotes) % 2 == 0 and bool(edge[data[quotes[::2] - 1]].all() and edge[data[closed]].all())
-
-
-def _full_rows(reader: Any, names: list[str]) -> Iterator[tuple[int, list[str]]]:
-    for line, row in _records(reader):
-        if len(row) != len(names):
-            why = (
-                "is the row truncated?" if len(row) < len(names) else "a text with the separator needs double quotes."
-            )
-            raise ValueError(f"line {line} has {len(row)} fields, the header {len(names)}: {why}")
-        yield line, row
+    return _frame(records, names)
 
 
 def _records(reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows of a csv and the line where each starts, skipping empty lines."""
-    while True:
-        line = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise ValueError(
-                f"the double quotes of the row in line {line} do not match ({error}, line {reader.line_num}). Put a "
-                "text that contains a quote into double quotes and double its own quotes."
-            ) from error
-        if row:
-            yield line, row
+    """Yield the rows of a csv, header first, and the line where each starts, skipping empty lines."""
+    line, width = 1, 0
+    try:
+        for row in reader:
+            width = width or len(row)  # of the header
+            if row and len(row) != width:
+                why = "is the row truncated?" if len(row) < width else "a text with the separator needs double quotes."
+                raise ValueError(f"line {line} has {len(row)} fields, the header {width}: {why}")
+            if row:
+                yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"the double quotes of the row in line {line} do not match ({error}, line {reader.line_num}). Put a text "
+            "that contains a quote into double quotes and double its own quotes."
+        ) from error
 
 
 def _objects(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -232,10 +194,8 @@ def _frame(rows: Iterator[tuple[int, Any]], names: list[str] | None = None) -> p
     """Build a frame from (line, row) pairs, where a row is a list of the values of `names`, or a dict."""
     blocks = []
     while block := list(islice(rows, _BLOCK)):
-        lines, values = zip(*block, strict=True)
-        columns: Any = list(values) if names is None else dict(zip(names, zip(*values, strict=True), strict=True))
-        index = pd.Index(lines, name="line")
-        blocks.append(pd.DataFrame(columns, index, dtype=None if names is None else object))
+        index = pd.Index([line for line, _ in block], name="line")
+        blocks.append(pd.DataFrame([row for _, row in block], index, names, dtype=object if names else None))
     return pd.concat(blocks) if blocks else pd.DataFrame(columns=names)
 
 
@@ -341,8 +301,7 @@ def _renamed(rows: pd.DataFrame, names: Mapping[str, str], path: Path) -> pd.Dat
     """Rename BEIR's columns, dropping other columns whose names have a meaning in our tables."""
     if missing := [name for name in names if name not in rows.columns]:
         raise TableError(f"{path}: the rows lack {', '.join(missing)}; they have: {', '.join(rows.columns)}.")
-    ours = {column for table in TABLES.values() for column in table.required + table.optional}
-    return rows.drop(columns=(ours - set(names)) & set(rows.columns)).rename(columns=names)
+    return rows.drop(columns=(KNOWN_COLUMNS - set(names)) & set(rows.columns)).rename(columns=names)
 
 
 def _packed_or_not(path: Path) -> Path | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,21 +12,22 @@ import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
-from hf_disranker.data.columns import Columns, with_columns
-from hf_disranker.data.files import row_groups
+from hf_disranker.data.files import parquet_batches
 from hf_disranker.data.schema import TableError, with_index
 from hf_disranker.data.tables import (
+    Columns,
     Source,
     arrow_column,
     check_rows,
     is_hub_id,
     load_splits,
     locate,
-    not_found,
     parquet_files,
     read_rows,
     read_table,
     source_name,
+    with_columns,
+    with_split,
 )
 
 SAMPLINGS = ("all", "top", "stratified")
@@ -64,14 +64,7 @@ def load_groups(
         ValueError: If `streaming` is combined with a corpus or with a table in memory.
     """
     if streaming:
-        if corpus is not None or not isinstance(source, str | os.PathLike):
-            raise ValueError("Streaming needs the path or id of a table with texts, and no corpus.")
-        name = os.fspath(source)
-        if not is_hub_id(name) and not parquet_files(name):
-            fs, path = locate(name)
-            raise TableError(f"{name}: only parquet can be streamed.") if fs.exists(path) else not_found(name)
-        options = {"source": name, "split": split, "columns": columns}
-        return IterableDataset.from_generator(_stream_groups, gen_kwargs=options)
+        return _streamed(source, split, corpus, columns)
     if isinstance(source, list | tuple):
         return group_rows(_average(source, split, corpus, columns))
     frame, name = read_rows(source, "judgments", split, columns)
@@ -79,6 +72,19 @@ def load_groups(
     groups = group_rows(check_rows(frame, name, table, split, corpus, columns=columns))
     groups.info.dataset_name = source_name(source)
     return groups
+
+
+def _streamed(source: Any, split: str | None, corpus: Source | None, columns: Columns | None) -> IterableDataset:
+    if corpus is not None or not isinstance(source, str | os.PathLike):
+        raise ValueError("Streaming needs the path or id of a table with texts, and no corpus.")
+    name = os.fspath(source)
+    if not is_hub_id(name) and not parquet_files(name):
+        fs, path = locate(name)
+        if not fs.exists(path):
+            raise FileNotFoundError(f"{name}: no such file or folder.")
+        raise TableError(f"{name}: only parquet can be streamed.")
+    options = {"source": name, "split": split, "columns": columns}
+    return IterableDataset.from_generator(_stream_groups, gen_kwargs=options)
 
 
 def _average(
@@ -112,56 +118,57 @@ def mean_scores(tables: Sequence[pd.DataFrame], scales: Sequence[Sequence[float]
 
 
 def _stream_groups(source: str, split: str | None, columns: Columns | None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of `load_groups`, checking some thousand table rows at a time."""
+    """Yield the rows of `load_groups`, checking a few thousand table rows at a time."""
     seen: set[str] = set()
     rest: list[pd.DataFrame] = []
-    for chunk in chain(_stream_rows(source, split, columns), [None]):
-        if chunk is not None:
-            frame = pd.concat([*rest, chunk])
-            table = "scores" if "teacher_score" in frame.columns else "judgments"
-            frame = check_rows(frame, source, table, None, None).set_index(frame.index)
-            last = frame["query_id"] == frame["query_id"].iloc[-1]  # may continue in the next chunk
-            frame, rest = frame[~last], [frame[last]]
-        else:
-            frame, rest = pd.concat(rest), []
-        starts = frame["query_id"][frame["query_id"] != frame["query_id"].shift()]
-        scattered = starts[starts.duplicated() | starts.isin(seen)]
-        if len(scattered):
-            raise TableError(
-                f"{source}: the rows of query '{scattered.iloc[0]}' are not adjacent: sort by query_id to stream it."
-            )
-        if len(seen) < _REMEMBERED:  # an unsorted table shows early, and memory stays flat
-            seen.update(starts)
-        yield from group_rows(frame)
+    for chunk in _stream_rows(source, split, columns):
+        frame = pd.concat([*rest, chunk])
+        table = "scores" if "teacher_score" in frame.columns else "judgments"
+        frame = check_rows(frame, source, table, None, None).set_index(frame.index)
+        last = frame["query_id"] == frame["query_id"].iloc[-1]  # may continue in the next chunk
+        yield from _group_adjacent(frame[~last], seen, source)
+        rest = [frame[last]]
+    yield from _group_adjacent(pd.concat(rest), seen, source)
+
+
+def _group_adjacent(frame: pd.DataFrame, seen: set[str], source: str) -> Iterator[dict[str, Any]]:
+    """Yield the groups of some rows, whose queries are added to `seen`; TableError if a query was seen before."""
+    starts = frame["query_id"][frame["query_id"] != frame["query_id"].shift()]
+    scattered = starts[starts.duplicated() | starts.isin(seen)]
+    if len(scattered):
+        raise TableError(
+            f"{source}: the rows of query '{scattered.iloc[0]}' are not adjacent: sort by query_id to stream it."
+        )
+    if len(seen) < _REMEMBERED:  # an unsorted table shows early, and memory stays flat
+        seen.update(starts)
+    yield from group_rows(frame)
 
 
 def _stream_rows(source: str, split: str | None, columns: Columns | None) -> Iterator[pd.DataFrame]:
-    """Yield the rows of a split, some thousand at a time."""
+    """Yield the rows of a split, a few thousand at a time."""
     found, start = False, 0
     for frame in _chunks(source):
         frame = with_index(frame).set_axis(range(start, start + len(frame)))  # row numbers in errors
         start += len(frame)
         frame = with_columns(frame, columns, "scores" if "teacher_score" in frame else "judgments", source)
-        chosen = frame if not split else frame[frame["split"] == split] if "split" in frame else frame[:0]
-        found |= len(chosen) > 0
-        if len(chosen):
-            yield chosen
+        if split:
+            frame = frame[frame["split"] == split] if "split" in frame else frame[:0]
+        if len(frame):
+            found = True
+            yield frame
     if not found:
-        raise TableError(f"{source}: no row has split '{split}'.")
+        raise TableError(f"{source}: no row has split '{split}'." if split else f"{source}: the table has no rows.")
 
 
 def _chunks(source: str) -> Iterator[pd.DataFrame]:
-    """Yield the rows of all splits, some thousand at a time."""
+    """Yield the rows of all splits, a few thousand at a time."""
     if is_hub_id(source):
         for split, part in load_splits(source, streaming=True).items():
-            for table in part.with_format("arrow").iter(_CHUNK):
-                frame = table.to_pandas()
-                yield frame if "split" in frame.columns else frame.assign(split=str(split))
+            yield from (with_split(rows.to_pandas(), split) for rows in part.with_format("arrow").iter(_CHUNK))
         return
     fs, _ = locate(source)
     for path in parquet_files(source):
-        for group in row_groups(fs, path):
-            yield from (rows.to_pandas() for rows in group.batches(_CHUNK))
+        yield from (rows.to_pandas() for rows in parquet_batches(fs, path, _CHUNK))
 
 
 def group_rows(frame: pd.DataFrame) -> Dataset:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from numbers import Real
 
 import numpy as np
@@ -29,7 +30,7 @@ _THOUSANDS = re.compile(r"\s*\d{1,3}(\.\d{3})+\s*")
 
 
 class TableError(ValueError):
-    """A table breaks its schema. The message names the source, the column and the first offending rows."""
+    """Error of a table that breaks its schema; the message names source, column and the first offending rows."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def check_names(columns: Iterable[object], table: str, source: str) -> None:
 
 
 def _check_complete(columns: Iterable[object], table: str, source: str) -> None:
-    """Raise TableError for missing columns, of which ids are not asked for if they can be made."""
+    """Raise TableError for missing columns, except ids that can be made from texts."""
     names = list(columns)
     missing = [column for column in TABLES[table].required if column not in names]
     if not missing:
@@ -176,10 +177,6 @@ def _read_label(values: pd.Series, where: str) -> pd.Series:
     return numbers.astype(np.int64)
 
 
-def _read_score(values: pd.Series, where: str) -> pd.Series:
-    return _numbers(values, where, np.float32)
-
-
 def _read_weight(values: pd.Series, where: str) -> pd.Series:
     numbers = _numbers(values, where)
     refuse(values, numbers < 0, where, "have a negative number")
@@ -221,7 +218,7 @@ _READERS: dict[str, Callable[[pd.Series, str], pd.Series]] = {
     "summary": _read_text,
     "split": _read_text,
     "label": _read_label,
-    "teacher_score": _read_score,
+    "teacher_score": partial(_numbers, dtype=np.float32),
     "weight": _read_weight,
     "users": _read_users,
 }

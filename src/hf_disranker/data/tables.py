@@ -8,10 +8,11 @@ if there is none.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,13 +22,26 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset
 from fsspec.core import url_to_fs
 
-from hf_disranker.data.columns import Columns, with_columns
 from hf_disranker.data.files import is_beir, is_table_file, read_beir, read_file
-from hf_disranker.data.schema import TableError, empty_queries, join_texts, unread_weight, validate, with_index
+from hf_disranker.data.schema import (
+    ID_TEXTS,
+    KNOWN_COLUMNS,
+    TABLES,
+    TableError,
+    empty_queries,
+    ids_may_be_made,
+    join_texts,
+    unread_weight,
+    validate,
+    with_index,
+)
 
 logger = logging.getLogger(__name__)
 
 Source: TypeAlias = str | os.PathLike[str] | Dataset | DatasetDict | pd.DataFrame
+
+# Our column name to that of the user's tables.
+Columns: TypeAlias = Mapping[str, str]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -76,19 +90,24 @@ def check_rows(
         if unread := unread_weight(frame.columns):
             text = "%s: the column '%s' is not read. If it counts clicks: --columns weight=%s."
             logger.warning(text, name, unread, unread)
-        if "query" in frame.columns:
-            frame = _without_empty_queries(frame, name)
+        if "query" in frame.columns and (empty := empty_queries(frame["query"])).any():
+            # Logs include pages that were reached without a search.
+            logger.warning("%s: %d click(s) have no query and are left out.", name, int(empty.sum()))
+            frame = frame[~empty]
     frame = validate(frame, table, name)
-    if "query" in frame.columns:
-        _report_line_breaks(frame["query"], name)
+    if "query" in frame.columns and len(broken := frame["query"][frame["query"].str.contains("[\r\n]")]):
+        logger.warning(
+            "%s: %d quer(ies) have a line break, as if a stray double quote had joined lines; first: %s %s: %.100r.",
+            *(name, len(broken), broken.index.name or "row", broken.index[0], broken.iloc[0]),
+        )
     if split:
         frame = _only_split(frame, split, name)
     if texts and table in ("candidates", "scores") and not has_texts(frame.columns):
         frame = join_texts(frame, read_texts(corpus, name, columns), name)
     if has_texts(frame.columns):
-        empty = int(((frame["title"].str.strip() == "") & (frame["summary"].str.strip() == "")).sum())
-        if empty:
-            logger.warning("%s: %d document(s) have neither title nor summary.", name, empty)
+        without_text = (frame["title"].str.strip() == "") & (frame["summary"].str.strip() == "")
+        if without_text.any():
+            logger.warning("%s: %d document(s) have neither title nor summary.", name, without_text.sum())
     return frame.reset_index(drop=True)
 
 
@@ -102,24 +121,6 @@ def read_texts(corpus: Source | None, name: str, columns: Columns | None = None)
     if corpus is None:
         raise TableError(f"{name}: the rows have no title and summary; name the corpus with the texts.")
     return read_table(corpus, "corpus", columns=columns)[["doc_id", "title", "summary"]]
-
-
-def _report_line_breaks(queries: pd.Series, name: str) -> None:
-    """Warn of queries with a line break: they suggest that a stray quote has joined lines of a csv."""
-    broken = queries[queries.str.contains("[\r\n]")]
-    if len(broken):
-        logger.warning(
-            "%s: %d quer(ies) have a line break, as if a stray double quote had joined lines; first: %s %s: %.100r.",
-            *(name, len(broken), broken.index.name or "row", broken.index[0], broken.iloc[0]),
-        )
-
-
-def _without_empty_queries(frame: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Drop and count clicks without a query: logs include pages that were reached without a search."""
-    empty = empty_queries(frame["query"])
-    if empty.any():
-        logger.warning("%s: %d click(s) have no query and are left out.", name, int(empty.sum()))
-    return frame[~empty]
 
 
 def _only_split(frame: pd.DataFrame, split: str, name: str) -> pd.DataFrame:
@@ -141,12 +142,87 @@ def read_rows(
     return with_columns(frame, columns, "scores" if scored else table, name), name
 
 
+def with_columns(frame: pd.DataFrame, columns: Columns | None, table: str, source: str) -> pd.DataFrame:
+    """Rename the columns of a table as read, and add the ids that it lacks.
+
+    Args:
+        frame: Unchecked rows.
+        columns: The table's name of each of our columns that has another one; may name columns of other tables.
+        table: Schema of the table, a key of `schema.TABLES`.
+        source: Origin of the rows, named in errors.
+
+    Raises:
+        TableError: If `columns` names a column that is not there, a name that no table has, or one that is taken.
+    """
+    chosen = _chosen(frame.columns, columns, table, source)
+    frame = frame.assign(**{ours: frame[theirs] for ours, theirs in chosen.items()}).drop(columns=_replaced(chosen))
+    made = id_texts(frame.columns, table)
+    if made:
+        logger.warning("%s has no %s: ids are made from the texts.", source, " or ".join(made))
+    return frame.assign(**{name: _ids(frame[list(texts)]) for name, texts in made.items()})
+
+
+def with_arrow_columns(rows: pa.Table, columns: Columns | None, table: str, source: str) -> pa.Table:
+    """Apply `with_columns` to an arrow table, without a message."""
+    chosen = _chosen(rows.column_names, columns, table, source)
+    for ours, theirs in chosen.items():
+        rows = rows.append_column(ours, rows[theirs])
+    rows = rows.drop_columns(_replaced(chosen))
+    for name, texts in id_texts(rows.column_names, table).items():
+        rows = rows.append_column(name, pa.array(_ids(rows.select(texts).to_pandas())))
+    return rows
+
+
+def id_texts(names: Iterable[object], table: str) -> dict[str, tuple[str, ...]]:
+    """Return the ids to make for a table, each with the columns of its texts.
+
+    None is made if `schema.ids_may_be_made` is False.
+    """
+    names = set(names)
+    if not ids_may_be_made(names, table):
+        return {}
+    lacking = [name for name in ID_TEXTS if name in TABLES[table].required and name not in names]
+    return {name: ID_TEXTS[name] for name in lacking if names.issuperset(ID_TEXTS[name])}
+
+
+def _chosen(names: Iterable[object], columns: Columns | None, table: str, source: str) -> dict[str, str]:
+    """Return the entries of `columns` that apply to a table with these names."""
+    present, schema = [str(name) for name in names], TABLES[table]
+    chosen = {}
+    for ours, theirs in (columns or {}).items():
+        if ours not in KNOWN_COLUMNS:
+            raise TableError(
+                f"There is no column '{ours}' to read '{theirs}' as; there are: {', '.join(sorted(KNOWN_COLUMNS))}."
+            )
+        found = [name for name in present if name == theirs] or [name for name in present if name.strip() == theirs]
+        if found and ours in present and ours != found[0]:
+            raise TableError(f"{source}: '{theirs}' cannot be read as '{ours}', since there is such a column already.")
+        # Optional columns of clicks and judgments are expected too, those of other tables may be in another file.
+        wanted = schema.required + (schema.optional if table in ("clicks", "judgments") else ())
+        if not found and ours in wanted and ours not in present:
+            raise TableError(f"{source}: no column '{theirs}' to read as '{ours}'; it has: {', '.join(present)}.")
+        if found and found[0] != ours:
+            chosen[ours] = found[0]
+    return chosen
+
+
+def _replaced(chosen: Columns) -> list[str]:
+    """Return the columns that are renamed; one of our own names is copied: `query_id=query` keeps the query."""
+    return sorted(set(chosen.values()) - KNOWN_COLUMNS)
+
+
+def _ids(texts: pd.DataFrame) -> list[str]:
+    """Make a stable id for each row of texts: the same text has the same id in every table."""
+    rows = zip(*(texts[name].fillna("").astype(str) for name in texts), strict=True)
+    return [hashlib.sha1("\n".join(row).encode(), usedforsecurity=False).hexdigest()[:16] for row in rows]
+
+
 def _rows_as_stored(source: Source, table: str, split: str | None = None) -> tuple[pd.DataFrame, str]:
     """Read rows and the source's name; `table` and `split` choose the files of a BEIR folder."""
     if isinstance(source, Dataset):
         return source.to_pandas(), source_name(source)
     if isinstance(source, DatasetDict):
-        return _with_splits(source), source_name(source)
+        return _joined(source), source_name(source)
     if isinstance(source, pd.DataFrame):
         return with_index(source), source_name(source)
     if not isinstance(source, str | os.PathLike):
@@ -160,8 +236,8 @@ def _rows_as_stored(source: Source, table: str, split: str | None = None) -> tup
     if fs.isdir(path):
         return pd.concat([read_file(fs, file) for file in parquet_files(source)], ignore_index=True), source
     if is_hub_id(source):
-        return _with_splits(load_splits(source)), source
-    raise not_found(source)
+        return _joined(load_splits(source)), source
+    raise FileNotFoundError(f"{source}: no such file or folder.")
 
 
 def source_name(source: Source) -> str:
@@ -175,11 +251,6 @@ def locate(source: str) -> tuple[Any, str]:
         return url_to_fs(source)
     except (ValueError, ImportError) as error:
         raise FileNotFoundError(f"{source}: {error}") from error
-
-
-def not_found(source: str | os.PathLike[str]) -> FileNotFoundError:
-    """Return the error for a path that does not exist."""
-    return FileNotFoundError(f"{os.fspath(source)}: no such file or folder.")
 
 
 def parquet_files(source: Source) -> list[str]:
@@ -232,7 +303,7 @@ def is_hub_id(source: str) -> bool:
 def load_splits(name: str, streaming: bool = False) -> Mapping[str, Any]:
     """Load the splits of a Hub data set; FileNotFoundError if it cannot be read."""
     try:
-        splits: Mapping[str, Any] = load_dataset(name, streaming=True) if streaming else load_dataset(name)
+        splits: Mapping[str, Any] = load_dataset(name, streaming=streaming)
     except Exception as error:  # of many kinds; a wrong path is the likeliest cause
         raise FileNotFoundError(
             f"{name}: no such file or folder, and no such data set could be read from the Hub ({error})"
@@ -240,15 +311,13 @@ def load_splits(name: str, streaming: bool = False) -> Mapping[str, Any]:
     return splits
 
 
-def _with_splits(splits: Mapping[str, Dataset]) -> pd.DataFrame:
-    """Concatenate all splits, adding their names as the column `split` if there is none."""
-    return pd.concat(
-        [
-            part.to_pandas() if "split" in part.column_names else part.to_pandas().assign(split=str(split))
-            for split, part in splits.items()
-        ],
-        ignore_index=True,
-    )
+def with_split(frame: pd.DataFrame, split: object) -> pd.DataFrame:
+    """Add the name of a split as the column `split`, unless there is one."""
+    return frame if "split" in frame.columns else frame.assign(split=str(split))
+
+
+def _joined(splits: Mapping[str, Dataset]) -> pd.DataFrame:
+    return pd.concat([with_split(part.to_pandas(), name) for name, part in splits.items()], ignore_index=True)
 
 
 def arrow_column(values: pd.Series) -> pa.Array:

@@ -31,9 +31,9 @@ class Templates:
     text: str | None = None
 
     def __post_init__(self) -> None:
-        _check_fields(self.query, {"query"})
-        _check_fields(self.document, {"title", "summary"})
-        if self.text is not None and _check_fields(self.text, {"query", "document"}) != ["query", "document"]:
+        template_fields(self.query, {"query"})
+        template_fields(self.document, {"title", "summary"})
+        if self.text is not None and template_fields(self.text, {"query", "document"}) != ["query", "document"]:
             raise ValueError(f"Template {self.text!r} needs {{query}} and then {{document}}, each once.")
 
     def render_query(self, query: str) -> str:
@@ -68,8 +68,8 @@ def _text(value: object) -> object:
         return ""
 
 
-def _check_fields(template: str, known: set[str]) -> list[str]:
-    """Return the fields of a template in order.
+def template_fields(template: str, known: set[str]) -> list[str]:
+    """Return the fields of a template in order; ValueError for others than the known ones, or none.
 
     Only plain names are allowed: a format string can reach attributes, and a width can exhaust memory.
     """

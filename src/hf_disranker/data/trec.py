@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from hf_disranker.data.columns import Columns
 from hf_disranker.data.files import is_beir, is_table_file
 from hf_disranker.data.schema import TableError, grades_from_zero, join_queries, join_texts, refuse, validate
-from hf_disranker.data.tables import Source, read_table, usual_split
+from hf_disranker.data.tables import Columns, Source, read_table, usual_split
 
 KEY = ["query_id", "doc_id"]
 _QRELS = ["query_id", "iteration", "doc_id", "label"]

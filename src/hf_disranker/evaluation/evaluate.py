@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from hf_disranker.data.schema import TableError
-from hf_disranker.data.tables import pair_texts
 from hf_disranker.data.trec import KEY
 from hf_disranker.evaluation import metrics
 from hf_disranker.evaluation.significance import bootstrap
@@ -30,37 +27,6 @@ logger = logging.getLogger(__name__)
 UNJUDGED = -1
 # Slices with fewer queries are flagged as small.
 FEW_QUERIES = 50
-_CHUNK = 16_384
-
-
-class Predictor(Protocol):
-    """Scorer of (query, {"title", "summary"}) pairs: a `Ranker` or a scoring engine."""
-
-    def predict(self, pairs: Sequence[tuple[str, Any]]) -> np.ndarray:
-        """Return raw scores in the order of the pairs, shape (len(pairs),)."""
-
-
-def score_with(ranker: Predictor, judgments: pd.DataFrame, progress: bool = True) -> tuple[np.ndarray, float]:
-    """Score rows with query, title and summary; return scores, shape (rows,), and pairs per second after warm-up."""
-    pairs = pair_texts(judgments)
-    cut = {name: getattr(ranker, name) for name in ("queries_cut", "documents_cut") if hasattr(ranker, name)}
-    ranker.predict(pairs[:256])
-    for name, count in cut.items():  # do not count the warm-up
-        setattr(ranker, name, count)
-    start = time.perf_counter()
-    starts = tqdm(range(0, len(pairs), _CHUNK), desc="scoring", disable=not progress, leave=False)
-    scores = [ranker.predict(pairs[at : at + _CHUNK]) for at in starts]
-    return np.concatenate(scores), len(pairs) / (time.perf_counter() - start)
-
-
-def describe(ranker: Any) -> dict[str, Any]:
-    """Return facts about a `Ranker` or scoring engine for reports."""
-    model = ranker.model
-    marker = getattr(model.config, "marker", None)
-    about = {"role": marker.role if marker else "model", "teacher": ((marker and marker.teacher) or {}).get("id")}
-    about |= {"score_transform": marker and marker.score_transform}
-    about |= {"parameters": sum(weight.numel() for weight in model.parameters())}
-    return about | {name: getattr(ranker, name) for name in ("queries_cut", "documents_cut") if hasattr(ranker, name)}
 
 
 def join_run(judgments: pd.DataFrame, run: pd.DataFrame) -> pd.DataFrame:
@@ -175,38 +141,37 @@ def _ir_measures(rows: pd.DataFrame, scores: np.ndarray, names: Sequence[str]) -
 
 
 def evaluate(
-    rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[str] = (), by: str | None = None
+    rows: pd.DataFrame,
+    scores: np.ndarray,
+    measures: Sequence[str] = (),
+    by: str | None = None,
+    queries: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a ranking, and its slices by the values of the column `by`; other arguments as in `per_query`.
+    """Evaluate a ranking, and its slices by the values of the column `by`.
+
+    `queries` is the result of `per_query` if it is known already; other arguments as there.
 
     Returns:
         Values for json: all measures of `metrics.evaluate`, pair measures over judged documents only; "intervals" with
         95% bootstrap intervals by query; "slices" with the same for each value of `by`, and "few" set to True for
         slices of under 50 queries.
     """
-    return summarise(rows, scores, per_query(rows, scores, measures)) | (
-        {"slices": measure_slices(rows, scores, measures, by)} if by else {}
-    )
-
-
-def summarise(rows: pd.DataFrame, scores: np.ndarray, queries: pd.DataFrame) -> dict[str, Any]:
-    """Summarise the values of `per_query` into the result of `evaluate`."""
+    queries = per_query(rows, scores, measures) if queries is None else queries
     judged = rows["label"].to_numpy() != UNJUDGED
     columns = rows["label"].to_numpy()[judged], np.asarray(scores)[judged], rows["query_id"].to_numpy()[judged]
     found: dict[str, float | int] = metrics.evaluate(*columns, ks=())
-    means = [
-        name for name in queries.columns if name not in ("query_id", "documents", "pair_accuracy", *metrics.PAIRS)
-    ]
+    means = queries.columns.difference(["query_id", "documents", "pair_accuracy", *metrics.PAIRS], sort=False)
     found |= {name: metrics.query_mean(queries[name].to_numpy(np.float64)) for name in means}
     found["unjudged"] = int((~judged).sum())
     intervals = {"pnr": bootstrap(queries["concordant"], queries["discordant"])}
     intervals["pair_accuracy"] = bootstrap(queries["concordant"], queries["concordant"] + queries["discordant"])
     intervals |= {name: bootstrap(queries[name]) for name in means}
-    measures = dict(zip(found, _jsonable(found.values()), strict=True))
-    return measures | {"intervals": {name: _jsonable(ends) for name, ends in intervals.items()}}
+    result: dict[str, Any] = dict(zip(found, _jsonable(found.values()), strict=True))
+    result["intervals"] = {name: _jsonable(ends) for name, ends in intervals.items()}
+    return result | ({"slices": _slices(rows, scores, measures, by)} if by else {})
 
 
-def measure_slices(rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[str], by: str) -> dict[str, Any]:
+def _slices(rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[str], by: str) -> dict[str, Any]:
     """Evaluate each value of a column, or each query length for `query_words`."""
     if by == "query_words" and by not in rows.columns:
         rows = rows.assign(query_words=[min(len(query.split()), 10) for query in rows["query"]])

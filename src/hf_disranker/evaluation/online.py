@@ -262,9 +262,16 @@ def preference(pages: pd.DataFrame) -> dict[str, Any]:
     users, wins = pages.groupby("user_id")["credit"].agg(["sum", "size"]), pages["credit"].value_counts()
     difference = users["sum"].sum() / len(pages)
     error = float(np.sqrt(((users["sum"] - difference * users["size"]) ** 2).sum())) / len(pages)
-    half, up, down = norm.ppf(1 - LEVEL / 2) * error, int((users["sum"] > 0).sum()), int((users["sum"] < 0).sum())
-    found = {"users": len(users), "pages": len(pages), "first_wins": int(wins.get(-1, 0))}
-    found |= {"second_wins": int(wins.get(1, 0)), "ties": int(wins.get(0, 0))}
-    p = 2 * norm.sf(abs(difference) / error) if error else float(difference == 0)
-    test = {"difference": float(difference), "interval": (difference - half, difference + half), "p": float(p)}
-    return found | test | {"p_sign": float(binomtest(up, up + down).pvalue) if up + down else 1.0}
+    half = norm.ppf(1 - LEVEL / 2) * error
+    up, down = int((users["sum"] > 0).sum()), int((users["sum"] < 0).sum())
+    return {
+        "users": len(users),
+        "pages": len(pages),
+        "first_wins": int(wins.get(-1, 0)),
+        "second_wins": int(wins.get(1, 0)),
+        "ties": int(wins.get(0, 0)),
+        "difference": float(difference),
+        "interval": (difference - half, difference + half),
+        "p": float(2 * norm.sf(abs(difference) / error) if error else difference == 0),
+        "p_sign": float(binomtest(up, up + down).pvalue) if up + down else 1.0,
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import numpy as np
@@ -139,15 +139,11 @@ def compare(values: Mapping[str, ArrayLike], pairs: Iterable[tuple[str, str]] | 
         spread = difference.std(ddof=1) if difference.size > 1 else math.nan
         mean = float(difference.mean()) if difference.size else math.nan
         effect = 0.0 if mean == 0 else mean / spread if spread else math.copysign(math.inf, mean)
-        found.append((first, second, difference, mean, float(effect)))
-    tests = [randomisation_test(difference) for _, _, difference, _, _ in found]
-    return [
-        Comparison(
-            *(first, second, mean, bootstrap(difference), p, corrected),
-            *(effect, difference.size, queries_needed(effect)),
-        )
-        for (first, second, difference, mean, effect), p, corrected in zip(found, tests, holm(tests), strict=True)
-    ]
+        p, needed = randomisation_test(difference), queries_needed(effect)
+        one = Comparison(first, second, mean, bootstrap(difference), p, p, float(effect), difference.size, needed)
+        found.append(one)
+    corrected = holm([one.p for one in found])
+    return [replace(one, p_holm=p) for one, p in zip(found, corrected, strict=True)]
 
 
 def refusal(queries: int, bm25: float | None) -> str | None:

@@ -11,13 +11,13 @@ import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from string import Formatter
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_disranker.data.templates import template_fields
 from hf_disranker.models.checkpoint import load_config
 from hf_disranker.models.ranker import score_in_halves
 from hf_disranker.scoring.engines import Callback, Pair, process_device
@@ -125,8 +125,8 @@ class LikelihoodEngine:
         ids = dict(zip(documents, self._ids(documents), strict=True))
         self.documents_cut += sum(len(ids[text]) > limit for text in texts)
         contexts = {text: self._start + ids[text][:limit] + self._suffix_ids for text in documents}
-        asked = dict(zip(queries, self._ids([self._space + query for query in queries]), strict=True))
-        return [contexts[text] for text in texts], [asked[query] for query, _ in pairs]
+        query_ids = dict(zip(queries, self._ids([self._space + query for query in queries]), strict=True))
+        return [contexts[text] for text in texts], [query_ids[query] for query, _ in pairs]
 
     def _check_length(self, contexts: list[list[int]], queries: list[list[int]]) -> None:
         longest = max((len(context) + len(query) for context, query in zip(contexts, queries, strict=True)), default=0)
@@ -204,12 +204,8 @@ class LikelihoodEngine:
 
 def check_template(template: str) -> None:
     """Raise ValueError unless a template contains title and/or summary, and then the query at its end."""
-    parts = [part for part in Formatter().parse(template) if part[1] is not None]
-    fields = [name for _, name, _, _ in parts]
-    plain = all(not spec and conversion is None for _, _, spec, conversion in parts)
-    document = fields[:-1]
-    known = document and set(document) <= {"title", "summary"} and len(set(document)) == len(document)
-    if not (plain and known and template.endswith("{query}")):
+    fields = template_fields(template, {"title", "summary", "query"})
+    if not template.endswith("{query}") or len(fields) < 2 or len(set(fields)) < len(fields):
         raise ValueError(
             f"Template {template!r} must contain {{title}} and {{summary}}, or one of them, and end with {{query}}."
         )

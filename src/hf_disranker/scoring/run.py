@@ -25,9 +25,9 @@ from hf_disranker.version import __version__
 
 logger = logging.getLogger(__name__)
 
-# A longer document is a fault of the index, and takes minutes to tokenise.
+# Longer documents are indexing errors and take minutes to tokenise.
 MAX_CHARACTERS = 500_000
-# So many pairs without a single score are a broken teacher, not bad rows.
+# This many pairs without a single score mean a broken teacher, not bad rows.
 _MANY = 10
 
 
@@ -95,9 +95,9 @@ class ScoringRun:
         reasons, scores = _unreadable(frame), np.full(len(rows), np.nan, np.float32)
         if len(todo := np.flatnonzero(reasons == "")):
             scores[todo] = self.engine.predict(pair_texts(frame.iloc[todo]), bar.update)
-            reasons[todo[~np.isfinite(scores[todo])]] = "the teacher gave no finite score"
+            reasons[todo[~np.isfinite(scores[todo])]] = "the teacher returned no finite score"
             if len(todo) >= _MANY and (reasons[todo] != "").all():
-                raise TableError(f"The teacher gave no finite score for any of {len(todo)} pairs.")
+                raise TableError(f"The teacher returned no finite score for any of {len(todo)} pairs.")
         good = reasons == ""
         scored = rows.filter(pa.array(good)).append_column("teacher_score", pa.array(scores[good], pa.float32()))
         quarantined = rows.filter(pa.array(~good)).append_column("reason", pa.array(reasons[~good], pa.string()))

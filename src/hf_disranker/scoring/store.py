@@ -27,8 +27,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from tqdm.auto import tqdm
 
+from hf_disranker.data.files import write_atomically
 from hf_disranker.data.groups import load_groups
-from hf_disranker.data.outputs import write_atomically
 from hf_disranker.data.tables import read_table
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,6 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 
-from hf_disranker.data.outputs import save_json
 from hf_disranker.data.tables import pair_texts
 from hf_disranker.data.templates import Templates
 from hf_disranker.evaluation import metrics
@@ -256,7 +255,7 @@ def write_figures(ranker: Ranker, source: str, folder: Path, out: str, file_form
     before = Path(out, "export.json")
     figures = json.loads(before.read_text()) if before.exists() else {}
     figures[file_format] = asdict(parity) | {"verdict": parity.verdict}
-    save_json(figures, str(folder / "export.json"))
+    (folder / "export.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     cards = [path for path in (Path(out, "README.md"), Path(source, "README.md")) if path.exists()]
     card = ModelCard.load(cards[0]) if cards else model_card(ranker.model.config, Path(source).name)
     table = _TABLE + "".join(_row(*item) for item in figures.items())

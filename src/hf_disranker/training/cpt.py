@@ -25,9 +25,10 @@ from trl import SFTConfig, SFTTrainer
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import is_hub_id
 from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
+from hf_disranker.models.card import TEMPLATES
 from hf_disranker.models.checks import check_length
 from hf_disranker.models.teacher import fit_embeddings, prepare_tokenizer
-from hf_disranker.training.losses import EvaluationLossMixin, LossTerm
+from hf_disranker.training.losses import LossTerm, TrainerMixin
 from hf_disranker.training.setup import StageArguments, cast_weights, own_tokenizer, resolve_arguments, with_own_config
 
 logger = logging.getLogger(__name__)
@@ -35,26 +36,6 @@ logger = logging.getLogger(__name__)
 _CHUNK = 10_000
 _PROMPT, _TITLE, _SUMMARY = range(3)
 _CARD_OPTIONS = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length", "seed")
-_CARD = """\
----
-{data}
----
-
-# {name}
-
-A language model after continued pre-training on search clicks with hf-disranker (`pip install hf-disranker`): it
-reads a query and continues with the title and summary that users clicked. `disranker fit_teacher --model {folder}`
-makes it a ranker.
-
-- Started from: {base}
-- Data: {rows} clicks, as `{template}`, with the loss on title and summary
-
-| hyper-parameter | value |
-|---|---|
-{options}
-
-It may have memorized queries and documents of its click log: check what it may reveal before you publish it.
-"""
 
 
 @dataclass
@@ -80,7 +61,7 @@ class CptConfig(StageArguments, SFTConfig):
     hub_private_repo: bool | None = field(default=True, metadata={"help": "If True, create a private repository."})
 
 
-class ClickTrainer(EvaluationLossMixin, SFTTrainer):
+class ClickTrainer(TrainerMixin, SFTTrainer):
     """trl's `SFTTrainer`, on a CPU with the loss of the model.
 
     trl computes the loss in chunks of the vocabulary to save GPU memory; on a CPU this took three to eight times as
@@ -149,22 +130,20 @@ class ClickTrainer(EvaluationLossMixin, SFTTrainer):
                 pipeline_tag="text-generation",
                 tags=["hf-disranker", "generated_from_trainer"],
             )
-            text = _CARD.format(
-                data=data.to_yaml(),
-                name=os.path.basename(os.path.normpath(folder)),
-                folder=folder,
-                base=base if is_hub_id(base) else "a model that is not published",
-                rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else "streamed",
-                template=getattr(model.config, "click_templates", TEACHER_TEMPLATES.to_dict())["text"],
-                options="\n".join(f"| {name} | {getattr(self.args, name)} |" for name in _CARD_OPTIONS),
+            text = (
+                (TEMPLATES / "click_model_card.md")
+                .read_text(encoding="utf-8")
+                .format(
+                    data=data.to_yaml(),
+                    name=os.path.basename(os.path.normpath(folder)),
+                    folder=folder,
+                    base=base if is_hub_id(base) else "a model that is not published",
+                    rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else "streamed",
+                    template=getattr(model.config, "click_templates", TEACHER_TEMPLATES.to_dict())["text"],
+                    options="\n".join(f"| {name} | {getattr(self.args, name)} |" for name in _CARD_OPTIONS),
+                )
             )
             ModelCard(text).save(os.path.join(folder, "README.md"))
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """See `Trainer.get_batch_samples`."""
-        if self.state.global_step >= self.state.max_steps:
-            return [], None  # resumed after the last step: Trainer would take one more
-        return super().get_batch_samples(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -179,7 +158,7 @@ class ClickTrainer(EvaluationLossMixin, SFTTrainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
-        """See `Trainer.prediction_step` and `EvaluationLossMixin`."""
+        """See `Trainer.prediction_step` and `TrainerMixin`."""
         rows = len(inputs["input_ids"])
         real = self.real_rows(rows) if prediction_loss_only else rows
         if real < rows:

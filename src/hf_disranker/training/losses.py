@@ -157,16 +157,23 @@ def score_spread(scores: Tensor, mask: Tensor) -> LossTerm:
     return LossTerm((centered.square().sum(dim=1) / count).sqrt().sum(), torch.ones_like(count).sum().float())
 
 
-class EvaluationLossMixin:
-    """Trainer mixin: evaluation loss as one mean over the whole set, instead of a mean of batch means.
+class TrainerMixin:
+    """Trainer mixin: no step after the last one, and an evaluation loss over the whole set, not a mean of batch means.
 
     `prediction_step` calls `add_terms`; totals and weights are summed over batches and processes and divided once.
     """
 
     accelerator: Any
     args: Any
+    state: Any
     _summed: Tensor | None = None
     _factors: tuple[float, ...] = ()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """See `Trainer.get_batch_samples`."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # resumed after the last step: Trainer would take one more
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """See `Trainer.evaluation_loop`; reports no loss if the rows lack the target."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -55,7 +55,7 @@ def known_values(groups: Dataset, column: str) -> list[list[float]]:
 
 
 def check_target(groups: Dataset, target: str, reader: str) -> float:
-    """Check that the rows rank documents, and warn of queries that do not.
+    """Check that the rows rank documents, and warn about queries that do not.
 
     Returns:
         Standard deviation of the target within a query, averaged over the queries that have the target.
@@ -74,27 +74,8 @@ def check_target(groups: Dataset, target: str, reader: str) -> float:
     return float(np.mean([np.std(row) for row in values if row]))
 
 
-def warn_shared_queries(train: Iterable[str], held_out: Iterable[str]) -> None:
-    """Warn of evaluation queries that are also trained on, ignoring case and whitespace."""
-    seen = set(map(_normalized, train))
-    measured = {_normalized(query): query for query in held_out}
-    shared = [query for spelling, query in measured.items() if spelling in seen]
-    if shared:
-        logger.warning(
-            "%d of %d evaluation queries are also trained on, up to case and whitespace, first '%.100s': the measures "
-            "will be too high. Split by query.strip().casefold().",
-            len(shared),
-            len(measured),
-            shared[0],
-        )
-
-
-def _normalized(query: str) -> str:
-    return " ".join(query.casefold().split())
-
-
 def warn_squashed(scores: np.ndarray) -> None:
-    """Warn of teacher scores that look like probabilities, which compress large score differences."""
+    """Warn about teacher scores that look like probabilities, which compress large score differences."""
     if scores.min() >= 0 and scores.max() <= 1:
         logger.warning(
             "All teacher scores are between 0 and 1, as if passed through a sigmoid: store the teacher's raw logits, "

@@ -30,7 +30,7 @@ from hf_disranker.models.hub import TrainerHubMixin
 from hf_disranker.models.loading import fit_tokenizer
 from hf_disranker.models.ranker import pair_collator
 from hf_disranker.training.batching import BudgetStream, SetEpoch, TokenBudgetSampler, group_lengths
-from hf_disranker.training.losses import EvaluationLossMixin, LossTerm, hinge, ranknet, score_spread, softmax
+from hf_disranker.training.losses import LossTerm, TrainerMixin, hinge, ranknet, score_spread, softmax
 from hf_disranker.training.monitor import LossMonitor, check_dataset, check_target, sample_groups, warn_truncated
 from hf_disranker.training.setup import (
     RankingConfig,
@@ -67,7 +67,7 @@ def ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return {name: values[name] for name in ("pnr", "pair_accuracy", "ndcg@5", "ndcg@10", "mrr")}
 
 
-class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
+class RankingTrainer(TrainerMixin, TrainerHubMixin, Trainer):
     """Fit a ranker to graded labels, query by query: pairwise hinge, RankNet, listwise softmax, or a sum of them.
 
     Every loss is a mean over the whole optimizer step: with gradient accumulation, several processes and groups of any
@@ -149,7 +149,7 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
         """Apply defaults and refuse options without effect; use one GPU per process."""
         args = resolve_arguments(args, self.config_class, type(self).__name__, has_eval_dataset)
         if args.batch_eval_metrics and compute_metrics is ranking_metrics:
-            raise ValueError("batch_eval_metrics needs a compute_metrics of your own: ours needs the whole set.")
+            raise ValueError("batch_eval_metrics needs another compute_metrics: ranking_metrics needs the whole set.")
         if args.n_gpu > 1:
             logger.warning("Using one GPU of %d: use `accelerate launch` for all of them.", args.n_gpu)
             args._n_gpu = 1
@@ -233,8 +233,6 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Return the micro-batches of a step and the weight of each loss term over all of them and all processes."""
-        if self.state.global_step >= self.state.max_steps:
-            return [], None  # resumed after the last step: Trainer would take one more
         batches, _ = super().get_batch_samples(*args, **kwargs)
         # The weights depend only on labels and mask, so zeros do for the scores.
         counts = [self._weights(self.loss_terms(torch.zeros_like(batch["labels"]), batch)) for batch in batches]
@@ -273,7 +271,7 @@ class RankingTrainer(EvaluationLossMixin, TrainerHubMixin, Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return loss, scores and labels (NaN where unknown) of a batch; see also `EvaluationLossMixin`."""
+        """Return loss, scores and labels (NaN where unknown) of a batch; see also `TrainerMixin`."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, scores = self.compute_loss(model, inputs, return_outputs=True)

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from hf_disranker.data.outputs import check_output
 from hf_disranker.recipes import export
+from hf_disranker.recipes.outputs import check_output
+from hf_disranker.recipes.runs import check_output_dir
 from hf_disranker.training.distillation import DistillationConfig
 from hf_disranker.training.ranking_trainer import RankingConfig
-from hf_disranker.training.runs import check_output_dir
 
 
 def test_a_file_is_replaced_only_by_the_stage_that_wrote_it(tmp_path):

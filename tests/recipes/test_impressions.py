@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hf_disranker.data import impressions
-from hf_disranker.data.impressions import read_log
 from hf_disranker.data.schema import TableError
+from hf_disranker.recipes import impressions
+from hf_disranker.recipes.impressions import read_log
 
 # Five pages of three users; the first two pages of u1 are of one day.
 PAGES = pd.DataFrame(

@@ -1,10 +1,9 @@
-"""Output files: atomic writes, and no command overwrites files that it did not write."""
+"""Output files: no command overwrites files that it did not write."""
 
 from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -23,23 +22,10 @@ def json_in(path: str | os.PathLike[str]) -> Any:
 
 def save_json(content: Any, path: str) -> None:
     """Write indented json atomically, creating the folder."""
+    from hf_disranker.data.files import write_atomically  # imports pandas; reading json does without
+
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file in an existing folder by a rename, so that no reader sees a part of it."""
-    temporary = f"{os.fspath(path)}.{uuid.uuid4().hex}.tmp"  # two processes never write to the same file
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
 
 
 def made_by(path: str | os.PathLike[str], command: str) -> bool:

@@ -12,13 +12,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
 from hf_disranker import DistillationConfig, LLMForLastTokenRanking
+from hf_disranker.recipes.outputs import save_json
 from hf_disranker.recipes.quickstart.from_scratch import small_llama
-from hf_disranker.training.runs import (
+from hf_disranker.recipes.runs import (
     fingerprint,
     resume_point,
-    save_json,
     save_model,
     save_record,
+    warn_shared_queries,
 )
 
 
@@ -128,3 +129,13 @@ def test_weights_of_four_bits_are_widened_before_lora_is_merged(tmp_path, tiny_t
     assert expected.std() > 0.1
     with torch.no_grad():
         torch.testing.assert_close(saved(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_shared_queries_are_counted_up_to_case_and_whitespace(caplog):
+    warn_shared_queries(["GPS  watch ", "kettle", "kettle"], ["gps watch", "Toaster", "cable", "cable"])
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(
+        "1 of 3 evaluation queries are also trained on, up to case and whitespace, first 'gps"
+    )
+    warn_shared_queries(["kettle"], ["kettles"])
+    assert len(caplog.messages) == 1

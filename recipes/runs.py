@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_disranker.data.files import beir_files
-from hf_disranker.data.outputs import check_output_folder, json_in, save_json
 from hf_disranker.data.tables import parquet_files
 from hf_disranker.models.card import model_card, training_facts
 from hf_disranker.models.hub import TrainerHubMixin
+from hf_disranker.recipes.outputs import check_output_folder, json_in, save_json
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,25 @@ def _size(groups: Any) -> str:
     if isinstance(groups, IterableDataset):
         return "a stream of queries"
     return f"{len(groups):,} queries with {sum(map(len, groups['doc_ids'])):,} documents"
+
+
+def warn_shared_queries(train: Iterable[str], held_out: Iterable[str]) -> None:
+    """Warn about evaluation queries that are also trained on, ignoring case and whitespace."""
+    seen = set(map(_normalized, train))
+    measured = {_normalized(query): query for query in held_out}
+    shared = [query for spelling, query in measured.items() if spelling in seen]
+    if shared:
+        logger.warning(
+            "%d of %d evaluation queries are also trained on, up to case and whitespace, first '%.100s': the measures "
+            "will be too high. Split by query.strip().casefold().",
+            len(shared),
+            len(measured),
+            shared[0],
+        )
+
+
+def _normalized(query: str) -> str:
+    return " ".join(query.casefold().split())
 
 
 def train(trainer: Any) -> dict[str, float]:

@@ -1,23 +1,32 @@
-"""Evaluated rankings: saving, loading and comparing them."""
+"""Evaluated rankings: scoring, saving, loading and comparing them."""
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
-from hf_disranker.data.outputs import check_output, json_in
+from hf_disranker.data.tables import pair_texts
 from hf_disranker.data.trec import KEY, read_judgments, read_run, write_run
-from hf_disranker.evaluation.evaluate import best_passages, join_run, measure_slices, per_query, summarise
+from hf_disranker.evaluation.evaluate import best_passages, evaluate, join_run, per_query
 from hf_disranker.evaluation.significance import Comparison, changed_tops, compare
+from hf_disranker.recipes.outputs import check_output, json_in
 
+if TYPE_CHECKING:
+    from hf_disranker.models.base import PairRanker
+    from hf_disranker.scoring.engines import Engine
+
+# Pairs scored at a time, for the progress bar.
+_CHUNK = 16_384
 _PACKAGES = ("hf-disranker", "torch", "transformers", "numpy")
 
 
@@ -41,9 +50,7 @@ class Evaluation:
         """Evaluate rows with the column `score`."""
         scores = rows["score"].to_numpy()
         queries = per_query(rows, scores, measures)
-        found = summarise(rows, scores, queries)
-        if by:
-            found["slices"] = measure_slices(rows, scores, measures, by)
+        found = evaluate(rows, scores, measures, by, queries)
         about |= {"packages": {package: version(package) for package in _PACKAGES}}
         return cls(name, rows, queries, found, about)
 
@@ -107,11 +114,9 @@ def load_evaluations(paths: Iterable[str | os.PathLike[str]]) -> list[Evaluation
         FileNotFoundError: If a file of an evaluation is missing.
         ValueError: If there is no evaluation, two have the same name, or their judgments differ.
     """
-    files = [
-        file
-        for path in map(Path, paths)
-        for file in (filter(_is_evaluation, sorted(path.glob("*.json"))) if path.is_dir() else [path])
-    ]
+    files: list[Path] = []
+    for path in map(Path, paths):
+        files += filter(_is_evaluation, sorted(path.glob("*.json"))) if path.is_dir() else [path]
     if not files:
         raise ValueError("No json file of `disranker evaluate --out` was found.")
     about = [_read_measures(file)["about"] for file in files]
@@ -148,3 +153,26 @@ def compare_evaluations(
         replace(one, changed={k: changed_tops(scores[one.first], scores[one.second], queries, k) for k in (1, 5, 10)})
         for one in compare({one.name: values[one.name] for one in evaluations}, pairs)
     ]
+
+
+def score_with(ranker: PairRanker | Engine, rows: pd.DataFrame, progress: bool = True) -> tuple[np.ndarray, float]:
+    """Score rows with query, title and summary; return scores, shape (rows,), and pairs per second after warm-up."""
+    pairs = pair_texts(rows)
+    cut = {name: getattr(ranker, name) for name in ("queries_cut", "documents_cut") if hasattr(ranker, name)}
+    ranker.predict(pairs[:256])
+    for name, count in cut.items():  # do not count the warm-up
+        setattr(ranker, name, count)
+    start = time.perf_counter()
+    starts = tqdm(range(0, len(pairs), _CHUNK), desc="scoring", disable=not progress, leave=False)
+    scores = [ranker.predict(pairs[at : at + _CHUNK]) for at in starts]
+    return np.concatenate(scores), len(pairs) / (time.perf_counter() - start)
+
+
+def describe(ranker: Any) -> dict[str, Any]:
+    """Return facts about a `Ranker` or scoring engine for reports."""
+    model = ranker.model
+    marker = getattr(model.config, "marker", None)
+    about = {"role": marker.role if marker else "model", "teacher": ((marker and marker.teacher) or {}).get("id")}
+    about |= {"score_transform": marker and marker.score_transform}
+    about |= {"parameters": sum(weight.numel() for weight in model.parameters())}
+    return about | {name: getattr(ranker, name) for name in ("queries_cut", "documents_cut") if hasattr(ranker, name)}
