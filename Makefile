@@ -52,8 +52,8 @@ test: $(INSTALLED)  ## The default tests
 test-all: $(INSTALLED)  ## All tests, the slow ones too
 	$(BIN)/python -m pytest -m '' $(PARALLEL) $(ARGS)
 
-test-lowest:  ## All tests on the lowest versions that we claim, in .venv-lowest
-	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt EXTRA=lowest
+test-lowest:  ## The default tests on the lowest versions that we claim, in .venv-lowest
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt EXTRA=lowest
 
 test-main:  ## The default tests on the main branches of transformers, trl and sentence-transformers, in .venv-main
 	$(MAKE) install VENV=.venv-main CONSTRAINTS=/dev/null

@@ -32,7 +32,6 @@ WITH_EXAMPLES = sorted(
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    pytest.importorskip("setuptools")
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("src", "recipes"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
