@@ -175,6 +175,14 @@ def test_workflows_call_make_targets(workflow):
             assert program == "make" and called and called <= targets, step
 
 
+def test_the_claimed_pythons_are_those_of_the_workflow():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    claimed = re.findall(r"Python :: (3\.\d+)", setup["metadata"]["classifiers"])
+    matrices = [job["strategy"]["matrix"] for job in workflow_jobs("ci.yml")]
+    assert claimed == [version for matrix in matrices for version in matrix.get("python", ())]
+
+
 @pytest.mark.parametrize("workflow", WORKFLOWS)
 def test_actions_are_pinned_by_major_version(workflow):
     used = [step["uses"] for job in workflow_jobs(workflow) for step in job["steps"] if "uses" in step]
