@@ -52,8 +52,8 @@ test: $(INSTALLED)  ## The default tests
 test-all: $(INSTALLED)  ## All tests, the slow ones too
 	$(BIN)/python -m pytest -m '' $(PARALLEL) $(ARGS)
 
-test-lowest:  ## All tests on the lowest versions that we claim, in .venv-lowest
-	$(MAKE) test-all VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt EXTRA=lowest
+test-lowest:  ## The default tests on the lowest versions that we claim, in .venv-lowest
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt EXTRA=lowest
 
 test-main:  ## The default tests on the main branches of transformers, trl and sentence-transformers, in .venv-main
 	$(MAKE) install VENV=.venv-main CONSTRAINTS=/dev/null
@@ -89,10 +89,11 @@ package:  ## Build sdist and wheel in dist, install the wheel in an environment 
 	cd $(PACKAGE) && bin/python -c "import hf_disranker as h; [getattr(h, name) for name in h.__all__]; assert h.__version__ == '$(VERSION)', h.__version__"
 	cd $(PACKAGE) && bin/disranker --help
 
-release-check: package  ## The same, and that version, changelog and citation agree; TAG=v... too
+release-check:  ## Version, changelog and citation agree, TAG=v... too; then make package
 	grep -qF '## [$(VERSION)]' CHANGELOG.md || { echo "CHANGELOG.md has no section for $(VERSION)" >&2; exit 1; }
 	grep -qFx 'version: $(VERSION)' CITATION.cff || { echo "CITATION.cff has another version than $(VERSION)" >&2; exit 1; }
 	test "$(or $(TAG),v$(VERSION))" = "v$(VERSION)" || { echo "tag $(TAG) is not v$(VERSION)" >&2; exit 1; }
+	$(MAKE) package
 
 help-texts: $(INSTALLED)  ## Write the help of every stage into recipes/help
 	$(BIN)/python docs/help_texts.py

@@ -163,6 +163,7 @@ def test_the_page_about_online_tests(workshop, judgments, capsys):
 
 
 def test_the_page_about_the_hub(workshop, capsys):
+    pytest.importorskip("mteb", reason="mteb does not install beside the lowest versions")
     assert run("docs/how_to/hub.md") >= 18
 
 

@@ -32,7 +32,6 @@ WITH_EXAMPLES = sorted(
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    pytest.importorskip("setuptools")
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("src", "recipes"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
@@ -174,6 +173,14 @@ def test_workflows_call_make_targets(workflow):
             program, *words = step.replace("${{ matrix.target }}", " ".join(choices)).split()
             called = {word for word in words if re.fullmatch("[a-z-]+", word)}
             assert program == "make" and called and called <= targets, step
+
+
+def test_the_claimed_pythons_are_those_of_the_workflow():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    claimed = re.findall(r"Python :: (3\.\d+)", setup["metadata"]["classifiers"])
+    matrices = [job["strategy"]["matrix"] for job in workflow_jobs("ci.yml")]
+    assert claimed == [version for matrix in matrices for version in matrix.get("python", ())]
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS)

@@ -224,8 +224,11 @@ class _Logits(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return self.model(*inputs, return_dict=False)[0]
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+        # Stock code slices by lengths here, which torch 2.7 does not export for axes of any size.
+        bias = torch.where(mask.unsqueeze(1).unsqueeze(1) > 0, 0.0, torch.finfo(torch.float32).min)
+        positions = torch.arange(ids.shape[1]).unsqueeze(0)
+        return self.model(ids, bias, types, positions, return_dict=False)[0]
 
 
 def onnx_model(ranker: Ranker) -> Any:
@@ -233,15 +236,17 @@ def onnx_model(ranker: Ranker) -> Any:
     model = BertDistilledRanker(copy.deepcopy(ranker.model.config))
     model.load_state_dict(ranker.model.state_dict())
     model.set_attn_implementation("eager")  # other implementations leave shape arithmetic in the graph
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=model.config.max_position_embeddings)}
+    limits = {"batch": 2**31 - 1, "sequence": model.config.max_position_embeddings}  # torch 2.7 wants both
+    axes = {axis: torch.export.Dim(name, max=limit) for axis, (name, limit) in enumerate(limits.items())}
     warnings.filterwarnings("ignore", "(?s).*(# The axis name|LeafSpec)")  # from torch; the inputs share their axes
     program = torch.onnx.export(
         _Logits(model).eval(),
         tuple(torch.ones(3, 2, 8, dtype=torch.long)),  # the same tensor three times would become one input
         input_names=["input_ids", "attention_mask", "token_type_ids"],
         output_names=["logits"],
-        dynamic_shapes=((axes,) * 3,),
+        dynamic_shapes=(axes,) * 3,
         opset_version=_OPSET,
+        dynamo=True,
         verbose=False,
     )
     assert program is not None
