@@ -44,8 +44,8 @@ def write_report(
             options are read from the folder of each model, if it exists.
         path: Path of the HTML file.
         texts: If False, omit queries, titles and summaries and show ids only.
-        pairs: Names of the rankers to compare, as (first, second); None compares all pairs. A ranker that no pair
-            names is compared with the baseline, so that everything shown is tested.
+        pairs: Names of the rankers to compare, as (first, second); None compares all pairs. The best distilled student
+            and rankers that no pair names are compared with the baseline too, so that everything shown is tested.
         titles: Display names of the rankers.
         abtest: Output of `disranker abtest --out`.
     """
