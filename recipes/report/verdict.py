@@ -72,10 +72,12 @@ def _context(ours: Evaluation, evaluations: Sequence[Evaluation], titles: Mappin
     parts, teacher = "", teacher_of(ours, evaluations) if is_distilled(ours) else None
     if teacher is not None and teacher.measures["ndcg@10"]:
         share = ours.measures["ndcg@10"] / teacher.measures["ndcg@10"]
-        parts = f" and has {share:.0%} of the NDCG@10 of {titles[teacher.name]}"
+        parts = f" and has {share:.0%} of the NDCG@10"
         speed, slower = (one.about.get("pairs_per_s") for one in (ours, teacher))
         if speed and slower:
-            parts += f" at {speed / slower:.1f} times its speed"
+            times = speed / slower
+            parts += f" at {times:,.{int(times < 10)}f} times the speed"
+        parts += f" of {titles[teacher.name]}"
     best = max(evaluations, key=lambda one: one.measures["ndcg@10"])
     if best.name not in (ours.name, teacher and teacher.name):
         parts += f"; {titles[best.name]} has the highest NDCG@10 ({best.measures['ndcg@10']:.3f})"

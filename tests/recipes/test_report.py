@@ -100,7 +100,7 @@ def test_report_verdict_names_winner_size_and_certainty(evaluations, tmp_path, m
     evaluations[2].about["pairs_per_s"] = 9000.0  # the teacher's: 2000
     values = (evaluations[2].queries["ndcg@10"] - evaluations[0].queries["ndcg@10"]).dropna()
     difference = rf"\({values.mean():+.3f} NDCG@10, 95% interval [+-]0\.\d+ to [+-]0\.\d+, ".replace("+0", r"\+0")
-    teacher = r" and has \d+% of the NDCG@10 of teacher at 4\.5 times its speed\."
+    teacher = r" and has \d+% of the NDCG@10 at 4\.5 times the speed of teacher\."
     refused = rf"student leads BM25 {difference}not called significant: 12 queries are fewer than 200\){teacher}"
     assert re.fullmatch(refused, verdict())
     monkeypatch.setattr(report, "refusal", lambda queries, bm25: None)
