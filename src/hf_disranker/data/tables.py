@@ -23,7 +23,15 @@ from fsspec.core import url_to_fs
 
 from hf_disranker.data.columns import Columns, with_columns
 from hf_disranker.data.files import is_beir, is_table_file, read_beir, read_file
-from hf_disranker.data.schema import TableError, empty_queries, join_texts, unread_weight, validate, with_index
+from hf_disranker.data.schema import (
+    TableError,
+    columns_hint,
+    empty_queries,
+    join_texts,
+    unread_weight,
+    validate,
+    with_index,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +82,8 @@ def check_rows(
     """Validate rows read from the source `name`; arguments as in `read_table`."""
     if table == "clicks":
         if unread := unread_weight(frame.columns):
-            text = "%s: the column '%s' is not read. If it counts clicks: --columns weight=%s."
-            logger.warning(text, name, unread, unread)
+            how = columns_hint({"weight": unread})
+            logger.warning("%s: the column '%s' is not read. If it counts clicks: %s.", name, unread, how)
         if "query" in frame.columns:
             frame = _without_empty_queries(frame, name)
     frame = validate(frame, table, name)
