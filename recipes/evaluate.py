@@ -46,7 +46,7 @@ from hf_disranker.evaluation.rankings import (
     Evaluation,
     check_evaluation_output,
 )
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser, run_stage
 from hf_disranker.recipes.score import LikelihoodArguments, is_likelihood, load_from
 from hf_disranker.scoring.engines import Engine, load_engine
 
@@ -235,4 +235,4 @@ def differences(measures: Mapping[str, Any], expected: Mapping[str, float | None
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_stage("evaluate", make_parser, main)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_disranker.data.candidates import Candidates
-from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser, run_stage
 from hf_disranker.scoring.engines import SERVERS, Engine, HttpEngine, load_engine
 from hf_disranker.scoring.likelihood import (
     DEFAULT_DOCUMENT_TOKENS,
@@ -159,4 +159,4 @@ def changed(args: LikelihoodArguments, names: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_stage("score", make_parser, main)

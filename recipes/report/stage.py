@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hf_disranker.data.outputs import check_output, json_in, made_by
 from hf_disranker.evaluation.rankings import load_evaluations
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser, run_stage
 from hf_disranker.recipes.report.page import is_report, write_report
 
 
@@ -42,4 +42,4 @@ def main(args: ReportArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_stage("report", make_parser, main)

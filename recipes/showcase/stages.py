@@ -27,7 +27,7 @@ import torch
 
 from hf_disranker.data.outputs import json_in
 from hf_disranker.data.tables import read_table
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser, run_stage
 from hf_disranker.recipes.quickstart import from_scratch
 from hf_disranker.recipes.quickstart.stages import MAX_LENGTH, fast_precision, make_data, run_recipe
 from hf_disranker.recipes.showcase.models import MODELS
@@ -216,4 +216,4 @@ def run_in_worker(stage: Stage, precision: list[str], threads: int) -> float:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_stage("showcase", make_parser, main)
