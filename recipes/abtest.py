@@ -20,7 +20,7 @@ import pandas as pd
 from hf_disranker.evaluation import online
 from hf_disranker.evaluation.online import Effect, buckets_of, by_user, effects
 from hf_disranker.evaluation.significance import LEVEL
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser, run_stage
 from hf_disranker.recipes.impressions import read_log
 from hf_disranker.recipes.outputs import check_output, made_by, save_json
 
@@ -168,4 +168,4 @@ def show_days(days: Mapping[str, Sequence[Effect]], trends: Sequence[Mapping[str
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_stage("abtest", make_parser, main)

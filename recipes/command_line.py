@@ -6,16 +6,19 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import logging
 import os
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
+from transformers.utils import logging as library
 
 # Options of the libraries, and our name for them in every stage.
 NAMES = {"model_name_or_path": "model", "output_dir": "out"}
@@ -31,6 +34,10 @@ _COMMON = (
 # What users of other libraries type for an option.
 _HABITS = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
 _WIDTH = 96
+# Extras by the package that the libraries name when they miss it.
+EXTRAS = {"bitsandbytes": "qlora", "gguf": "gguf"}
+# Messages of transformers: new heads and embeddings, which a stage trains, and file systems without exact times.
+_NOISE = ("LOAD REPORT", "new embeddings will be initialized", "new lm_head weights", "mtime may not be reliable")
 
 
 @dataclass(kw_only=True)
@@ -261,3 +268,55 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 def _explains_default(action: argparse.Action) -> bool:
     return "; default:" in (action.help or "")
+
+
+def run_stage(stage: str, make_parser: Callable[[], RecipeParser], main: Callable[..., Any]) -> None:
+    """Run a stage with the options in sys.argv; report an invalid option, table, path or checkpoint in one line."""
+    set_up_logging()
+    try:
+        options = make_parser().parse_args_and_config()
+    except (ValueError, OSError) as error:
+        sys.exit(f"disranker {stage}: {error}")
+    try:
+        main(*options)
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) or _raised_here(error):
+            sys.exit(f"disranker {stage}: {error}")
+        raise
+    except ImportError as error:
+        if extra := next((extra for name, extra in EXTRAS.items() if name in str(error).lower()), None):
+            sys.exit(f"disranker {stage}: {str(error).splitlines()[0]} Or: pip install hf-disranker[{extra}]")
+        raise
+
+
+def set_up_logging() -> None:
+    """Show our messages as plain lines; silence messages of the libraries that do not concern users.
+
+    Missing heads or weights that must not be new raise an error in this package.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if os.environ.get("RANK", "0") == "0":
+        for name in ("hf_disranker", "__main__"):  # the latter is a recipe under `accelerate launch`
+            logging.getLogger(name).setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler: each line would be printed twice
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # set to DEBUG by its import
+    library.disable_progress_bar()  # of loading and saving weights; those of training are kept
+    for handler in (*logging.getLogger("transformers").handlers, *logging.getLogger().handlers):
+        handler.addFilter(_is_relevant)
+    if "datasets" in sys.modules:
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()
+
+
+def _is_relevant(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in _NOISE)
+
+
+def _raised_here(error: ValueError) -> bool:
+    """Return whether our code raised the error; errors of other libraries keep their traceback."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals["__name__"].split(".")[0] in ("hf_disranker", "__main__")

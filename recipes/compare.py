@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hf_disranker.evaluation.significance import Comparison, bootstrap, marks, refusal
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser, run_stage
 from hf_disranker.recipes.outputs import check_output, json_in, save_json
 from hf_disranker.recipes.rankings import compare_evaluations, load_evaluations
 
@@ -80,4 +80,4 @@ def line(one: Comparison, letters: Mapping[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_stage("compare", make_parser, main)

@@ -17,7 +17,7 @@ from hf_disranker.data.groups import SAMPLINGS, load_groups, sample_documents
 from hf_disranker.data.tables import usual_split
 from hf_disranker.models.checkpoint import load_config, load_tokenizer
 from hf_disranker.models.student import DistilledRanker, family_class
-from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser, run_stage
 from hf_disranker.recipes.runs import check_output_dir, report_data, save_run, train, warn_shared_queries
 from hf_disranker.scoring.store import teacher_of
 from hf_disranker.training.distillation import LABEL_LOSSES, DistillationConfig, DistillationTrainer
@@ -152,4 +152,4 @@ def load_student(script_args: ScriptArguments, training_args: DistillationConfig
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_stage("distill", make_parser, main)

@@ -34,8 +34,8 @@ from hf_disranker.data.trec import (
     read_judgments,
     read_run,
 )
-from hf_disranker.evaluation.evaluate import best_passages, join_run
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.evaluation.evaluate import best_passages, interval_text, join_run, value_text
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser, run_stage
 from hf_disranker.recipes.rankings import (
     Evaluation,
     check_evaluation_output,
@@ -180,29 +180,23 @@ def check(args: EvaluateArguments, rows: pd.DataFrame) -> None:
 
 
 def table_text(measures: Mapping[str, Any]) -> str:
-    """Format the measures and their intervals, a line each."""
-    numbers = {name: value for name, value in measures.items() if isinstance(value, float | int)}
-    return "\n".join(
-        f"{name:>26} {value:12.4f}{_interval(measures, name)}"
-        if isinstance(value, float)
-        else f"{name:>26} {value:12d}"
-        for name, value in numbers.items()
-    )
-
-
-def _interval(measures: Mapping[str, Any], name: str) -> str:
-    """Format the 95% interval of a measure; empty if it has none."""
-    low, high = measures["intervals"].get(name, (None, None))
-    return "" if low is None or high is None else f"  [{low:.4f}, {high:.4f}]"
+    """Format the measures and their intervals, a line each, with the reason for a PNR that is not finite."""
+    lines = []
+    for name in (one for one in measures if one not in ("intervals", "slices")):
+        interval = interval_text(measures, name)
+        lines.append(f"{name:>26} {value_text(measures, name):>12}" + (f"  [{interval}]" if interval else ""))
+        if name == "pnr" and measures["pnr"] is None:
+            lines[-1] += "  (no discordant pair)" if measures["concordant"] else "  (no pair in order or out of it)"
+    return "\n".join(lines)
 
 
 def slices_text(column: str, found: Mapping[str, Any]) -> str:
     """Format NDCG@10 by slice, a line each."""
     lines = [f"\n{column:>26}  queries  ndcg@10"]
     for value, measures in found.items():
-        shown = f"{measures['ndcg@10']:.4f}" if measures["ndcg@10"] is not None else "-"
-        few = "  (few queries)" if measures["few"] else ""
-        lines.append(f"{value:>26} {measures['queries']:8d}   {shown}{_interval(measures, 'ndcg@10')}{few}")
+        interval = interval_text(measures, "ndcg@10")
+        few = ("  [" + interval + "]" if interval else "") + ("  (few queries)" if measures["few"] else "")
+        lines.append(f"{value:>26} {measures['queries']:8d}   {value_text(measures, 'ndcg@10')}{few}")
     return "\n".join(lines)
 
 
@@ -236,4 +230,4 @@ def differences(measures: Mapping[str, Any], expected: Mapping[str, float | None
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_stage("evaluate", make_parser, main)

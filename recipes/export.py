@@ -21,7 +21,7 @@ import torch
 
 from hf_disranker.data.tables import read_table
 from hf_disranker.models.ranker import Ranker
-from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser, run_stage
 from hf_disranker.recipes.outputs import check_output_folder
 from hf_disranker.serving.export import Parity, export
 
@@ -81,4 +81,4 @@ def read_pairs(args: ExportArguments, ranker: Ranker) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_stage("export", make_parser, main)

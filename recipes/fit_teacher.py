@@ -23,7 +23,7 @@ from hf_disranker.models.checkpoint import LABEL_EXPECTATION, load_config, load_
 from hf_disranker.models.loading import load_ranker_model
 from hf_disranker.models.student import is_encoder
 from hf_disranker.models.teacher import expect_labels
-from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser, run_stage
 from hf_disranker.recipes.runs import check_output_dir, report_data, save_run, train, warn_shared_queries
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
 
@@ -126,4 +126,4 @@ def load_datasets(script_args: ScriptArguments, training_args: RankingConfig) ->
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_stage("fit_teacher", make_parser, main)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from hf_disranker.evaluation.online import draft_lists, preference
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser, run_stage
 from hf_disranker.recipes.impressions import read_credit
 from hf_disranker.recipes.outputs import check_output, made_by, save_json
 
@@ -90,4 +90,4 @@ def columns_of(path: str | Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_stage("interleave", make_parser, main)

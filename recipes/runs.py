@@ -108,7 +108,10 @@ def train(trainer: Any) -> dict[str, float]:
     if any(isinstance(callback, ProgressCallback) for callback in trainer.callback_handler.callbacks):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_OneBar)
-    trainer.train(resume_from_checkpoint=resume_point(trainer.args.output_dir))
+    checkpoint = resume_point(trainer.args.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint and checkpoint.endswith(f"-{trainer.state.global_step}"):
+        logger.warning("The run in %s was finished already: nothing was trained.", trainer.args.output_dir)
     return trainer.evaluate() if trainer.eval_dataset is not None else {}
 
 

@@ -1,12 +1,14 @@
 """Stage 3a: score unlabelled pairs with a teacher.
 
     disranker score --model runs/teacher --pairs candidates.parquet --corpus corpus.parquet --out runs/scores
+    disranker score --model runs/teacher --pairs bm25.run --queries beir --corpus beir --out runs/scores
     disranker score --status runs/scores
 
-`pairs` is a table with the columns query_id, query, doc_id and, unless they are in a corpus, title and summary. The
-output folder contains parquet shards and a manifest; an interrupted run resumes with the missing shards. Several
-workers can share a run: `accelerate launch -m hf_disranker.recipes.score ...` on the GPUs of a machine,
-`--num_shards N --shard_index I` in a job array. Worker i mod n scores shard i.
+`pairs` is a table with the columns query_id, query, doc_id and, unless they are in a corpus, title and summary, or a
+TREC run, whose texts are in `queries` and `corpus`, for example of a BEIR folder. The output folder contains parquet
+shards and a manifest; an interrupted run resumes with the missing shards. Several workers can share a run: `accelerate
+launch -m hf_disranker.recipes.score ...` on the GPUs of a machine, `--num_shards N --shard_index I` in a job array.
+Worker i mod n scores shard i.
 """
 
 import os
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_disranker.data.candidates import Candidates
-from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser, run_stage
 from hf_disranker.scoring.engines import SERVERS, Engine, HttpEngine, load_engine
 from hf_disranker.scoring.likelihood import (
     DEFAULT_DOCUMENT_TOKENS,
@@ -56,6 +58,7 @@ class ScoreArguments(LikelihoodArguments):
     pairs: str | None = field(default=None, metadata={"help": "Candidates: file, folder, URL or Hub data set id."})
     out: str | None = field(default=None, metadata={"help": "Folder or URL for the scores."})
     corpus: str | None = field(default=None, metadata={"help": "Table with the texts of the candidates."})
+    queries: str | None = field(default=None, metadata={"help": "Table with query_id and query, for a TREC run."})
     dtype: str = field(default="auto", metadata={"help": "Precision of the model: auto, float32, bfloat16 ..."})
     token_budget: int | None = field(default=None, metadata={"help": "Tokens per forward pass; default: by device."})
     shard_rows: int = field(default=10_000, metadata={"help": "Pairs per shard, the most a crash can lose."})
@@ -98,7 +101,7 @@ def main(args: ScoreArguments) -> None:
     if args.verify:
         check(make_engine(args), store, args.tolerance)
         return
-    candidates = Candidates(args.pairs, args.corpus, columns=args.column_names())
+    candidates = Candidates(args.pairs, args.corpus, args.column_names(), args.queries)
     candidates.check()  # before the model loads
     engine = make_engine(args)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # of accelerate launch
@@ -156,4 +159,4 @@ def changed(args: LikelihoodArguments, names: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_stage("score", make_parser, main)

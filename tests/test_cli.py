@@ -142,9 +142,11 @@ def test_training_stages_say_what_matters_and_end_with_a_card(tmp_path, tiny_tea
     judgments.to_parquet(tmp_path / "judgments.parquet")
     clicks.to_parquet(tmp_path / "clicks.parquet")
     code = """
+import runpy, sys
 from hf_disranker import cli
 short = "--max_steps 2 --max_length 48 --use_cpu true --report_to none --gradient_checkpointing".split()
-cli.main(["cpt", "--model", "decoder", "--clicks", "clicks.parquet", "--out", "cpt", *short])
+sys.argv = ["cpt.py", "--model", "decoder", "--clicks", "clicks.parquet", "--out", "cpt", *short]
+runpy.run_module("hf_disranker.recipes.cpt", run_name="__main__")  # as `accelerate launch -m` does
 cli.main(["fit_teacher", "--model", "cpt", "--judgments", "judgments.parquet", "--out", "teacher", *short])
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)

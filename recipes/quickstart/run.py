@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser, run_stage
 from hf_disranker.recipes.outputs import json_in
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -269,4 +269,4 @@ def _move_handlers(streams: tuple[TextIO, ...], to: TextIO) -> None:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_stage("quickstart", make_parser, main)

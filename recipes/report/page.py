@@ -15,7 +15,7 @@ from markupsafe import Markup
 from scipy.stats import gaussian_kde
 
 from hf_disranker.evaluation import metrics
-from hf_disranker.evaluation.evaluate import UNJUDGED
+from hf_disranker.evaluation.evaluate import UNJUDGED, interval_text, value_text
 from hf_disranker.evaluation.significance import Comparison, marks, refusal
 from hf_disranker.recipes.rankings import Evaluation, compare_evaluations
 from hf_disranker.recipes.report import charts
@@ -44,8 +44,8 @@ def write_report(
             options are read from the folder of each model, if it exists.
         path: Path of the HTML file.
         texts: If False, omit queries, titles and summaries and show ids only.
-        pairs: Names of the rankers to compare, as (first, second); None compares all pairs. A ranker that no pair
-            names is compared with the baseline, so that everything shown is tested.
+        pairs: Names of the rankers to compare, as (first, second); None compares all pairs. The best distilled student
+            and rankers that no pair names are compared with the baseline too, so that everything shown is tested.
         titles: Display names of the rankers.
         abtest: Output of `disranker abtest --out`.
     """
@@ -107,10 +107,9 @@ def _rankers(
 
 
 def _with_interval(measures: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """Format a measure and its 95% interval."""
     digits = 2 if name == "pnr" else 3
-    value, ends = measures[name], measures["intervals"].get(name)
-    number = "∞" if value is None else f"{value:.{digits}f}"
-    return number, "" if ends is None else "–".join("∞" if end is None else f"{end:.{digits}f}" for end in ends)
+    return value_text(measures, name, digits), interval_text(measures, name, digits, "–")
 
 
 def interval_bar(one: Evaluation, title: str, measure: str, note: str = "") -> charts.Bar:

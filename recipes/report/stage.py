@@ -10,7 +10,7 @@ The page uses no scripts and no external resources. All evaluations must be of t
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser, run_stage
 from hf_disranker.recipes.outputs import check_output, json_in, made_by
 from hf_disranker.recipes.rankings import load_evaluations
 from hf_disranker.recipes.report.page import is_report, write_report
@@ -42,4 +42,4 @@ def main(args: ReportArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_stage("report", make_parser, main)

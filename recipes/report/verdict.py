@@ -14,9 +14,10 @@ def is_distilled(one: Evaluation) -> bool:
 
 
 def base_and_ours(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, Evaluation]:
-    """Return BM25 or else the first ranker, and the distilled student or else the last ranker."""
+    """Return BM25 or else the first ranker, and the best distilled student or else the last ranker."""
     base = next((one for one in evaluations if one.about.get("role") == "bm25"), evaluations[0])
-    return base, next(filter(is_distilled, evaluations), evaluations[-1])
+    students = filter(is_distilled, evaluations)
+    return base, max(students, key=lambda one: one.measures["ndcg@10"], default=evaluations[-1])
 
 
 def teacher_of(student: Evaluation, evaluations: Sequence[Evaluation]) -> Evaluation | None:
@@ -27,13 +28,15 @@ def teacher_of(student: Evaluation, evaluations: Sequence[Evaluation]) -> Evalua
 
 
 def tested(evaluations: Sequence[Evaluation], pairs: Iterable[tuple[str, str]] | None) -> list[tuple[str, str]] | None:
-    """Complete the pairs to compare, so that each ranker is in one; None stays None, for all pairs."""
+    """Add the pair of the verdict, and one with the baseline for each ranker in no pair; None stays None."""
     if pairs is None:
         return None
     chosen = [*pairs]
-    base = base_and_ours(evaluations)[0].name
-    named = {name for pair in chosen for name in pair} | {base}
-    return chosen + [(one.name, base) for one in evaluations if one.name not in named]
+    base, ours = (one.name for one in base_and_ours(evaluations))
+    if ours != base and not any({*pair} == {ours, base} for pair in chosen):
+        chosen.insert(0, (ours, base))
+    named = {name for pair in chosen for name in pair}
+    return chosen + [(one.name, base) for one in evaluations if one.name not in named | {base}]
 
 
 def verdict(
@@ -69,10 +72,12 @@ def _context(ours: Evaluation, evaluations: Sequence[Evaluation], titles: Mappin
     parts, teacher = "", teacher_of(ours, evaluations) if is_distilled(ours) else None
     if teacher is not None and teacher.measures["ndcg@10"]:
         share = ours.measures["ndcg@10"] / teacher.measures["ndcg@10"]
-        parts = f" and has {share:.0%} of the NDCG@10 of {titles[teacher.name]}"
+        parts = f" and has {share:.0%} of the NDCG@10"
         speed, slower = (one.about.get("pairs_per_s") for one in (ours, teacher))
         if speed and slower:
-            parts += f" at {speed / slower:.1f} times its speed"
+            times = speed / slower
+            parts += f" at {times:,.{int(times < 10)}f} times the speed"
+        parts += f" of {titles[teacher.name]}"
     best = max(evaluations, key=lambda one: one.measures["ndcg@10"])
     if best.name not in (ours.name, teacher and teacher.name):
         parts += f"; {titles[best.name]} has the highest NDCG@10 ({best.measures['ndcg@10']:.3f})"

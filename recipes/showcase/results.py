@@ -165,7 +165,7 @@ def goal_line(goal: Goal) -> str:
 def titles(students: Sequence[str], seeds: Sequence[int]) -> dict[str, str]:
     """Return the display name of each ranker."""
     models = {
-        f"{name}-{kind}-{seed}": f"{NAMES[name]}: {KINDS[kind]}, seed {seed}"
+        f"{name}-{kind}-{seed}": f"{NAMES[name]} ({KINDS[kind]}; seed {seed})"
         for name in students
         for kind in KINDS
         for seed in seeds

@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 
 from hf_disranker.data.tables import read_table
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
+from hf_disranker.recipes.command_line import RecipeParser, recipe_parser, run_stage
 from hf_disranker.recipes.outputs import json_in, save_json
 from hf_disranker.recipes.quickstart import from_scratch
 from hf_disranker.recipes.quickstart.stages import MAX_LENGTH, fast_precision, make_data, run_recipe
@@ -133,7 +133,7 @@ def make_scores(out: Path, shipped: Path) -> tuple[ScoreStore, ScoreStore]:
     """Join the shipped scores with the texts here: `scores` to train on, `dev_scores` of the development queries."""
     names = ("judgments", "candidates", "clicks")
     tables = {name: read_table(f"{out}/data/{name}.parquet", name, texts=False) for name in names}
-    queries = pd.concat([table[["query_id", "query"]] for table in with_ids(tables)])
+    queries = pd.concat([table[["query_id", "query"]] for table in tables.values() if "query_id" in table])
     found = join(shipped, queries, read_table(f"{out}/data/corpus.parquet", "corpus"))
     judgments = tables["judgments"]
     dev = found.rows["query_id"].isin(judgments.loc[judgments["split"] == "dev", "query_id"])
@@ -145,11 +145,6 @@ def make_scores(out: Path, shipped: Path) -> tuple[ScoreStore, ScoreStore]:
     if not (dev.any() and (~dev).any()):
         raise ValueError(f"{shipped} has no scores of the texts here: make them with `make showcase-scores`.")
     return as_store(found.rows[~dev], shipped, out / "scores"), as_store(found.rows[dev], shipped, out / "dev_scores")
-
-
-def with_ids(tables: dict[str, pd.DataFrame]) -> list[pd.DataFrame]:
-    """Return the tables that have query ids."""
-    return [table for table in tables.values() if "query_id" in table.columns]
 
 
 def training_stages(args: ShowcaseArguments, name: str, seed: int) -> Iterator[Stage]:
@@ -220,4 +215,4 @@ def run_in_worker(stage: Stage, precision: list[str], threads: int) -> float:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_stage("showcase", make_parser, main)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +29,6 @@ STAGES = {
 }
 # Stages whose first option may be given without its name.
 FIRST = {"compare": "--runs", "report": "--runs", "abtest": "--log"}
-# Extras by the package that the libraries name when they miss it.
-EXTRAS = {"bitsandbytes": "qlora", "gguf": "gguf"}
-# Messages of transformers: new heads and embeddings, which a stage trains, and file systems without exact times.
-_NOISE = ("LOAD REPORT", "new embeddings will be initialized", "new lm_head weights", "mtime may not be reliable")
 # Stages with a folder of their own.
 _FOLDERS = {
     "quickstart": "quickstart.run",
@@ -70,58 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if {"-h", "--help"} & set(rest):
         print(help_file(stage).read_text(encoding="utf-8"), end="")
         return
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("hf_disranker").setLevel(logging.INFO)
     if stage in FIRST and rest and not rest[0].startswith("-"):
         rest = [FIRST[stage], *rest]
     sys.argv = [f"disranker {stage}", *rest]
     # Read when torch loads. Threads that spin while they wait take the core from the thread that they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _run(stage)
-
-
-def _run(stage: str) -> None:
-    """Run a stage with the options in sys.argv."""
     recipe = load_stage(stage)
-    quiet_libraries()
-    try:
-        options = recipe.make_parser().parse_args_and_config()
-    except (ValueError, OSError) as error:
-        sys.exit(f"disranker {stage}: {error}")
-    try:
-        recipe.main(*options)
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError) or _raised_here(error):
-            sys.exit(f"disranker {stage}: {error}")
-        raise
-    except ImportError as error:
-        if extra := next((extra for name, extra in EXTRAS.items() if name in str(error).lower()), None):
-            sys.exit(f"disranker {stage}: {str(error).splitlines()[0]} Or: pip install hf-disranker[{extra}]")
-        raise
+    from hf_disranker.recipes.command_line import run_stage  # imports transformers
 
-
-def quiet_libraries() -> None:
-    """Silence progress bars and messages of the libraries that do not concern users of the stages.
-
-    Missing heads or weights that must not be new raise an error in this package.
-    """
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler: each line would be printed twice
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # set to DEBUG by its import
-    if "transformers" in sys.modules:
-        from transformers.utils import logging as library
-
-        library.disable_progress_bar()  # of loading and saving weights; those of training are kept
-        for handler in (*logging.getLogger("transformers").handlers, *logging.getLogger().handlers):
-            handler.addFilter(_is_relevant)
-    if "datasets" in sys.modules:
-        from datasets import disable_progress_bars
-
-        disable_progress_bars()
-
-
-def _is_relevant(record: logging.LogRecord) -> bool:
-    return not any(text in record.getMessage() for text in _NOISE)
+    run_stage(stage, recipe.make_parser, recipe.main)
 
 
 def load_stage(stage: str) -> Any:
@@ -132,14 +83,6 @@ def load_stage(stage: str) -> Any:
 def help_file(stage: str) -> Path:
     """Return the file with the help of a stage, which is read instead of importing torch; see docs/help_texts.py."""
     return Path(recipes.__path__[0], "help", f"{stage}.txt")
-
-
-def _raised_here(error: ValueError) -> bool:
-    """Return whether our code raised the error; errors of other libraries keep their traceback."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and frame.tb_frame.f_globals["__name__"].split(".")[0] == "hf_disranker"
 
 
 def usage() -> str:

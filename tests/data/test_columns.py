@@ -7,7 +7,8 @@ from hf_disranker.data.candidates import Candidates
 from hf_disranker.data.groups import load_groups
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import read_table, usual_split
-from hf_disranker.data.trec import read_judgments
+from hf_disranker.data.trec import read_judgments, read_run
+from hf_disranker.evaluation.evaluate import join_run
 
 NAMES = {"query": "search_term", "title": "product_name", "label": "grade", "split": "fold", "doc_id": "sku"}
 
@@ -96,3 +97,38 @@ def test_a_stream_is_renamed(tmp_path, export, judgments):
     export.to_parquet(tmp_path / "export.parquet")
     found = load_groups(str(tmp_path / "export.parquet"), split="train", streaming=True, columns=NAMES)
     assert list(found) == load_groups(judgments, split="train").to_list()
+
+
+def test_the_hint_names_the_argument_of_python_too(judgments):
+    with pytest.raises(TableError, match=r"--columns query=Query \(in Python: columns=\{'query': 'Query'\}\)"):
+        load_groups(judgments.rename(columns={"query": "Query"}))
+
+
+# Ids made from texts must not join what is not the same.
+
+
+def test_two_documents_of_one_text_are_refused_without_ids(judgments):
+    twice = pd.concat([judgments.head(2), judgments.head(1).assign(doc_id="other")])
+    assert len(read_table(twice, "judgments")) == 3
+    with pytest.raises(TableError, match="repeat a"):
+        read_table(twice.drop(columns="doc_id"), "judgments")
+
+
+@pytest.mark.parametrize("ids", ["query_id", "doc_id"])
+def test_a_run_with_ids_of_another_source_is_refused(judgments, ids):
+    made = read_table(judgments.drop(columns=ids), "judgments")
+    run = judgments.assign(teacher_score=1.0)
+    with pytest.raises(TableError, match="do the ids come from the same source"):
+        join_run(made, read_run(run))
+
+
+def test_a_corpus_without_ids_does_not_fit_pairs_with_ids(judgments, corpus):
+    pairs = judgments[["query_id", "query", "doc_id"]]
+    with pytest.raises(TableError, match="doc_id that is not in the corpus"):
+        read_table(pairs, "candidates", corpus=corpus.drop(columns="doc_id"))
+
+
+def test_teachers_with_and_without_ids_are_not_averaged(judgments):
+    scores = judgments.drop(columns="label").assign(teacher_score=1.0)
+    with pytest.raises(TableError, match="scores other pairs"):
+        load_groups([scores, scores.drop(columns="doc_id")])

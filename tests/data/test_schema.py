@@ -53,7 +53,8 @@ def test_scores_become_float32_and_amounts_float64():
 def test_a_missing_column_error_lists_the_columns():
     assert error_of(rows().drop(columns=["summary", "label"])) == (
         "my.csv: a judgments table needs the column(s) summary, label; it has: query_id, query, doc_id, title. "
-        "If yours have other names: --columns summary=YOURS,label=YOURS."
+        "If yours have other names: --columns summary=YOURS,label=YOURS "
+        "(in Python: columns={'summary': 'YOURS', 'label': 'YOURS'})."
     )
 
 
@@ -137,7 +138,8 @@ def test_numbers_of_every_kind_are_read_exactly():
 def test_a_column_with_other_case_or_whitespace_is_refused(table, column):
     known = column.strip().lower()
     error = error_of(rows(weight=1.0).rename(columns={known: column}), table)
-    how = f"rename it, or --columns {known}={column.strip()}"
+    names = {known: column.strip()}
+    how = f"rename it, or --columns {known}={column.strip()} (in Python: columns={names})"
     assert error == f"my.csv: the column {column!r} is called '{known}' here: {how}."
     validate(rows(weight=1.0).assign(**{column: "x"}), table, "my.csv")  # beside the real one it may be anything
 
@@ -146,7 +148,7 @@ def test_all_columns_with_another_spelling_are_named_at_once():
     error = error_of(rows().rename(columns={"query": "Query", "title": "TITLE "}))
     assert error == (
         "my.csv: the columns 'Query', 'TITLE ' are called 'query', 'title' here: rename them, or --columns "
-        "query=Query,title=TITLE."
+        "query=Query,title=TITLE (in Python: columns={'query': 'Query', 'title': 'TITLE'})."
     )
 
 
@@ -154,8 +156,9 @@ def test_ids_need_no_columns():
     shop = rows().drop(columns=["query_id", "doc_id"]).rename(columns={"query": "search", "title": "product"})
     assert error_of(shop) == (
         "my.csv: a judgments table needs the column(s) query, title; it has: search, product, summary, label. "
-        "If yours have other names: --columns query=YOURS,title=YOURS. Without query_id and doc_id, ids are made from "
-        "the texts."
+        "If yours have other names: --columns query=YOURS,title=YOURS "
+        "(in Python: columns={'query': 'YOURS', 'title': 'YOURS'}). "
+        "Without query_id and doc_id, ids are made from the texts."
     )
 
 

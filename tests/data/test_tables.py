@@ -157,7 +157,7 @@ def test_a_folder_without_parquet_is_refused(tmp_path):
         ("tab.csv", b"doc_id\ttitle\tsummary\n1\ta\tb\n", "its fields are separated by tabs: save it with commas"),
         ("double.csv", b"doc_id,title,summary,title\n1,a,b,c\n", "its header names the column 'title' twice."),
         ("upper.csv", b"doc_id,title,SUMMARY\n1,a,b\n", "upper.csv: the column 'SUMMARY' is called 'summary' here: "),
-        ("padded.csv", b"doc_id, title,summary\n1,a,b\n", "rename it, or --columns title=title."),
+        ("padded.csv", b"doc_id, title,summary\n1,a,b\n", "rename it, or --columns title=title (in Python: "),
         ("array.jsonl", b'[{"doc_id": "1"},\n{"doc_id": "2"}]\n', "line 1 is not JSON"),
         ("values.jsonl", b'{"doc_id": "1"}\n\n"2"\n', "line 3 is not a JSON object; each line is one."),
         ("notes.csv.gz", b"doc_id,title,summary\n", "notes.csv.gz: cannot be read as csv: Not a gzipped file"),
@@ -196,7 +196,8 @@ def test_a_query_with_a_line_break_is_reported(tmp_path, caplog):
 @pytest.mark.parametrize("name", ["clicks", "Count"])
 def test_a_weight_of_another_name_is_reported(clicks, caplog, name):
     read_table(clicks.rename(columns={"weight": name}), "clicks")
-    message = f"<DataFrame>: the column '{name}' is not read. If it counts clicks: --columns weight={name}."
+    message = f"<DataFrame>: the column '{name}' is not read. If it counts clicks: --columns weight={name} ("
+    message += f"in Python: columns={ {'weight': name} })."
     assert caplog.messages == [message]
     caplog.clear()
     read_table(clicks.assign(count=1), "clicks")

@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hf_disranker.data.candidates import Candidates
 from hf_disranker.data.groups import load_groups
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import column_names, read_table, usual_split
 from hf_disranker.data.trec import (
+    KEY,
     check_run_ids,
     judged_split,
     read_candidates,
@@ -211,3 +213,20 @@ def test_the_usual_split_is_read_where_there_are_splits(tmp_path, judgments):
     assert judged_split(tmp_path / "beir", None) == "test"
     (tmp_path / "beir" / "qrels" / "dev.tsv").touch()
     assert judged_split(tmp_path / "beir", None) == "dev"
+
+
+def test_a_run_is_read_as_pairs_with_the_texts_of_a_beir_folder(beir, tmp_path):
+    judged = read_judgments(beir, "dev")
+    rows = [f"{query} Q0 {doc} {rank} {-rank} bm25" for rank, (query, doc) in enumerate(judged[KEY].to_numpy())]
+    (tmp_path / "bm25.run").write_text("\n".join(rows))
+    candidates = Candidates(tmp_path / "bm25.run", beir, queries=beir)
+    names = [*KEY, "query", "title", "summary"]
+    assert candidates.read(0, len(rows)).to_pandas()[names].to_numpy().tolist() == judged[names].to_numpy().tolist()
+    with pytest.raises(TableError, match="a TREC run has ids only: --queries TABLE --corpus TABLE"):
+        Candidates(tmp_path / "bm25.run")
+    with pytest.raises(TableError, match="no title and summary; name the corpus"):
+        Candidates(tmp_path / "bm25.run", queries=beir)
+    with pytest.raises(TableError, match=f"disranker score --pairs RUN --queries {beir} --corpus {beir}"):
+        Candidates(beir)
+    with pytest.raises(TableError, match="only a TREC run needs queries"):
+        Candidates(judged, queries=beir)

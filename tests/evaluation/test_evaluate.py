@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 from math import log2
 
@@ -14,7 +15,15 @@ from transformers import EvalPrediction
 
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import pair_texts
-from hf_disranker.evaluation.evaluate import best_passages, evaluate, join_run, per_query
+from hf_disranker.evaluation.evaluate import (
+    best_passages,
+    evaluate,
+    interval_text,
+    join_run,
+    per_query,
+    value_text,
+)
+from hf_disranker.recipes.evaluate import table_text
 from hf_disranker.training.ranking_trainer import ranking_metrics
 
 JUDGED = pd.DataFrame(
@@ -43,7 +52,20 @@ def test_a_ranking_without_a_wrong_pair_has_no_finite_pnr():
     measures = evaluate(JUDGED, JUDGED["label"].to_numpy(float))
     assert measures["pnr"] is None and measures["ndcg@10"] == 1.0
     assert measures["intervals"]["pnr"][1] is None
+    assert value_text(measures, "pnr") == "inf" and interval_text(measures, "pnr").endswith("inf")
+    lines = [line.strip() for line in table_text(measures).split("\n")]
+    assert any(re.fullmatch(r"pnr +inf  \[.*inf\]  \(no discordant pair\)", line) for line in lines)
     json.dumps(measures, allow_nan=False)
+
+
+def test_measures_that_are_not_defined_are_printed_as_such():
+    rows = JUDGED.assign(label=0)
+    measures = evaluate(rows, np.arange(len(rows), dtype=float))
+    assert value_text(measures, "pnr") == value_text(measures, "ndcg@10") == "n/a"
+    assert interval_text(measures, "pnr") == interval_text(measures, "ndcg@10") == ""
+    lines = [line.strip() for line in table_text(measures).split("\n")]
+    assert any(re.fullmatch(r"pnr +n/a  \(no pair in order or out of it\)", line) for line in lines)
+    assert any(re.fullmatch(r"ndcg@10 +n/a", line) for line in lines)
 
 
 def test_the_order_of_the_rows_does_not_matter(judgments):

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pandas as pd
@@ -64,6 +65,12 @@ def finished(configs, small_data, tmp_path_factory):
         patch.setitem(run.PRESETS, "tiny", dataclasses.replace(run.PRESETS["tiny"], sizes=SIZES))
         run_quickstart(*options)
         yield folder, options, printed.getvalue()
+
+
+def recipe_of(main):
+    """A recipe whose `main` gets the arguments as they were typed."""
+    parser = SimpleNamespace(parse_args_and_config=lambda arguments=None: [arguments])
+    return SimpleNamespace(make_parser=lambda: parser, main=main)
 
 
 def stage_lines(printed):
@@ -147,21 +154,8 @@ subprocess.run([sys.executable, "-c", "import os; print(os.environ['OMP_WAIT_POL
 
 def test_a_wait_policy_of_the_user_stays(monkeypatch):
     seen = []
-
-    class Recipe:
-        @staticmethod
-        def make_parser():
-            return Recipe
-
-        @staticmethod
-        def parse_args_and_config():
-            return [seen]
-
-        @staticmethod
-        def main(seen):
-            seen.append(os.environ["OMP_WAIT_POLICY"])
-
-    monkeypatch.setattr(cli, "load_stage", lambda stage: Recipe)
+    recipe = recipe_of(lambda _: seen.append(os.environ["OMP_WAIT_POLICY"]))
+    monkeypatch.setattr(cli, "load_stage", lambda stage: recipe)
     monkeypatch.setattr(sys, "argv", ["disranker"])
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     cli.main(["score"])
@@ -285,19 +279,7 @@ def test_the_shipped_configs_hold_known_options(config):
 
 def test_a_stage_runs_again_when_its_arguments_or_its_config_change(tmp_path, monkeypatch, capsys):
     seen = []
-
-    class Recipe:
-        @staticmethod
-        def make_parser():
-            return Recipe
-
-        @staticmethod
-        def parse_args_and_config(arguments):
-            return [arguments]
-
-        main = seen.append
-
-    monkeypatch.setattr(stages.importlib, "import_module", lambda name: Recipe)
+    monkeypatch.setattr(stages.importlib, "import_module", lambda name: recipe_of(seen.append))
     config = tmp_path / "a.yaml"
     config.write_text("x: 1")
     stage = ["--config", str(config)]
@@ -314,23 +296,13 @@ def test_a_stage_resumes_its_own_checkpoints_and_no_others(tmp_path, monkeypatch
     config.write_text("learning_rate: 1")
     found = []
 
-    class Recipe:
-        @staticmethod
-        def make_parser():
-            return Recipe
+    def main(arguments):
+        found.append(resume_point(str(tmp_path / "stage")) is not None)
+        save_json({"global_step": 1}, str(tmp_path / "stage" / "checkpoint-1" / "trainer_state.json"))
+        if len(found) == 1:
+            raise KeyboardInterrupt
 
-        @staticmethod
-        def parse_args_and_config(arguments):
-            return [arguments]
-
-        @staticmethod
-        def main(arguments):
-            found.append(resume_point(str(tmp_path / "stage")) is not None)
-            save_json({"global_step": 1}, str(tmp_path / "stage" / "checkpoint-1" / "trainer_state.json"))
-            if len(found) == 1:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(stages.importlib, "import_module", lambda name: Recipe)
+    monkeypatch.setattr(stages.importlib, "import_module", lambda name: recipe_of(main))
     stage = [tmp_path / "stage", "distill", ["--config", str(config)], []]
     with pytest.raises(KeyboardInterrupt):
         stages.run_recipe(*stage)

@@ -126,6 +126,21 @@ def test_a_finished_cpt_stays_as_it_is(tables, language_model):
         assert [path.name for path in (tables / "cpt").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("patience", [[], ["--early_stopping_patience", 1]])
+def test_a_finished_run_with_its_best_model_stays_as_it_is(tables, student_dir, patience, caplog):
+    inputs = ["--model", student_dir, "--judgments", tables / "judgments.parquet", "--out", tables / "best", *SHORT]
+    inputs += ["--save_strategy", "steps", "--save_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1]
+    # A rate too small to change a score: the first step stays the best.
+    inputs += ["--load_best_model_at_end", "true", "--learning_rate", 1e-12, "--metric_for_best_model", "ndcg@10"]
+    kept = []
+    for _ in range(2):
+        caplog.clear()
+        run("fit_teacher", *inputs, *patience, "--max_steps", 4)
+        kept.append(sorted(path.name for path in (tables / "best").glob("checkpoint-*")))
+    assert kept == [["checkpoint-1", "checkpoint-2" if patience else "checkpoint-4"]] * 2
+    assert "was finished already: nothing was trained" in caplog.text
+
+
 def losses(checkpoint):
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]

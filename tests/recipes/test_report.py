@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -99,7 +100,7 @@ def test_report_verdict_names_winner_size_and_certainty(evaluations, tmp_path, m
     evaluations[2].about["pairs_per_s"] = 9000.0  # the teacher's: 2000
     values = (evaluations[2].queries["ndcg@10"] - evaluations[0].queries["ndcg@10"]).dropna()
     difference = rf"\({values.mean():+.3f} NDCG@10, 95% interval [+-]0\.\d+ to [+-]0\.\d+, ".replace("+0", r"\+0")
-    teacher = r" and has \d+% of the NDCG@10 of teacher at 4\.5 times its speed\."
+    teacher = r" and has \d+% of the NDCG@10 at 4\.5 times the speed of teacher\."
     refused = rf"student leads BM25 {difference}not called significant: 12 queries are fewer than 200\){teacher}"
     assert re.fullmatch(refused, verdict())
     monkeypatch.setattr(report, "refusal", lambda queries, bm25: None)
@@ -125,6 +126,17 @@ def test_every_ranker_shown_is_tested(evaluations, tmp_path):
     write_report(evaluations, tmp_path / "report.html", pairs=[("student<b>", "bm25")])
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "student&lt;b&gt; – bm25" in text and "teacher – bm25" in text
+
+
+def test_verdict_is_on_the_best_distilled_student_against_bm25(evaluations, tmp_path):
+    weak, strong = evaluations[2], evaluations[1]
+    strong.about |= {"role": "student", "source": "s", "teacher": "t"}
+    evaluations = [evaluations[0], weak, strong, replace(weak, name="other")]
+    weak.measures["ndcg@10"], strong.measures["ndcg@10"] = 0.7, 0.9
+    write_report(evaluations, tmp_path / "report.html", pairs=[("teacher", "student<b>")], titles={"teacher": "best"})
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"<p class=.verdict.><strong>best leads bm25 ", text)
+    assert "best – bm25" in text and "between bm25 and best" in text
 
 
 def test_a_standardised_student_is_drawn_against_standardised_teacher_scores(judgments, tmp_path):

@@ -21,11 +21,11 @@ from hf_disranker.data.tables import (
     has_texts,
     locate,
     parquet_files,
-    read_table,
     read_texts,
     source_name,
     with_arrow_columns,
 )
+from hf_disranker.data.trec import read_pairs
 
 TEXT_COLUMNS = ("query", "title", "summary")
 _TABLE = "candidates"
@@ -34,7 +34,7 @@ _CHUNK = 100_000
 
 
 class Candidates:
-    """Pairs to score; sources as in `read_table`.
+    """Pairs to score; sources as in `read_table`, or a TREC run with a table of its queries.
 
     Parquet stays on disk, except for one row group; other sources, and the corpus for rows with ids only, are loaded.
     `columns` as in `read_table`.
@@ -43,9 +43,15 @@ class Candidates:
         FileNotFoundError, TableError: As in `read_table`, for errors visible before the rows are read.
     """
 
-    def __init__(self, source: Source, corpus: Source | None = None, columns: Columns | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        corpus: Source | None = None,
+        columns: Columns | None = None,
+        queries: Source | None = None,
+    ) -> None:
         self.name = source_name(source)
-        self._parts = list(_parts(source, columns))
+        self._parts = list(_parts(source, columns, queries))
         self._starts = np.cumsum([0, *(rows for rows, _ in self._parts)])
         self._held: tuple[int, pa.Table] | None = None
         self._digest = ""
@@ -127,11 +133,13 @@ class Candidates:
         return rows
 
 
-def _parts(source: Source, columns: Columns | None) -> Iterator[tuple[int, Callable[[], pa.Table]]]:
+def _parts(
+    source: Source, columns: Columns | None, queries: Source | None
+) -> Iterator[tuple[int, Callable[[], pa.Table]]]:
     """Yield the length and reader of each row group; a source other than parquet is one part."""
     files = parquet_files(source)
     if not files:
-        rows = pa.Table.from_pandas(read_table(source, _TABLE, texts=False, columns=columns), preserve_index=False)
+        rows = pa.Table.from_pandas(read_pairs(source, queries, columns), preserve_index=False)
         yield len(rows), lambda: rows
     for path in files:
         fs, _ = locate(os.fspath(source))  # type: ignore[arg-type]

@@ -266,7 +266,10 @@ def read_beir(folder: Path, table: str, split: str | None = None) -> tuple[pd.Da
     if table == "judgments":
         return _beir_judgments(folder, split)
     if table not in ("corpus", "queries"):
-        raise TableError(f"{folder}: a BEIR folder has judgments, corpus and queries, no {table} table.")
+        raise TableError(
+            f"{folder}: a BEIR folder has judgments, corpus and queries, no {table} table. To score a TREC run "
+            f"over it: disranker score --pairs RUN --queries {folder} --corpus {folder}."
+        )
     path = _packed_or_not(folder / f"{table}.jsonl")
     if path is None:
         raise FileNotFoundError(f"{folder / table}.jsonl: no such file.")

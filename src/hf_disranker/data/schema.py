@@ -14,7 +14,7 @@ Other columns pass through unread. Ids and texts are strings; integer ids are re
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -105,8 +105,8 @@ def check_names(columns: Iterable[object], table: str, source: str) -> None:
     if spelt:
         found, ours = ", ".join(map(repr, spelt.values())), ", ".join(map(repr, spelt))
         what, them = (f"column {found} is", "it") if len(spelt) == 1 else (f"columns {found} are", "them")
-        how = ",".join(f"{known}={name.strip()}" for known, name in spelt.items())
-        raise TableError(f"{source}: the {what} called {ours} here: rename {them}, or --columns {how}.")
+        how = columns_hint({known: name.strip() for known, name in spelt.items()})
+        raise TableError(f"{source}: the {what} called {ours} here: rename {them}, or {how}.")
 
 
 def _check_complete(columns: Iterable[object], table: str, source: str) -> None:
@@ -122,8 +122,13 @@ def _check_complete(columns: Iterable[object], table: str, source: str) -> None:
     raise TableError(
         f"{source}: a {table} table needs the column(s) {', '.join(needed)}; it has: "
         f"{', '.join(map(str, names)) or 'none'}. "
-        f"If yours have other names: --columns {','.join(f'{name}=YOURS' for name in needed)}.{ids}"
+        f"If yours have other names: {columns_hint(dict.fromkeys(needed, 'YOURS'))}.{ids}"
     )
+
+
+def columns_hint(names: Mapping[str, str]) -> str:
+    """Return how to read columns under other names, in a command and in Python."""
+    return f"--columns {','.join(f'{ours}={theirs}' for ours, theirs in names.items())} (in Python: columns={names})"
 
 
 def ids_may_be_made(names: Iterable[object], table: str) -> bool:

@@ -28,6 +28,7 @@ from hf_disranker.data.schema import (
     KNOWN_COLUMNS,
     TABLES,
     TableError,
+    columns_hint,
     empty_queries,
     ids_may_be_made,
     join_texts,
@@ -88,8 +89,8 @@ def check_rows(
     """Validate rows read from the source `name`; arguments as in `read_table`."""
     if table == "clicks":
         if unread := unread_weight(frame.columns):
-            text = "%s: the column '%s' is not read. If it counts clicks: --columns weight=%s."
-            logger.warning(text, name, unread, unread)
+            how = columns_hint({"weight": unread})
+            logger.warning("%s: the column '%s' is not read. If it counts clicks: %s.", name, unread, how)
         if "query" in frame.columns and (empty := empty_queries(frame["query"])).any():
             # Logs include pages that were reached without a search.
             logger.warning("%s: %d click(s) have no query and are left out.", name, int(empty.sum()))

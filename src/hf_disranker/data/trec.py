@@ -77,6 +77,28 @@ def read_run(source: Source, columns: Columns | None = None) -> pd.DataFrame:
     return checked.drop(columns="query").assign(teacher_score=scores).reset_index(drop=True)
 
 
+def read_pairs(source: Source, queries: Source | None = None, columns: Columns | None = None) -> pd.DataFrame:
+    """Read candidates without texts of documents: a candidates table or a TREC run (any other extension).
+
+    Args:
+        source: As in `read_table`.
+        queries: For a run, source of the queries' texts; may be a BEIR folder.
+        columns: As in `read_table`.
+
+    Raises:
+        TableError: If the file is malformed, or the queries of a run have no texts.
+    """
+    if (path := _trec_file(source)) is None:
+        if queries is not None:
+            raise TableError(f"{source}: only a TREC run needs queries; a candidates table has its own.")
+        return read_table(source, "candidates", texts=False, columns=columns)
+    if queries is None:
+        raise TableError(
+            f"{path}: a TREC run has ids only: --queries TABLE --corpus TABLE name the texts, also of a BEIR folder."
+        )
+    return join_queries(read_run(path)[KEY], read_table(queries, "queries", columns=columns), str(path))
+
+
 def check_run_ids(table: pd.DataFrame) -> None:
     """Refuse ids that a TREC run cannot represent, since whitespace separates its columns.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -184,6 +184,21 @@ def _slices(rows: pd.DataFrame, scores: np.ndarray, measures: Sequence[str], by:
         found = evaluate(part, scores[part.index], measures)
         slices[str(value)] = found | {"few": found["queries"] < FEW_QUERIES}
     return slices
+
+
+def value_text(measures: Mapping[str, Any], name: str, digits: int = 4) -> str:
+    """Format a measure: "inf" for PNR without discordant pairs, "n/a" where it is not defined."""
+    if measures[name] is not None:
+        return f"{measures[name]:.{digits}f}" if isinstance(measures[name], float) else str(measures[name])
+    return "inf" if name == "pnr" and measures["concordant"] else "n/a"
+
+
+def interval_text(measures: Mapping[str, Any], name: str, digits: int = 4, separator: str = ", ") -> str:
+    """Format the ends of a 95% interval, "inf" where PNR has none; empty if there is no interval."""
+    low, high = measures["intervals"].get(name) or (None, None)
+    if low is None and (name != "pnr" or not measures["concordant"]):
+        return ""
+    return separator.join("inf" if end is None else f"{end:.{digits}f}" for end in (low, high))
 
 
 def _jsonable(values: Iterable[float]) -> list[float | None]:

@@ -165,14 +165,15 @@ class TrainerMixin:
 
     accelerator: Any
     args: Any
+    control: Any
     state: Any
     _summed: Tensor | None = None
     _factors: tuple[float, ...] = ()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """See `Trainer.get_batch_samples`."""
-        if self.state.global_step >= self.state.max_steps:
-            return [], None  # resumed after the last step: Trainer would take one more
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            return [], None  # resumed after the last step or an early stop: Trainer would take one more
         return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:

@@ -14,7 +14,6 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    EarlyStoppingCallback,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,6 +32,7 @@ from hf_disranker.training.batching import BudgetStream, SetEpoch, TokenBudgetSa
 from hf_disranker.training.losses import LossTerm, TrainerMixin, hinge, ranknet, score_spread, softmax
 from hf_disranker.training.monitor import LossMonitor, check_dataset, check_target, sample_groups, warn_truncated
 from hf_disranker.training.setup import (
+    EarlyStopping,
     RankingConfig,
     add_adapter,
     as_ranker,
@@ -139,7 +139,7 @@ class RankingTrainer(TrainerMixin, TrainerHubMixin, Trainer):
         self.model_init = model_init  # not passed to Trainer, which would build the first model again
         self.add_callback(SetEpoch())
         if args.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+            self.add_callback(EarlyStopping(args.early_stopping_patience))
 
     def call_model_init(self, trial: Any = None) -> Any:
         """Build the model and prepare it for training; see `Trainer.call_model_init`."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_disranker.models.checkpoint import RankerConfigMixin, load_config, load_tokenizer
@@ -54,6 +54,10 @@ class StageArguments:
         if self.evaluates_by_default:
             self.eval_strategy = "epoch"
         super().__post_init__()  # type: ignore[misc]
+        options: Any = self
+        if options.load_best_model_at_end and options.save_total_limit == 1:
+            # Trainer would keep the best checkpoint alone, from which a finished run would train on when repeated.
+            options.save_total_limit = 2
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the token: Trainer pickles its arguments into checkpoints and pushes them."""
@@ -118,6 +122,17 @@ class RankingConfig(StageArguments, TrainingArguments):
         """Return the weight of each loss term by name."""
         names = [name for name in self.__dataclass_fields__ if name.endswith("_weight")]
         return {name.removesuffix("_weight"): getattr(self, name) for name in names}
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """`EarlyStoppingCallback` that keeps its count when a run resumes, so that a stopped run stays stopped."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore the count of the checkpoint."""
+        super().on_train_begin(args, state, control, **kwargs)
+        stored = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        self.early_stopping_patience_counter = stored.get("early_stopping_patience_counter", 0)
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 def check_arguments(trainer: str, model: Any, model_init: Any, optimizers: Any, refused: list[Any]) -> None:
