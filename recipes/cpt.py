@@ -18,7 +18,7 @@ from hf_disranker.data.tables import read_table
 from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
 from hf_disranker.models.checkpoint import load_config, load_tokenizer
 from hf_disranker.models.checks import check_length, check_weights, position_limit
-from hf_disranker.models.student import is_encoder
+from hf_disranker.models.families import is_encoder
 from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser
 from hf_disranker.training.cpt import ClickTrainer, CptConfig, click_dataset, click_losses, prepare_clicks
 from hf_disranker.training.runs import check_output_dir, save_run, train
