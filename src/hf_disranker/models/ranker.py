@@ -62,8 +62,7 @@ class Ranker(PairRanker):
     ) -> None:
         if isinstance(model, str | os.PathLike):
             model, tokenizer = load_ranker_model(model, tokenizer=tokenizer)
-            keep_head_exact(model)
-            model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+            _prepare(model)
         elif tokenizer is None:
             raise ValueError("Pass the tokenizer with the model, or the folder or Hub id of both.")
         self.model = model.eval()
@@ -91,7 +90,7 @@ class Ranker(PairRanker):
         local_files_only: bool = False,
         use_safetensors: bool = True,
     ) -> Ranker:
-        """Load a ranker from a folder or the Hub.
+        """Load a ranker from a folder or the Hub; arguments that are not listed are those of transformers.
 
         Args:
             name_or_path: Folder or Hub id.
@@ -100,11 +99,6 @@ class Ranker(PairRanker):
             dtype: Precision of the weights; "auto" for that of the checkpoint. A CPU with AVX-512 BF16 needs about
                 half the time with "bfloat16", for scores that differ in the third digit.
             attn_implementation: Attention of the model: sdpa, eager ...
-            revision: Branch, tag or commit on the Hub.
-            token: Token for the Hub.
-            cache_dir: Folder of downloads.
-            subfolder: Folder of the checkpoint within the repository.
-            local_files_only: If True, use only what was downloaded before.
             use_safetensors: If False, pickled weights are read as well, which can run code.
 
         Raises:
@@ -115,9 +109,7 @@ class Ranker(PairRanker):
         given |= {"local_files_only": local_files_only, "attn_implementation": attn_implementation}
         options = {key: value for key, value in given.items() if value not in (None, "", False) or key == "token"}
         model, tokenizer = load_ranker_model(name_or_path, dtype=dtype, use_safetensors=use_safetensors, **options)
-        keep_head_exact(model)
-        place: Any = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(place), tokenizer, token_budget)
+        return cls(_prepare(model, device), tokenizer, token_budget)
 
     def predict(
         self,
@@ -187,6 +179,12 @@ class Ranker(PairRanker):
         """Halve the token budget after these rows did not fit into memory."""
         self.token_budget = min(self.token_budget, sum(len(row["input_ids"]) for row, _ in rows) // 2)
         logger.warning("Out of memory: continuing with token_budget %d.", self.token_budget)
+
+
+def _prepare(model: Any, device: str | None = None) -> Any:
+    """Move a loaded model to its device, by default a GPU if there is one, and keep its head exact."""
+    keep_head_exact(model)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def pair_collator(model: RankerModel, tokenizer: PreTrainedTokenizerBase) -> PairCollator:
