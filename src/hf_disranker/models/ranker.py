@@ -90,7 +90,7 @@ class Ranker(PairRanker):
         local_files_only: bool = False,
         use_safetensors: bool = True,
     ) -> Ranker:
-        """Load a ranker from a folder or the Hub; arguments that are not listed are those of transformers.
+        """Load a ranker from a folder or the Hub.
 
         Args:
             name_or_path: Folder or Hub id.
@@ -99,6 +99,11 @@ class Ranker(PairRanker):
             dtype: Precision of the weights; "auto" for that of the checkpoint. A CPU with AVX-512 BF16 needs about
                 half the time with "bfloat16", for scores that differ in the third digit.
             attn_implementation: Attention of the model: sdpa, eager ...
+            revision: Branch, tag or commit on the Hub.
+            token: Token for the Hub.
+            cache_dir: Folder of downloads.
+            subfolder: Folder of the checkpoint within the repository.
+            local_files_only: If True, use only what was downloaded before.
             use_safetensors: If False, pickled weights are read as well, which can run code.
 
         Raises:
