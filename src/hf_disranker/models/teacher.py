@@ -79,11 +79,6 @@ class LLMForLastTokenRanking(PreTrainedRanker):
         base = adapter_base(name) if os.path.isdir(name) else None
         return super().load_config(base or name, **hub)
 
-    @property
-    def decoder(self) -> Any:
-        """The stock decoder, without the head."""
-        return getattr(self, self.base_model_prefix)
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -118,14 +113,14 @@ class LLMForLastTokenRanking(PreTrainedRanker):
             if packed is None and position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
                 position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
             kwargs["position_ids"] = position_ids
-        output = self.decoder(
+        output = self.base_model(
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             **{"use_cache": False} | kwargs,
         )
         state = last_token(output.last_hidden_state, attention_mask if packed is None else None)
-        logits = self.head_logits(state)
+        logits = self._expected_grade(state) if hasattr(self, "lm_head") else self.score(state)
         loss = None if labels is None else nn.functional.mse_loss(logits.flatten().float(), labels.flatten().float())
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
@@ -133,11 +128,7 @@ class LLMForLastTokenRanking(PreTrainedRanker):
 
     @functools.cached_property
     def _reads_positions(self) -> bool:
-        return "position_ids" in inspect.signature(type(self.decoder).forward).parameters
-
-    def head_logits(self, state: Tensor) -> Tensor:
-        """Apply the head to the last tokens' hidden states, shape (rows, size): logits of shape (rows, 1)."""
-        return self._expected_grade(state) if hasattr(self, "lm_head") else self.score(state)
+        return "position_ids" in inspect.signature(type(self.base_model).forward).parameters
 
     def _expected_grade(self, state: Tensor) -> Tensor:
         """Mean grade under the probabilities of the label tokens, shape (rows, 1), fp32."""
