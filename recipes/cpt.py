@@ -18,7 +18,7 @@ from hf_disranker.data.tables import read_table
 from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
 from hf_disranker.models.checkpoint import load_config, load_tokenizer
 from hf_disranker.models.checks import check_length, check_weights, position_limit
-from hf_disranker.models.student import is_encoder
+from hf_disranker.models.families import is_encoder
 from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser, run_stage
 from hf_disranker.recipes.runs import check_output_dir, save_run, train
 from hf_disranker.training.cpt import ClickTrainer, CptConfig, click_dataset, click_losses, prepare_clicks

@@ -16,7 +16,7 @@ from transformers import set_seed
 from hf_disranker.data.groups import SAMPLINGS, load_groups, sample_documents
 from hf_disranker.data.tables import usual_split
 from hf_disranker.models.checkpoint import load_config, load_tokenizer
-from hf_disranker.models.student import DistilledRanker, family_class
+from hf_disranker.models.student import DistilledRanker
 from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser, run_stage
 from hf_disranker.recipes.runs import check_output_dir, report_data, save_run, train, warn_shared_queries
 from hf_disranker.scoring.store import teacher_of
@@ -78,7 +78,7 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     """Read the scores, train, evaluate, save."""
     check_output_dir(training_args, script_args.model)
     config = load_config(script_args.model, revision=script_args.model_revision)  # before the tables are read
-    family_class(config.model_type)
+    DistilledRanker.family_class(config.model_type)
     sources = [script_args.scores, *script_args.more_scores]
     teachers = [teacher for teacher in map(teacher_of, sources) if teacher]
     source = sources if script_args.more_scores else script_args.scores

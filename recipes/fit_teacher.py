@@ -20,8 +20,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from hf_disranker.data.groups import load_groups
 from hf_disranker.data.tables import usual_split
 from hf_disranker.models.checkpoint import LABEL_EXPECTATION, load_config, load_tokenizer
+from hf_disranker.models.families import is_encoder
 from hf_disranker.models.loading import load_ranker_model
-from hf_disranker.models.student import is_encoder
 from hf_disranker.models.teacher import expect_labels
 from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser, run_stage
 from hf_disranker.recipes.runs import check_output_dir, report_data, save_run, train, warn_shared_queries

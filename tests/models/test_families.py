@@ -26,11 +26,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hf_disranker import DistillationConfig, DistillationTrainer, DistilledRanker, LLMForLastTokenRanking, Ranker
-from hf_disranker.models import student
 from hf_disranker.models.checks import position_limit
+from hf_disranker.models.families import is_decoder
 from hf_disranker.models.loading import ranker_class
 from hf_disranker.models.packing import PACKED, packs
-from hf_disranker.models.teacher import family_class, is_decoder
 from hf_disranker.serving.export import export, formats
 
 SIZE = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
@@ -87,7 +86,7 @@ def batch(side):
 def tiny_config(model_type):
     if model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         pytest.skip(f"this transformers has no {model_type} with a sequence-classification head")
-    kind = family_class(model_type).config_class.stock
+    kind = LLMForLastTokenRanking.family_class(model_type).config_class.stock
     known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     return kind(**{key: value for key, value in (SIZE | OWN.get(model_type, {})).items() if key in known})
 
@@ -188,7 +187,7 @@ ONE_STEP |= {"use_cpu": True}
 def student_config(model_type):
     if model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         pytest.skip(f"this transformers has no {model_type} with a sequence-classification head")
-    kind = student.family_class(model_type).config_class.stock
+    kind = DistilledRanker.family_class(model_type).config_class.stock
     known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     own = {"type_vocab_size": 2 if model_type in TYPED else 0 if model_type == "deberta-v2" else 1}
     return kind(**{key: value for key, value in (SIZE | ENCODER | own).items() if key in known})
@@ -251,7 +250,7 @@ def test_cross_encoder_and_auto_classes_give_the_same_scores_without_this_packag
         is_teacher = is_decoder(family)
         config = tiny_config(family) if is_teacher else student_config(family)
         config.pad_token_id = 1
-        ranker = ranker_class(config)(config).eval()
+        ranker = ranker_class(family)(config).eval()
         ranker.save_pretrained(tmp_path / family)
         pair_tokenizer(family in TYPED).save_pretrained(tmp_path / family)
         expected[family] = CrossEncoder(str(tmp_path / family), device="cpu").predict(PAIRS)
@@ -330,7 +329,7 @@ def test_other_students_are_exported_as_cross_encoders_alone(tmp_path):
 
 
 def is_packed(family):
-    kind = family_class(family) if is_decoder(family) else student.family_class(family)
+    kind = ranker_class(family)
     return packs(kind.config_class.stock())
 
 
@@ -353,7 +352,7 @@ def test_the_docs_list_the_same_families():
 @pytest.mark.parametrize("family", ["t5", "lilt"])
 def test_an_unsupported_family_is_refused(family):
     with pytest.raises(ValueError, match=f"A {family} model cannot be a ranker: transformers has no encoder and no"):
-        ranker_class(transformers.AutoConfig.for_model(family))
+        ranker_class(family)
 
 
 def test_a_tokenizer_that_cannot_join_pairs_is_refused():

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from transformers import AutoModel
 
 from hf_disranker import Ranker
-from hf_disranker.models.teacher import family_class
+from hf_disranker.models.loading import ranker_class
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text")
 PAIRS = [("read a json file", "json load read a document"), ("plot", "histogram of a table of numbers")]
@@ -197,7 +197,7 @@ def families(hub):
     made = []
     for name in FAMILIES:
         torch.manual_seed(0)
-        family = family_class(name)
+        family = ranker_class(name)
         teacher = family(family.config_class.stock(**size)).eval()
         teacher.push_to_hub(f"tester/{name}")
         made.append((f"tester/{name}", [teacher.config.architecture, teacher(torch.tensor(IDS)).scores.item()]))
@@ -287,7 +287,7 @@ def test_without_trust_remote_code_the_stock_class_loads(published, answers):
 def test_teachers_of_every_family_load_with_this_package_and_without(families, answers):
     for (name, (_, score)), model_type in zip(families, FAMILIES, strict=True):
         ours = AutoModel.from_pretrained(name).eval()
-        assert type(ours) is family_class(model_type) and ours(torch.tensor(IDS)).scores.item() == score
+        assert type(ours) is ranker_class(model_type) and ours(torch.tensor(IDS)).scores.item() == score
     expected = [[architecture, pytest.approx(score, abs=1e-6)] for _, (architecture, score) in families]
     assert answers["not installed"]["families"] == expected
 

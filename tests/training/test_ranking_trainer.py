@@ -126,6 +126,24 @@ def test_training_learns_the_order_of_its_labels(student_dir, teacher_dir, tmp_p
     assert {"eval_pnr", "eval_ndcg@5", "eval_ndcg@10"} <= after.keys()
 
 
+def test_a_teacher_reads_the_query_of_a_group_once_with_the_same_gradients(teacher_dir, tmp_path):
+    model, tokenizer = LLMForLastTokenRanking.from_pretrained(teacher_dir), AutoTokenizer.from_pretrained(teacher_dir)
+    groups = ragged_groups()
+    trainer = RankingTrainer(
+        model=model, args=RankingConfig(**options(tmp_path)), train_dataset=groups, processing_class=tokenizer
+    )
+    batch = trainer.data_collator(list(groups))
+    read, gradients = [], []
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, output: read.append(inputs[0].numel()))
+    pairs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    for scores in (trainer.group_scores(model, batch)[batch["mask"]], model(**pairs).scores):
+        model.zero_grad()
+        scores.square().sum().backward()
+        gradients.append((scores, *[weight.grad.clone() for weight in model.parameters()]))
+    assert read[0] < read[1] == batch["attention_mask"].sum()
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
 def test_a_distilled_student_learns_the_teachers_scale(student_dir, tmp_path):
     torch.manual_seed(0)
     groups = ragged_groups(4)

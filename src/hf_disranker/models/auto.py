@@ -41,9 +41,9 @@ def register(model_type: str) -> Any:
     from transformers import AutoModel, AutoModelForSequenceClassification
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-    from hf_disranker.models import student, teacher
+    from hf_disranker.models.loading import ranker_class
 
-    model = (student if student.is_encoder(model_type) else teacher).family_class(model_type)
+    model = ranker_class(model_type)
     config = model.config_class
     # From a config, `AutoModel` makes the model without a head, as stock classes ask it to.
     members = {"config_class": config, "from_pretrained": model.from_pretrained}
@@ -101,10 +101,10 @@ copyreg.pickle(_GateType, lambda gate: (_stock, (gate.__name__,)))  # type: igno
 
 
 def _install_gates() -> None:
-    from hf_disranker.models.families import decoder_types, encoder_types
+    from hf_disranker.models.families import classifiers, is_decoder, is_encoder
 
     configs: Any = sys.modules["transformers.models.auto.configuration_auto"]
-    for model_type in [*encoder_types(), *decoder_types()]:
+    for model_type in (kind for kind in classifiers() if is_encoder(kind) or is_decoder(kind)):
         # Under the stock name, by which transformers finds the model type of a config class.
         gate = _GateType(configs.CONFIG_MAPPING_NAMES[model_type], (), {"model_type": model_type})
         configs.AutoConfig.register(model_type, gate, exist_ok=True)

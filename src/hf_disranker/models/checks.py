@@ -10,9 +10,8 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto import modeling_auto
 
-from hf_disranker.models.families import decoder_types, encoder_types
+from hf_disranker.models.families import classifiers, is_decoder, is_encoder
 
 # Least share of the embedding rows that a tokenizer must cover: rows are padded up by a few percent at most.
 _KNOWN_ROWS = 0.75
@@ -52,8 +51,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         ValueError: If token ids exceed the embeddings, or most embeddings have no token.
     """
     rows = model.get_input_embeddings().num_embeddings
-    is_decoder = model.config.model_type in decoder_types()
-    ids = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=not is_decoder).values()
+    added = not is_decoder(model.config.model_type)
+    ids = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=added).values()
     name = f"{tokenizer.name_or_path or model.config.name_or_path}: the tokenizer"
     if max(ids, default=-1) >= rows:
         raise ValueError(
@@ -86,10 +85,9 @@ def position_limit(config: PreTrainedConfig) -> int | None:
 
 def _reserved_positions(config: PreTrainedConfig) -> int:
     """Return the positions up to the padding id, which no token has in RoBERTa and its relatives."""
-    if config.model_type not in encoder_types():
+    if not is_encoder(config.model_type):
         return 0
-    names = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    stock: Any = getattr(transformers, names[config.model_type])
+    stock: Any = getattr(transformers, classifiers()[config.model_type])
     with torch.device("meta"):
         model = stock(copy.deepcopy(config))
     layers = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]

@@ -1,4 +1,4 @@
-"""Safe loading of rankers, and atomic pushes to the Hub."""
+"""Atomic pushes to the Hub, by one commit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import string
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_disranker.models.card import TEMPLATES, CardFacts, model_card, training_facts
-from hf_disranker.models.checkpoint import LABEL_EXPECTATION, explain_failure
-from hf_disranker.models.checks import check_weights
 
 MODELING_FILE = "modeling_disranker.py"
 # Loading a pickle can run code, and training_args.bin may contain secrets.
@@ -26,81 +23,6 @@ _NOT_PUSHED = [*_PICKLES, "_*", "checkpoint-*"]
 
 class PushError(OSError):
     """Failed push; the message names the revision on the Hub and what to do."""
-
-
-class RankerHubMixin:
-    """Loading, saving and pushing of a ranker; mix it in before the class of transformers."""
-
-    config: Any
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> Any:
-        """Load as transformers does, but from safetensors only; `use_safetensors=False` accepts pickles.
-
-        Raises:
-            OSError: If there is no such folder or Hub repository, or the weights are pickles or damaged.
-            ValueError: If weights other than a new head are missing, or do not fit the config.
-        """
-        name = pretrained_model_name_or_path
-        kwargs.setdefault("use_safetensors", True)
-        try:
-            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        except Exception as error:  # many kinds, by version and by source
-            explain_failure(error, name, kwargs)
-            raise
-        if model.was_marked and any(not key.startswith(f"{model.base_model_prefix}.") for key in info["missing_keys"]):
-            raise ValueError(
-                f"{name} is no trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, which its config claims."
-            )
-        check_weights(name, info, None if model.config.marker.head == LABEL_EXPECTATION else model.base_model_prefix)
-        return (model, info) if output_loading_info else model
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save as transformers does; `push_to_hub=True` pushes by the method `push_to_hub`."""
-        hub = {key: kwargs.pop(key) for key in ("repo_id", "private", "revision", "commit_message") if key in kwargs}
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        if push_to_hub:
-            repo_id = hub.pop("repo_id", os.path.basename(os.fspath(save_directory).rstrip("/")))
-            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
-
-    def push_to_hub(  # noqa: PLR0913
-        self,
-        repo_id: str,
-        *,
-        tokenizer: Any = None,
-        remote_code: bool = False,
-        facts: CardFacts | None = None,
-        private: bool | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
-    ) -> CommitInfo:
-        """Push the model, and the tokenizer if given, in one commit; other arguments as in `PreTrainedModel`.
-
-        `remote_code=True` adds a self-contained modelling file, so that `AutoModel` with `trust_remote_code=True`
-        returns the ranker without this package. `facts` are for the model card; None keeps an existing card. A new
-        repository of a teacher is private unless `private` is False. `revision` is a branch, created if missing.
-
-        Raises:
-            PushError: If the push fails.
-            ValueError: If a teacher pads with its end-of-sequence token, so that stock loaders would misread it.
-        """
-        check_padding(self.config)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            if remote_code:
-                write_remote_code(folder, type(self).__name__)
-            commit_message = commit_message or f"Upload {self.config.marker.role}"
-            target: dict[str, Any] = {"private": private, "revision": revision, "token": token}
-            return push_folder(
-                folder, repo_id, self.config, facts=facts, commit_message=commit_message, create_pr=create_pr, **target
-            )
 
 
 class TrainerHubMixin:
@@ -145,7 +67,7 @@ class TrainerHubMixin:
     ) -> CommitInfo | None:
         """Save and push model, tokenizer and card in one commit; call it on every process.
 
-        Arguments as in `Trainer.push_to_hub`, `create_model_card` (`results`) and `RankerHubMixin.push_to_hub`
+        Arguments as in `Trainer.push_to_hub`, `create_model_card` (`results`) and `PreTrainedRanker.push_to_hub`
         (`remote_code`). A new repository is private if `hub_private_repo` says so, and by default for a teacher.
 
         Raises:
@@ -197,7 +119,7 @@ def push_folder(
 ) -> CommitInfo:
     """Push a folder of `save_pretrained`: all files and a card in one commit, no pickles.
 
-    `config` is that of the ranker; other arguments and errors as in `RankerHubMixin.push_to_hub`.
+    `config` is that of the ranker; other arguments and errors as in `PreTrainedRanker.push_to_hub`.
     """
     api, private = HfApi(token=options.pop("token", None)), options.pop("private", None)
     revision = options.get("revision")

@@ -14,7 +14,6 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from hf_disranker.models import student, teacher
 from hf_disranker.models.checkpoint import (
     HUB_OPTIONS,
     RankerConfigMixin,
@@ -22,26 +21,27 @@ from hf_disranker.models.checkpoint import (
     load_tokenizer,
 )
 from hf_disranker.models.checks import check_vocabulary
-from hf_disranker.models.student import DistilledRanker, is_encoder, output_layer
-from hf_disranker.models.teacher import LLMForLastTokenRanking, fit_embeddings, is_decoder, prepare_tokenizer
+from hf_disranker.models.families import is_decoder, is_encoder
+from hf_disranker.models.student import DistilledRanker, output_layer
+from hf_disranker.models.teacher import LLMForLastTokenRanking, fit_embeddings, prepare_tokenizer
 
 RankerModel = DistilledRanker | LLMForLastTokenRanking
 # A chat template that renders a pair, by the role that sentence-transformers gives to its document.
 _PAIR_ROLE = re.compile(r"""["']document["']""")
 
 
-def ranker_class(config: PreTrainedConfig) -> Any:
-    """Return the ranker class for a config: the student of an encoder's family, the teacher of a decoder's.
+def ranker_class(model_type: str) -> Any:
+    """Return the ranker class of a family: a student of encoders, a teacher of decoders.
 
     Raises:
         ValueError: If the family is not supported.
     """
-    if not (is_encoder(config.model_type) or is_decoder(config.model_type)):
+    if not (is_encoder(model_type) or is_decoder(model_type)):
         raise ValueError(
-            f"A {config.model_type} model cannot be a ranker: transformers has no encoder and no decoder of this type "
+            f"A {model_type} model cannot be a ranker: transformers has no encoder and no decoder of this type "
             "with a sequence-classification head."
         )
-    return (student if is_encoder(config.model_type) else teacher).family_class(config.model_type)
+    return (DistilledRanker if is_encoder(model_type) else LLMForLastTokenRanking).family_class(model_type)
 
 
 def is_ranker(config: PreTrainedConfig) -> bool:
@@ -77,7 +77,7 @@ def load_ranker_model(
         ValueError: If the family is not supported, weights or the head are missing, or the tokenizer does not fit.
     """
     hub = {key: options[key] for key in HUB_OPTIONS if key in options}
-    kind = ranker_class(config or load_config(name, **hub))
+    kind = ranker_class((config or load_config(name, **hub)).model_type)
     given = {} if config is None else {"config": config}
     model, info = kind.from_pretrained(name, output_loading_info=True, **given, **options)
     if info["missing_keys"] and not new_head:

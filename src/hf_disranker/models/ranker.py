@@ -62,8 +62,7 @@ class Ranker(PairRanker):
     ) -> None:
         if isinstance(model, str | os.PathLike):
             model, tokenizer = load_ranker_model(model, tokenizer=tokenizer)
-            keep_head_exact(model)
-            model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+            _prepare(model)
         elif tokenizer is None:
             raise ValueError("Pass the tokenizer with the model, or the folder or Hub id of both.")
         self.model = model.eval()
@@ -115,9 +114,7 @@ class Ranker(PairRanker):
         given |= {"local_files_only": local_files_only, "attn_implementation": attn_implementation}
         options = {key: value for key, value in given.items() if value not in (None, "", False) or key == "token"}
         model, tokenizer = load_ranker_model(name_or_path, dtype=dtype, use_safetensors=use_safetensors, **options)
-        keep_head_exact(model)
-        place: Any = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(place), tokenizer, token_budget)
+        return cls(_prepare(model, device), tokenizer, token_budget)
 
     def predict(
         self,
@@ -187,6 +184,12 @@ class Ranker(PairRanker):
         """Halve the token budget after these rows did not fit into memory."""
         self.token_budget = min(self.token_budget, sum(len(row["input_ids"]) for row, _ in rows) // 2)
         logger.warning("Out of memory: continuing with token_budget %d.", self.token_budget)
+
+
+def _prepare(model: Any, device: str | None = None) -> Any:
+    """Move a loaded model to its device, by default a GPU if there is one, and keep its head exact."""
+    keep_head_exact(model)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def pair_collator(model: RankerModel, tokenizer: PreTrainedTokenizerBase) -> PairCollator:

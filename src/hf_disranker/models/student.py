@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import BertForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from hf_disranker.models.checkpoint import HUB_OPTIONS, RankerConfigMixin, RankerOutput, load_config
-from hf_disranker.models.families import encoder_types, find_family, make_family
-from hf_disranker.models.hub import RankerHubMixin
+from hf_disranker.models.checkpoint import RankerConfigMixin, RankerOutput
+from hf_disranker.models.families import is_encoder
+from hf_disranker.models.modeling import PreTrainedRanker
 from hf_disranker.models.packing import install, plan
-
-_SUFFIX = "DistilledRanker"
 
 
 class StudentConfigMixin(RankerConfigMixin):
@@ -27,7 +23,7 @@ class StudentConfigMixin(RankerConfigMixin):
     head = "cls"
 
 
-class DistilledRanker(RankerHubMixin, PreTrainedModel):
+class DistilledRanker(PreTrainedRanker):
     """Encoder cross-encoder with one raw score per (query, document) pair.
 
     A stock `<Family>ForSequenceClassification` with one label: same weights, same logits, same class on disk.
@@ -38,35 +34,26 @@ class DistilledRanker(RankerHubMixin, PreTrainedModel):
         config: Config of a supported family, plain or of a marked checkpoint. A plain one is copied and marked.
     """
 
+    config_mixin = StudentConfigMixin
+    supports = staticmethod(is_encoder)
+    kind = "encoder"
+    suffix = "DistilledRanker"
     _keys_to_ignore_on_load_unexpected = [r"^cls\.", r"^lm_head\."]
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        marked: Any = self.config_class.mark(config)  # type: ignore[union-attr]
-        super().__init__(marked)
-        self.was_marked = isinstance(config, self.config_class)  # type: ignore[arg-type]
+        super().__init__(config)
         output_layer(self)
         install(self)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does.
-
-        Raises:
-            OSError: If there is no such folder or Hub repository, or the weights are pickles or damaged.
-            ValueError: If the family is not supported, or weights other than the head are missing.
-        """
-        name = pretrained_model_name_or_path
-        if cls is not DistilledRanker:
-            return super().from_pretrained(name, *args, **kwargs)
-        config = kwargs.get("config") or load_config(
-            name, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        )
-        return family_class(config.model_type).from_pretrained(name, *args, **kwargs)
-
-    @classmethod
-    def from_config(cls, config: PreTrainedConfig) -> DistilledRanker:
-        """Return a student with random weights; raises ValueError for a family that is not supported."""
-        return family_class(config.model_type)(config)
+    def forward(self, **inputs: Any) -> RankerOutput | tuple[Tensor, ...]:
+        """Score pairs; arguments as in the stock class."""
+        first = getattr(self.config, "classifier_pooling", "cls") in ("cls", "bos")
+        if (packed := plan(self, inputs, "first" if first else None)) is not None:
+            inputs["packed"] = packed
+        output = super().forward(**inputs)
+        if isinstance(output, tuple):
+            return output
+        return RankerOutput(output.loss, output.logits, output.hidden_states, output.attentions)
 
     def start_at(self, score: float) -> None:
         """Set the bias of a new head: learning a teacher's mean score by gradient steps takes long.
@@ -111,35 +98,6 @@ class DistilledRanker(RankerHubMixin, PreTrainedModel):
         return self
 
 
-def _with_scores(stock_forward: Any) -> Any:
-    """Wrap a stock forward: no padding, and an output with `scores`; the signature, which loaders read, stays."""
-    names = list(inspect.signature(stock_forward).parameters)[1:]
-
-    @functools.wraps(stock_forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> RankerOutput | tuple[Tensor, ...]:
-        inputs = dict(zip(names, args, strict=False)) | kwargs
-        first = getattr(self.config, "classifier_pooling", "cls") in ("cls", "bos")
-        if (packed := plan(self, inputs, "first" if first else None)) is not None:
-            inputs["packed"] = packed
-        output = stock_forward(self, **inputs)
-        if isinstance(output, tuple):
-            return output
-        return RankerOutput(output.loss, output.logits, output.hidden_states, output.attentions)
-
-    return forward
-
-
-class DisRankerBertConfig(StudentConfigMixin, BertConfig):
-    """Config of a marked BERT checkpoint.
-
-    Stock counterpart: [google-bert/bert-base-uncased](https://huggingface.co/google-bert/bert-base-uncased).
-    """
-
-    model_type = "bert"
-    stock = BertConfig
-    architecture = "BertForSequenceClassification"
-
-
 class BertDistilledRanker(DistilledRanker, BertForSequenceClassification):
     """BERT that reads a (query, document) pair and computes one raw score from the [CLS] token.
 
@@ -149,40 +107,9 @@ class BertDistilledRanker(DistilledRanker, BertForSequenceClassification):
         config: A `BertConfig`, plain or of a marked checkpoint. A plain one is copied and marked.
     """
 
-    config_class = DisRankerBertConfig
-    forward = _with_scores(BertForSequenceClassification.forward)
-
-
-def is_encoder(model_type: str) -> bool:
-    """Return whether transformers has a sequence-classification head for this encoder family."""
-    return model_type in encoder_types()
-
-
-@functools.cache
-def family_class(model_type: str) -> Any:
-    """Return the student class of a family, made from its stock classes; BERT has its own.
-
-    Raises:
-        ValueError: If transformers has no encoder of this type with a sequence-classification head.
-    """
-    if model_type == "bert":
-        return BertDistilledRanker
-    if not is_encoder(model_type):
-        raise ValueError(
-            f"A {model_type} model cannot be a student: transformers has no encoder of this type with a "
-            "sequence-classification head."
-        )
-    kind = make_family(DistilledRanker, StudentConfigMixin, model_type, _SUFFIX)
-    kind.forward = _with_scores(super(DistilledRanker, kind).forward)
-    return kind
-
 
 def __getattr__(name: str) -> Any:
-    """Find the generated classes by name, as pickle does."""
-    if (found := find_family(name, encoder_types(), _SUFFIX)) is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    kind = family_class(found[0])
-    return kind.config_class if found[1] else kind
+    return DistilledRanker.generated(name)
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear:

@@ -14,21 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
-from hf_disranker.models.checkpoint import (
-    HUB_OPTIONS,
-    LABEL_EXPECTATION,
-    RankerConfigMixin,
-    RankerOutput,
-    adapter_base,
-    load_config,
-)
+from hf_disranker.models.checkpoint import LABEL_EXPECTATION, RankerConfigMixin, RankerOutput, adapter_base
 from hf_disranker.models.checks import check_vocabulary
-from hf_disranker.models.families import decoder_types, find_family, make_family
-from hf_disranker.models.hub import RankerHubMixin
+from hf_disranker.models.families import is_decoder
+from hf_disranker.models.modeling import PreTrainedRanker
 from hf_disranker.models.packing import install, plan
 
 PAD_TOKEN = "<|pad|>"
-_SUFFIX = "ForLastTokenRanking"
 
 
 class TeacherConfigMixin(RankerConfigMixin):
@@ -45,7 +37,7 @@ class TeacherConfigMixin(RankerConfigMixin):
         return super().architecture_of(head)
 
 
-class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
+class LLMForLastTokenRanking(PreTrainedRanker):
     """Decoder that scores a text by its last token's hidden state times one row of weights.
 
     It reads one text, query first and then the document (`config.marker.templates`); the tokenizer ends it with the
@@ -53,23 +45,27 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
     With a config of `expect_labels` the score is the expected grade over label tokens, sum of grade times probability,
     and the checkpoint is the stock `<Family>ForCausalLM`; load it by this class or `AutoModel`.
     `from_pretrained` and `from_config` return the class of the checkpoint's family, `LlamaForLastTokenRanking` for
-    instance; a causal language model is accepted and gets a new score row.
+    instance; a causal language model is accepted and gets a new score row. A folder of LoRA weights loads as the base
+    model with the adapter.
 
     Args:
         config: Config of a supported family, plain or of a marked checkpoint. A plain one is copied and marked.
     """
 
+    config_mixin = TeacherConfigMixin
+    supports = staticmethod(is_decoder)
+    kind = "decoder"
+    suffix = "ForLastTokenRanking"
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        marked: Any = self.config_class.mark(config)  # type: ignore[union-attr]
-        super().__init__(marked)
+        super().__init__(config)
+        marked = self.config
         if not isinstance(getattr(self, "score", None), nn.Linear):
             raise ValueError(
                 f"A {config.model_type} model cannot be a teacher: {marked.architecture} does not score the last "
                 "token by one row of weights named score."
             )
-        self.was_marked = isinstance(config, self.config_class)  # type: ignore[arg-type]
         if marked.marker.head == LABEL_EXPECTATION:
             del self.score
             self.lm_head = nn.Linear(marked.hidden_size, marked.vocab_size, bias=False)
@@ -78,30 +74,10 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
         install(self)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does; a folder of LoRA weights loads as the base model with the adapter.
-
-        Raises:
-            OSError: If there is no such folder or Hub repository, or the weights are pickles or damaged.
-            ValueError: If the family is not supported, or weights other than the head are missing.
-        """
-        name = pretrained_model_name_or_path
-        if cls is not LLMForLastTokenRanking:
-            return super().from_pretrained(name, *args, **kwargs)
-        hub_options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        base = adapter_base(name) if name is not None and os.path.isdir(name) else None
-        config = kwargs.get("config") or load_config(base or name, **hub_options)
-        return family_class(config.model_type).from_pretrained(name, *args, **kwargs)
-
-    @classmethod
-    def from_config(cls, config: PreTrainedConfig) -> LLMForLastTokenRanking:
-        """Return a teacher with random weights; raises ValueError for a family that is not supported."""
-        return family_class(config.model_type)(config)
-
-    @property
-    def decoder(self) -> Any:
-        """The stock decoder, without the head."""
-        return getattr(self, self.base_model_prefix)
+    def load_config(cls, name: str | os.PathLike, **hub: Any) -> PreTrainedConfig:
+        """Load the config of a checkpoint; of a folder of LoRA weights, that of the base model."""
+        base = adapter_base(name) if os.path.isdir(name) else None
+        return super().load_config(base or name, **hub)
 
     def forward(
         self,
@@ -137,14 +113,14 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
             if packed is None and position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
                 position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
             kwargs["position_ids"] = position_ids
-        output = self.decoder(
+        output = self.base_model(
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             **{"use_cache": False} | kwargs,
         )
         state = last_token(output.last_hidden_state, attention_mask if packed is None else None)
-        logits = self.head_logits(state)
+        logits = self._expected_grade(state) if hasattr(self, "lm_head") else self.score(state)
         loss = None if labels is None else nn.functional.mse_loss(logits.flatten().float(), labels.flatten().float())
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
@@ -152,11 +128,7 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
 
     @functools.cached_property
     def _reads_positions(self) -> bool:
-        return "position_ids" in inspect.signature(type(self.decoder).forward).parameters
-
-    def head_logits(self, state: Tensor) -> Tensor:
-        """Apply the head to the last tokens' hidden states, shape (rows, size): logits of shape (rows, 1)."""
-        return self._expected_grade(state) if hasattr(self, "lm_head") else self.score(state)
+        return "position_ids" in inspect.signature(type(self.base_model).forward).parameters
 
     def _expected_grade(self, state: Tensor) -> Tensor:
         """Mean grade under the probabilities of the label tokens, shape (rows, 1), fp32."""
@@ -169,45 +141,8 @@ class LLMForLastTokenRanking(RankerHubMixin, PreTrainedModel):
         return (logits.softmax(dim=1) @ grades).unsqueeze(1)
 
 
-def is_decoder(model_type: str) -> bool:
-    """Return whether transformers has a sequence-classification head for this decoder family."""
-    return model_type in decoder_types()
-
-
-@functools.cache
-def family_class(model_type: str) -> Any:
-    """Make the teacher class and the config class of a family from its stock classes.
-
-    Raises:
-        ValueError: If transformers has no decoder of this type with a sequence-classification head.
-    """
-    if not is_decoder(model_type):
-        raise ValueError(
-            f"A {model_type} model cannot be a teacher: transformers has no decoder of this type with a "
-            "sequence-classification head."
-        )
-    kind = make_family(LLMForLastTokenRanking, TeacherConfigMixin, model_type, _SUFFIX)
-    kind.forward = _with_signature(super(LLMForLastTokenRanking, kind).forward)
-    return kind
-
-
-def _with_signature(stock_forward: Any) -> Any:
-    """Return our forward with the signature of the stock one, which trainers read."""
-    names = list(inspect.signature(stock_forward).parameters)[1:]
-
-    @functools.wraps(stock_forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> RankerOutput | tuple[Tensor, ...]:
-        return LLMForLastTokenRanking.forward(self, **dict(zip(names, args, strict=False)) | kwargs)
-
-    return forward
-
-
 def __getattr__(name: str) -> Any:
-    """Find the generated classes by name, as pickle does."""
-    if (found := find_family(name, decoder_types(), _SUFFIX)) is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    kind = family_class(found[0])
-    return kind.config_class if found[1] else kind
+    return LLMForLastTokenRanking.generated(name)
 
 
 def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -258,7 +193,7 @@ def expect_labels(
     tokens = [ids[-1] for ids in after]
     if any(ids[:-1] != before for ids in after) or len(set(tokens)) < len(labels):
         raise ValueError(f"Each of the labels {list(labels)} must be one token after {ending!r}; choose other words.")
-    config = family_class(config.model_type).config_class.mark(config)
+    config = LLMForLastTokenRanking.family_class(config.model_type).config_class.mark(config)
     config.update_marker(head=LABEL_EXPECTATION, label_tokens=tokens, grades=list(range(len(labels))), ending=ending)
     prepare_tokenizer(tokenizer, ending)
     return config

@@ -24,10 +24,10 @@ from hf_disranker.data.tables import pair_texts
 from hf_disranker.data.templates import Templates
 from hf_disranker.evaluation import metrics
 from hf_disranker.models.card import model_card
+from hf_disranker.models.families import is_decoder
 from hf_disranker.models.hub import check_padding
 from hf_disranker.models.ranker import Ranker
 from hf_disranker.models.student import BertDistilledRanker
-from hf_disranker.models.teacher import is_decoder
 from hf_disranker.runtime import FILES
 from hf_disranker.runtime import Ranker as LightRanker
 

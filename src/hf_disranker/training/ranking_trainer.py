@@ -264,8 +264,11 @@ class RankingTrainer(TrainerMixin, TrainerHubMixin, Trainer):
     def group_scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Score a batch of `GroupCollator`: fp32, shape (queries, docs), 0 where the mask is False."""
         pairs = {key: value for key, value in inputs.items() if key not in _GROUP_KEYS}
-        flat = model(**pairs).logits.squeeze(-1).float()
         mask = inputs["mask"]
+        # What the pairs of a query share is computed once; not measured on a GPU.
+        if self.model.config.marker.role == "teacher" and mask.device.type == "cpu":
+            pairs["groups"] = mask.nonzero()[:, 0].tolist()
+        flat = model(**pairs).logits.squeeze(-1).float()
         return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
 
     def prediction_step(

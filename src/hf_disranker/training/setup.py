@@ -169,7 +169,9 @@ def as_ranker(model: Any, frozen: bool = False) -> Any:
     If `frozen`, the weights of a folder are loaded in their stored type, since only an adapter is trained.
     """
     if isinstance(model, str | os.PathLike):
-        model = ranker_class(load_config(model)).from_pretrained(model, dtype="auto" if frozen else torch.float32)
+        model = ranker_class(load_config(model).model_type).from_pretrained(
+            model, dtype="auto" if frozen else torch.float32
+        )
     elif not isinstance(getattr(model, "config", None), RankerConfigMixin):
         model = _shared(model)
     return with_own_config(model)
@@ -193,7 +195,7 @@ def _shared(model: Any) -> Any:
             f"A {name} is not a ranker: pass a DistilledRanker, an LLMForLastTokenRanking, a stock "
             "...ForSequenceClassification with num_labels=1, or the folder or Hub id of a checkpoint."
         )
-    kind = ranker_class(model.config)
+    kind = ranker_class(model.config.model_type)
     if getattr(model, "is_quantized", False):
         raise ValueError(f"The {name} is quantized: load it with {kind.__name__}.")
     if model.config.num_labels != 1:
