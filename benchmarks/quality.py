@@ -110,6 +110,8 @@ def train(cell: dict[str, Any], config: dict[str, Any], rows: Dataset, start: Pa
         options = common | lengths | cell.get("options", {}) | {"per_device_train_batch_size": queries}
         tokenizer = AutoTokenizer.from_pretrained(start)
         student = BertDistilledRanker.from_pretrained(start, attn_implementation="eager")
+        if options.get("score_transform") == "affine":
+            student.start_at(0.0)  # the mean of the targets
         args = config_kind(**options, eval_strategy="no")
         trainer = trainer_kind(model=student, args=args, train_dataset=rows, processing_class=tokenizer)
         trainer.train()

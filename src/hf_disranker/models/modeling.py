@@ -55,7 +55,7 @@ class PreTrainedRanker(PreTrainedModel):
             return
         plain = stock.config_class
         members = {"model_type": plain.model_type, "stock": plain, "architecture": stock.__name__}
-        members |= {"__module__": cls.__module__, "__doc__": plain.__doc__}
+        members |= {"__module__": cls.__module__, "__doc__": f"Config of a ranker, stored as {plain.__name__}."}
         cls.stock = stock
         cls.config_class = type(f"DisRanker{plain.__name__}", (cls.config_mixin, plain), members)  # type: ignore[assignment]
         cls.forward = _with_signature(cls.forward, stock.forward)  # type: ignore[method-assign]
