@@ -225,7 +225,7 @@ def check_folder(out: Path, stages: list[Stage]) -> None:
 
 
 def is_finished(out: Path, stage: Stage) -> bool:
-    """Return whether a stage has run with its arguments, its config and the present output of what it needs."""
+    """Return whether a stage has run with its arguments, its config and the current output of the stages it needs."""
     return has_finished(out / stage.name, record(stage.recipe, stage.options, inputs(out, stage)))
 
 
