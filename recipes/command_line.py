@@ -93,7 +93,7 @@ class RecipeParser(HfArgumentParser):
         made: dict[str, Any] = {one.name: one.default_factory for one in fields}
         for action in self._actions:
             if action.nargs == "?" and made[action.dest] is not dataclasses.MISSING:
-                action.default = made[action.dest]()  # HfArgumentParser takes False for a bool
+                action.default = made[action.dest]()  # HfArgumentParser sets a bool to False
             _simplify(action)
             if name := NAMES.get(action.dest):
                 self._option_string_actions[f"--{name}"] = action
@@ -144,7 +144,7 @@ class RecipeParser(HfArgumentParser):
         """Parse the command line and the YAML file that it names into the dataclasses.
 
         Args:
-            args: The command line; None takes that of this process.
+            args: Command line; None uses that of this process.
 
         Raises:
             OSError: If the YAML file cannot be read.

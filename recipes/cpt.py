@@ -68,7 +68,7 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
     max_length = training_args.max_length or min(tokenizer.model_max_length, limit)
     train_dataset = click_dataset(clicks, tokenizer, max_length, templates)
     cut = sum(len(ids) == max_length for ids in train_dataset["input_ids"])
-    logger.info("cpt: training on %d clicks, %d of them cut at %d tokens.", len(train_dataset), cut, max_length)
+    logger.info("cpt: training on %d clicks, %d of them truncated to %d tokens.", len(train_dataset), cut, max_length)
     if left_out := len(clicks) - len(train_dataset):
         logger.warning("%d clicks are left out: their queries alone have %d tokens or more.", left_out, max_length)
     eval_dataset = click_dataset(held_out, tokenizer, max_length, templates) if held_out is not None else None

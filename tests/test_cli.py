@@ -154,7 +154,7 @@ cli.main(["fit_teacher", "--model", "cpt", "--judgments", "judgments.parquet", "
     for noise in ("LOAD REPORT", "Loading weights", "Writing model shards", "examples/s", "FutureWarning"):
         assert noise not in ended.stderr, ended.stderr
     lines = [line for line in ended.stderr.splitlines() if "it/s]" not in line and line.strip()]
-    assert "cpt: training on 12 clicks, 0 of them cut at 48 tokens." in lines
+    assert "cpt: training on 12 clicks, 0 of them truncated to 48 tokens." in lines
     assert "Model saved to cpt. Next: disranker fit_teacher --model cpt --judgments TABLE --out FOLDER" in lines
     assert "fit_teacher: training on 8 queries with 37 documents, evaluating on 4 queries with 20 documents." in lines
     assert lines[-2].startswith("Evaluation: ndcg@10 0.")

@@ -180,7 +180,7 @@ def main(args: QuickstartArguments) -> None:
             print(run_logged(work, out, stage), flush=True)
         print(f"{(time.perf_counter() - begin) / 60:.1f} minutes in all")
     print("\n" + (out / "report" / "results.txt").read_text(encoding="utf-8"))
-    print(f"All stages are finished. Another --out or --seed starts anew; to repeat one, remove {out}/STAGE.")
+    print(f"All stages are finished. Use another --out or --seed, or, to repeat a stage, remove {out}/STAGE.")
 
 
 def run_logged(work: Any, out: Path, stage: Stage) -> str:
@@ -225,7 +225,7 @@ def check_folder(out: Path, stages: list[Stage]) -> None:
 
 
 def is_finished(out: Path, stage: Stage) -> bool:
-    """Return whether a stage has run with its arguments, its config and the present output of what it needs."""
+    """Return whether a stage has run with its arguments, its config and the current output of the stages it needs."""
     return has_finished(out / stage.name, record(stage.recipe, stage.options, inputs(out, stage)))
 
 

@@ -50,7 +50,7 @@ def run_stage(out: Path, stage: Stage) -> None:
 
 
 def data(out: Path, judged: int, unlabelled: int, documents: int, dev: int) -> None:
-    """Build the data set and the part of it that the quickstart takes."""
+    """Build the data set and the sample of it that the quickstart uses."""
     make_data(out / "data")
     make_sample(out / "data", judged, unlabelled, documents, dev)
 

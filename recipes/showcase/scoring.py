@@ -1,4 +1,4 @@
-"""Make the shipped scores of the showcase anew: SmolLM2's query likelihood of the embedded data set's pairs.
+"""Recompute the shipped scores of the showcase: SmolLM2's query likelihood of the embedded data set's pairs.
 
     make showcase-scores                      # scores into runs/showcase_scores, then packs recipes/showcase/scores
     make showcase-scores ARGS="--top_k 20"

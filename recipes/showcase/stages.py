@@ -121,7 +121,7 @@ def check(args: ShowcaseArguments) -> None:
 
 
 def forget_finished(out: Path, inputs: Sequence[Path]) -> None:
-    """Let all stages start anew if an input has changed since the last call."""
+    """Restart all stages if an input has changed since the last call."""
     now = [hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs]
     if json_in(out / "inputs.json") != now:
         for record in [*out.glob("*/finished.json"), *out.glob("*/started.json")]:

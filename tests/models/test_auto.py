@@ -184,5 +184,5 @@ def test_a_ranker_without_a_trained_head_is_refused(tmp_path, tiny_student):
     _, tokenizer = tiny_student
     small_bert(tokenizer, layers=1, size=32).bert.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is no trained ranker: it lacks"):
+    with pytest.raises(ValueError, match="is not a trained ranker: it lacks"):
         Ranker.from_pretrained(tmp_path)

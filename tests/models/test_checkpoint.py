@@ -42,7 +42,7 @@ def test_an_encoder_that_would_start_at_random_is_refused(kind, lost, request, t
     del config["disranker"]  # as a stock class saved it
     prefixed = renamed(folder, tmp_path / "prefixed", lambda key: f"module.{key}")
     Path(prefixed, "config.json").write_text(json.dumps(config))
-    message = f"prefixed lacks .* weights of the model, such as {lost}, .* It holds others, such as module"
+    message = f"prefixed lacks .* weights of the model, such as {lost}, .* It has others, such as module"
     for load in (loader.from_pretrained, Ranker.from_pretrained):
         with pytest.raises(ValueError, match=message):
             load(prefixed)
@@ -55,7 +55,7 @@ def test_a_bert_without_pooler_gets_a_new_one_with_its_head(tmp_path):
     BertForMaskedLM(BertConfig(**TINY)).save_pretrained(tmp_path)
     _, info = BertDistilledRanker.from_pretrained(tmp_path, output_loading_info=True)
     assert {key.split(".")[-3] for key in info["missing_keys"] if "pooler" in key} == {"pooler"}
-    with pytest.raises(ValueError, match="is no trained ranker: it lacks"):
+    with pytest.raises(ValueError, match="is not a trained ranker: it lacks"):
         Ranker.from_pretrained(tmp_path)
 
 
@@ -74,9 +74,9 @@ def test_a_marker_survives_a_round_trip_and_is_checked():
     assert Marker.from_dict(content, "student") == marker
     assert content["score_transform"] is None and "ending" not in content and content["max_length"] == 48
     for changes, message in (
-        ({"format": 2}, "format 2, this package knows up to 1"),
+        ({"format": 2}, "format 2, this package supports up to 1"),
         ({"role": "teacher"}, "This checkpoint is a teacher, not a student"),
-        ({"max_length": "48"}, "The max_length in the key disranker of config.json is '48', no integer"),
+        ({"max_length": "48"}, "max_length in the key disranker of config.json is '48', not an integer"),
         ({"templates": {"text_": "x"}}, "The templates in the key disranker of config.json cannot be read"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -85,14 +85,14 @@ def test_a_marker_survives_a_round_trip_and_is_checked():
 
 def test_a_folder_without_tokenizer_files_is_refused(student_dir, tmp_path):
     shutil.copytree(student_dir, tmp_path / "bare", ignore=shutil.ignore_patterns(*TOKENIZER_FILES))
-    with pytest.raises(ValueError, match=r"bare: the tokenizer knows 5 tokens, .* embeddings for \d+: .* missing"):
+    with pytest.raises(ValueError, match=r"bare: the tokenizer has 5 tokens, .* embeddings for \d+: .* missing"):
         Ranker.from_pretrained(tmp_path / "bare")
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tiny_student, tiny_teacher):
     for config, tokenizer in ((BertConfig, tiny_student[1]), (LlamaConfig, tiny_teacher[1])):
         kind = BertDistilledRanker if config is BertConfig else LLMForLastTokenRanking.from_config
-        with pytest.raises(ValueError, match=r"gives token ids up to \d+, the model has embeddings for 60 tokens"):
+        with pytest.raises(ValueError, match=r"produces token ids up to \d+, the model has embeddings for 60 tokens"):
             Ranker(kind(config(**TINY)), tokenizer)
 
 
@@ -185,7 +185,7 @@ def test_a_lora_adapter_alone_loads_as_a_teacher_but_not_as_a_ranker(teacher_dir
     adapted = get_peft_model(LLMForLastTokenRanking.from_pretrained(teacher_dir), lora).eval()
     adapted.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"holds an adapter \(LoRA\) of .* without the model itself. Merge them first"
+        ValueError, match=r"contains an adapter \(LoRA\) of .* without the model itself. Merge them first"
     ):
         Ranker.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Merge them first"):

@@ -487,7 +487,7 @@ def test_an_auto_map_that_points_elsewhere_is_refused(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"disranker": True}, "holds True, not a ranker's description"),
+        ({"disranker": True}, "is True, not the description of a ranker"),
         ({"disranker": {"format": 1, "role": "student", "head": "mean"}}, "says 1 labels and the head mean"),
         ({"hidden_size": 16}, "do not fit what its config claims"),
     ],
@@ -509,7 +509,7 @@ def test_a_marked_checkpoint_without_its_head_is_refused(folder):
     weights = load_file(folder / "model.safetensors")
     kept = {name: weight for name, weight in weights.items() if not name.startswith("classifier")}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="is no trained ranker: it lacks .*classifier.*which its config claims"):
+    with pytest.raises(ValueError, match="is not a trained ranker: it lacks .*classifier.*which its config claims"):
         AutoModel.from_pretrained(folder)
 
 

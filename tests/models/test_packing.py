@@ -232,5 +232,5 @@ def test_unsupported_inputs_fall_back_to_padding():
 def test_attention_with_more_than_products_is_refused():
     state = torch.zeros(1, 2, 3, 8)
     packed = planned(input_ids=torch.ones(1, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match="Identity has softcap, which attention without padding does not know"):
+    with pytest.raises(ValueError, match="Identity has softcap, which attention without padding does not support"):
         packing._attention(torch.nn.Identity(), state, state, state, None, packed=packed, softcap=50.0)

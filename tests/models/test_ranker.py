@@ -255,10 +255,10 @@ def test_checkpoints_of_another_kind_are_refused(tiny_student, tiny_teacher, tmp
         "albert": AlbertModel(AlbertConfig(**tiny, intermediate_size=32)),
     }
     messages = {
-        "bert": r"bert is no trained ranker: it lacks .*'classifier.weight'\], .*; `disranker distill` trains one",
-        "llama": r"llama is no trained ranker: it lacks \['score.weight'\], .*; `disranker fit_teacher` trains one",
-        "gpt2": r"gpt2 is no trained ranker: it lacks \['score.weight'\]",
-        "albert": r"albert is no trained ranker: it lacks .*'classifier.weight'\], .*; `disranker distill` trains one",
+        "bert": r"bert is not a trained ranker: it lacks .*'classifier.weight'\], .*; `disranker distill` trains one",
+        "llama": r"llama is not a trained ranker: it lacks \['score.weight'\], .*; `disranker fit_teacher` trains one",
+        "gpt2": r"gpt2 is not a trained ranker: it lacks \['score.weight'\]",
+        "albert": r"albert is not a trained ranker: it lacks .*'classifier.weight'\].*`disranker distill` trains one",
     }
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)

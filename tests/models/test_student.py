@@ -96,12 +96,12 @@ def test_keep_layers_refuses_missing_layers(layers):
 
 
 def test_checkpoints_of_another_kind_are_refused(tmp_path, teacher_dir):
-    with pytest.raises(ValueError, match="holds a llama model; BertForSequenceClassification reads bert"):
+    with pytest.raises(ValueError, match="contains a llama model; BertForSequenceClassification reads bert"):
         BertDistilledRanker.from_pretrained(teacher_dir)
     ranker = BertDistilledRanker(BertConfig(**TINY))
     ranker.config.disranker["format"] = 2
     ranker.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="format 2, this package knows up to 1"):
+    with pytest.raises(ValueError, match="format 2, this package supports up to 1"):
         BertDistilledRanker.from_pretrained(tmp_path)
 
 

@@ -112,7 +112,7 @@ def test_a_sequence_classifier_of_another_family_is_a_teacher(tmp_path, tiny_stu
 
     model.config.num_labels = 3
     LiltForSequenceClassification(model.config).save_pretrained(tmp_path / "lilt")
-    with pytest.raises(ValueError, match="gives 3 scores for a pair; a ranker gives one"):
+    with pytest.raises(ValueError, match="returns 3 scores for a pair; a ranker returns one"):
         load_engine(str(tmp_path / "lilt"))
 
 
@@ -181,7 +181,7 @@ def test_a_checkpoint_without_a_ranking_head_is_refused(tmp_path, tiny_student, 
         with pytest.raises(ValueError, match=f"--generative is for a causal language model; .* is a {kind}"):
             load_engine(name, generative=True)
     BertForSequenceClassification(small_encoder(tokenizer, num_labels=2)).save_pretrained(path)
-    with pytest.raises(ValueError, match="gives 2 scores for a pair; .*difference of two logits.*fit_teacher"):
+    with pytest.raises(ValueError, match="returns 2 scores for a pair; .*difference of two logits.*fit_teacher"):
         load_engine(path)
 
 
@@ -191,7 +191,7 @@ def test_a_folder_that_is_missing_or_holds_an_adapter_is_named(tmp_path):
     assert "\n" not in str(error.value)
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
-    with pytest.raises(ValueError, match=r"holds an adapter \(LoRA\) of org/base .* merge_and_unload"):
+    with pytest.raises(ValueError, match=r"contains an adapter \(LoRA\) of org/base .* merge_and_unload"):
         load_engine(str(tmp_path))
 
 

@@ -89,7 +89,7 @@ def test_a_label_is_chosen_among_several(tmp_path, tiny_student, judgments):
         tokenizer.save_pretrained(path)
     for path in (modular, str(tmp_path / "classifier2"), str(tmp_path / "classifier3")):
         logits = CrossEncoder(path, device="cpu").predict(joined(judgments), activation_fn=nn.Identity())
-        with pytest.raises(ValueError, match=r"gives [23] scores for a pair.*--label_index 1"):
+        with pytest.raises(ValueError, match=r"returns [23] scores for a pair.*--label_index 1"):
             load_engine(path)
         engine = load_engine(path, label_index=1)
         probability = torch.from_numpy(logits).softmax(dim=1)[:, 1]
@@ -123,7 +123,7 @@ def test_score_and_evaluate_accept_a_label_option(tmp_path, tiny_student, judgme
 
 def test_a_label_is_not_chosen_where_there_is_one(tmp_path, tiny_student, student_dir):
     for path in (student_dir, save_modular(tmp_path, tiny_student[1])):
-        with pytest.raises(ValueError, match="gives one score for a pair: leave out --label_index"):
+        with pytest.raises(ValueError, match="returns one score for a pair: leave out --label_index"):
             load_engine(path, label_index=0)
     assert load_engine(student_dir).describe().get("label_index") is None
 

@@ -219,7 +219,7 @@ def test_model_init_is_called_for_each_training(student_dir, groups, tmp_path):
     assert len(made) == 3 and results[0] is not results[1]
     for one, two in zip(results[0].parameters(), results[1].parameters(), strict=True):
         assert one.dtype == torch.float32 and torch.equal(one, two)
-    with pytest.raises(ValueError, match="a model or a model_init, one of them"):
+    with pytest.raises(ValueError, match="needs either a model or a model_init"):
         RankingTrainer(args=args, train_dataset=groups)
 
 

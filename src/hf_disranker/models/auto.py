@@ -2,8 +2,8 @@
 
 When transformers' Auto classes are imported, a gate replaces the config class of every encoder and every decoder that
 has a sequence-classification head, by transformers' own tables. The gate returns the stock config of an unmarked
-checkpoint, and a config of our type for a marked one, for which `AutoModel` and `AutoModelForSequenceClassification`
-have the ranker of its family. Our config class has the name of the stock one, by which all other Auto classes find
+checkpoint, and our config for a marked one, for which `AutoModel` and `AutoModelForSequenceClassification`
+return the ranker of its family. Our config class has the name of the stock one, by which all other Auto classes find
 their stock class. Only the public `register` methods are used.
 """
 
@@ -66,7 +66,7 @@ def _stock(name: str) -> Any:
 
 
 class _GateType(type):
-    """Reads all attributes from the stock config class, also the docstring and the module, which transformers asks."""
+    """Metaclass that reads all attributes from the stock config class, with the docstring and module."""
 
     model_type: str
 

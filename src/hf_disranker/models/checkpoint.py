@@ -40,8 +40,8 @@ class Marker:
         head: "cls" for a student, "last_token" or "label_expectation" for a teacher.
         templates: How a query and a document become the model's input.
         format: Version of this description.
-        max_length: Tokens of an input at most; None for the default of `Ranker`.
-        max_query_length: Tokens of a query at most; None for the default of `Ranker`.
+        max_length: Maximum number of tokens of an input; None for the default of `Ranker`.
+        max_query_length: Maximum number of tokens of a query; None for the default of `Ranker`.
         score_transform: Affine transform of the teacher's scores, `{"scale", "shift"}`; None for raw scores.
         teacher: `{"id", "revision"}` of the teacher that a student was distilled from.
         ending: Text that ends each input in place of the end-of-sequence token (label_expectation).
@@ -73,10 +73,10 @@ class Marker:
             ValueError: If it is no such object, has a newer format, or describes a model of another role.
         """
         if not isinstance(content, dict):
-            raise ValueError(f"The key {MARKER} of config.json holds {content!r}, not a ranker's description.")
+            raise ValueError(f"The key {MARKER} of config.json is {content!r}, not the description of a ranker.")
         if content.get("format", 0) > FORMAT:
             raise ValueError(
-                f"The checkpoint's marker has format {content['format']}, this package knows up to {FORMAT}: "
+                f"The checkpoint's marker has format {content['format']}, this package supports up to {FORMAT}: "
                 "pip install --upgrade hf-disranker"
             )
         if content.get("role", role) != role:
@@ -89,7 +89,7 @@ class Marker:
             raise ValueError(f"The templates in the key {MARKER} of config.json cannot be read: {error}.") from error
         for limit in ("max_length", "max_query_length"):
             if not isinstance(values.get(limit, 1), int | None):
-                raise ValueError(f"The {limit} in the key {MARKER} of config.json is {values[limit]!r}, no integer.")
+                raise ValueError(f"{limit} in the key {MARKER} of config.json is {values[limit]!r}, not an integer.")
         return cls(**{"role": role, "head": "cls" if role == "student" else "last_token"} | values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class RankerConfigMixin:
         found = config_dict.get("model_type", cls.stock.model_type)
         if found != cls.stock.model_type:
             raise ValueError(
-                f"This checkpoint holds a {found} model; {cls.architecture} reads {cls.stock.model_type}."
+                f"This checkpoint contains a {found} model; {cls.architecture} reads {cls.stock.model_type}."
             )
         if MARKER not in config_dict:
             return cls.stock.from_dict(config_dict, **kwargs)
@@ -251,8 +251,8 @@ def explain_absence(name: str | os.PathLike, error: Exception) -> None:
     """
     if (base := adapter_base(name)) is not None:
         raise ValueError(
-            f"{name} holds an adapter (LoRA) of {base} without the model itself. Merge them first: save the result of "
-            f"merge_and_unload() of PeftModel.from_pretrained(LLMForLastTokenRanking.from_pretrained({base!r}), "
+            f"{name} contains an adapter (LoRA) of {base} without the model itself. Merge them first: save the result "
+            f"of merge_and_unload() of PeftModel.from_pretrained(LLMForLastTokenRanking.from_pretrained({base!r}), "
             f"{str(name)!r}) with its tokenizer, and use that folder."
         ) from error
     if not os.path.isdir(name) and isinstance(error, OSError) and "no such folder" not in str(error):

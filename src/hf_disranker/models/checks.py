@@ -33,9 +33,7 @@ def check_weights(name: str | os.PathLike, info: dict[str, Any], base: str | Non
     missing = sorted(key for key in info["missing_keys"] if new is None or not new.match(key))
     if missing:
         unexpected = sorted(info["unexpected_keys"])
-        hint = (
-            f" It holds others, such as {unexpected[0]}: rename its keys if they have a prefix." if unexpected else ""
-        )
+        hint = f" It has others, such as {unexpected[0]}: rename its keys if they have a prefix." if unexpected else ""
         raise ValueError(
             f"{name} lacks {len(missing)} weights of the model, such as {missing[0]}, which would start at random."
             f"{hint}"
@@ -56,12 +54,12 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     name = f"{tokenizer.name_or_path or model.config.name_or_path}: the tokenizer"
     if max(ids, default=-1) >= rows:
         raise ValueError(
-            f"{name} gives token ids up to {max(ids)}, the model has embeddings for {rows} tokens: it belongs to "
+            f"{name} produces token ids up to {max(ids)}, the model has embeddings for {rows} tokens: it belongs to "
             "another model, or the embeddings were not resized."
         )
     if len(tokenizer) < _KNOWN_ROWS * rows:
         raise ValueError(
-            f"{name} knows {len(tokenizer)} tokens, the model has embeddings for {rows}: the tokenizer's files are "
+            f"{name} has {len(tokenizer)} tokens, the model has embeddings for {rows}: the tokenizer's files are "
             "missing or those of another model. Copy them from the model that this one was made from."
         )
 

@@ -1,6 +1,6 @@
 """Model families that can rank, by transformers' own tables.
 
-The tables are imported when asked for: their import installs the gates of `auto`, which need this module.
+The tables are imported lazily, since their import installs the gates of `auto`, which need this module.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from hf_disranker.models.student import DistilledRanker, output_layer
 from hf_disranker.models.teacher import LLMForLastTokenRanking, fit_embeddings, prepare_tokenizer
 
 RankerModel = DistilledRanker | LLMForLastTokenRanking
-# A chat template that renders a pair, by the role that sentence-transformers gives to its document.
+# Found in chat templates that render a pair: sentence-transformers' role for the document.
 _PAIR_ROLE = re.compile(r"""["']document["']""")
 
 
@@ -83,7 +83,7 @@ def load_ranker_model(
     if info["missing_keys"] and not new_head:
         stage = "distill" if is_encoder(model.config.model_type) else "fit_teacher"
         raise ValueError(
-            f"{name} is no trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, the ranking head; "
+            f"{name} is not a trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, the ranking head; "
             f"`disranker {stage}` trains one."
         )
     tokenizer = load_tokenizer(name, **hub) if tokenizer is None else copy.deepcopy(tokenizer)
@@ -117,14 +117,14 @@ def _prepare_pairs(model: DistilledRanker, tokenizer: PreTrainedTokenizerBase) -
 
 
 def keep_head_exact(model: RankerModel) -> None:
-    """Compute the head in fp32: scores in bf16 have 8 bits, so documents of a query would tie."""
+    """Compute the head in fp32: bf16 has 8 bits of precision, so documents of a query would tie."""
     head = output_layer(model) if isinstance(model, DistilledRanker) else getattr(model, "score", None)
     if head is not None and head.weight.dtype != torch.float32:
         head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
 def has_own_input(model: str, config: PreTrainedConfig) -> bool:
-    """Return whether sentence-transformers reads a stock classifier otherwise than a `Ranker` with default templates.
+    """Return whether sentence-transformers formats a stock classifier's input differently from a default `Ranker`.
 
     It does with a prompt that was saved with the model, and where a decoder has a chat template for pairs or was saved
     by sentence-transformers.
@@ -164,7 +164,7 @@ def check_head(model: str, config: PreTrainedConfig, generative: bool, label_ind
     elif causal:
         raise ValueError(
             f"{model} is a language model without a ranking head ({architecture}). {_stage(config)} "
-            "If it was made to answer yes or no to a query and a document, say --generative."
+            "If it was trained to answer yes or no to a query and a document, pass --generative."
         )
     elif saved:
         raise ValueError(f"{model} is an embedding model ({saved}), without a ranking head. {_stage(config)}")
@@ -180,13 +180,13 @@ def check_labels(model: str, labels: int, label_index: int | None = None) -> Non
     """
     if labels != 1 and label_index is None:
         raise ValueError(
-            f"{model} gives {labels} scores for a pair; a ranker gives one. Choose the label that means relevant, as "
-            "by --label_index 1 (from 0): its log-odds are the score, for two labels the difference of two logits. Or "
-            "load it with num_labels=1 and ignore_mismatched_sizes=True, save it, and train the new head with "
+            f"{model} returns {labels} scores for a pair; a ranker returns one. Choose the label that means relevant "
+            "with --label_index 1 (from 0): its log-odds are the score, for two labels the difference of two logits. "
+            "Or load it with num_labels=1 and ignore_mismatched_sizes=True, save it, and train the new head with "
             "disranker fit_teacher."
         )
     if labels == 1 and label_index is not None:
-        raise ValueError(f"{model} gives one score for a pair: leave out --label_index.")
+        raise ValueError(f"{model} returns one score for a pair: leave out --label_index.")
     if label_index is not None and not 0 <= label_index < labels:
         raise ValueError(f"--label_index {label_index}: {model} has the labels 0 to {labels - 1}.")
 
@@ -203,7 +203,7 @@ def check_loaded_head(model: str, loaded: PreTrainedModel | None) -> None:
     encoder = f"{loaded.base_model_prefix}."
     missing = sorted(name for name in loaded.state_dict() if not name.startswith(encoder) and name not in stored)
     if missing:
-        raise ValueError(f"{model} holds no weights of a ranking head ({', '.join(missing)}). {_stage(loaded.config)}")
+        raise ValueError(f"{model} has no weights of a ranking head ({', '.join(missing)}). {_stage(loaded.config)}")
 
 
 def _check_answers(model: str) -> None:

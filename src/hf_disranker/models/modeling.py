@@ -140,7 +140,8 @@ class PreTrainedRanker(PreTrainedModel):
             raise
         if model.was_marked and any(not key.startswith(f"{model.base_model_prefix}.") for key in info["missing_keys"]):
             raise ValueError(
-                f"{name} is no trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, which its config claims."
+                f"{name} is not a trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, "
+                "which its config claims."
             )
         check_weights(name, info, None if model.config.marker.head == LABEL_EXPECTATION else model.base_model_prefix)
         return (model, info) if output_loading_info else model

@@ -31,7 +31,7 @@ except ImportError:  # torch < 2.10
 PACKED = "disranker_packed"
 # Families whose layers pass unknown keywords on to plain attention, with a window at most. Not those with relative
 # positions, soft-capping, sinks, recurrent or shared layers. BERT's relatives (True) project keys and values from a
-# layer's own input, so that in the last layer only the token asks that the head reads.
+# layer's own input, so that the last layer can compute only the token that the head reads.
 FAMILIES = dict.fromkeys(("bert", "camembert", "electra", "ernie", "roberta", "xlm-roberta"), True)
 FAMILIES |= dict.fromkeys(("distilbert", "eurobert", "gte", "modernbert", "nomic_bert"), False)
 FAMILIES |= dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma"), False)
@@ -42,7 +42,7 @@ _LONG = 512
 
 
 def packs(config: PreTrainedConfig) -> bool:
-    """Return whether models of this config compute no padding, by the attention of this module."""
+    """Return whether models of this config skip padding, with this module's attention."""
     return config.model_type in FAMILIES and not getattr(config, "use_bidirectional_attention", False)
 
 
@@ -58,7 +58,7 @@ class Packed:
         read: Index of the token that the head reads, shape (rows,); None if it reads all.
         shape: (rows, longest) of the batch.
         exit: Last layer, which returns unpacked states.
-        alone: If True, only the tokens `read` ask in the last layer.
+        alone: If True, only the tokens in `read` are queries in the last layer.
         context: Input of such a last layer, shape (tokens, size).
     """
 
@@ -81,7 +81,7 @@ class Packed:
 
 
 def install(model: PreTrainedModel) -> None:
-    """Let a model compute no padding, if its family can and its attention is sdpa."""
+    """Make a model skip padding, if its family supports it and its attention is sdpa."""
     base = model.base_model
     if not packs(model.config) or base.config._attn_implementation not in ("sdpa", PACKED):
         return
@@ -104,8 +104,8 @@ def plan(
         groups: A key for each row: neighbours with equal keys share their common first tokens. None shares nothing.
 
     Returns:
-        None if the batch is computed with its padding: by another attention than this module's, in traced graphs, for
-        what asks for more than logits, or where no kernel fits.
+        The plan; None if the batch keeps its padding: with another attention than this module's, in traced graphs, if
+        more than logits is requested, or where no kernel fits.
     """
     base, ids, mask = model.base_model, inputs.get("input_ids"), inputs.get("attention_mask")
     if base.config._attn_implementation != PACKED or ids is None or _asks_more(model, inputs) or not _has_fit(model):
@@ -114,7 +114,8 @@ def plan(
         return None
     real = np.ones(ids.shape, bool) if mask is None else mask.bool().cpu().numpy()
     first, last = real.argmax(axis=1), real.shape[1] - real[:, ::-1].argmax(axis=1)
-    # Empty rows and holes; and encoders count positions from the left, padding included.
+    # Not for empty rows or holes, nor for left padding unless the head reads the last token: encoders count positions
+    # from the left, padding included.
     if not (real.any(axis=1) & (real.sum(axis=1) == last - first)).all() or (side != "last" and first.any()):
         return None
     return _pack(base, ids, (first, last), side, range(len(ids)) if groups is None else groups)
@@ -218,7 +219,7 @@ def _enter(base: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[
 
 
 def _narrow(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """In BERT's last layer, let only the token ask that the head reads."""
+    """In BERT's last layer, compute only the token that the head reads."""
     packed = kwargs.get("packed")
     if packed is None or packed.exit is not layer or not packed.alone:
         return None
@@ -259,7 +260,7 @@ def _attention(
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if others := [name for name in ("position_bias", "s_aux", "softcap") if kwargs.get(name) is not None]:
-        raise ValueError(f"{type(module).__name__} has {others[0]}, which attention without padding does not know.")
+        raise ValueError(f"{type(module).__name__} has {others[0]}, which attention without padding does not support.")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if packed.context is not None:
         key, value = (project(packed.context).view(-1, *key.shape[1:]) for project in (module.key, module.value))
@@ -302,7 +303,7 @@ def _by_products(
     pass.
     """
     asking, seen = ([run[0] * run[side] for run in packed.runs] for side in (1, 2))
-    # Few operations per run, which for a small model take as long as its arithmetic.
+    # Few operations per run: for a small model, launching them takes as long as the arithmetic.
     queries, keys, values = (x.transpose(0, 1) for x in (query * scale, key, value))
     if len(queries) != len(keys):
         keys, values = (x.repeat_interleave(len(queries) // len(x), dim=0) for x in (keys, values))

@@ -44,7 +44,7 @@ class Ranker(PairRanker):
             for a small model, and 32,768 on GPU.
 
     Attributes:
-        share_prefix: If True, what neighbouring pairs share by having the same query is computed once; only for
+        share_prefix: If True, the common prefix of neighbouring pairs with the same query is computed once; only for
             teachers of families without padding. On by default on CPU; not measured on GPU.
         queries_cut: Number of truncated queries so far.
         documents_cut: Number of truncated documents so far.

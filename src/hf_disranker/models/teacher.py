@@ -99,8 +99,8 @@ class LLMForLastTokenRanking(PreTrainedRanker):
             inputs_embeds: Replaces `input_ids`, shape (rows, tokens, size).
             labels: Target scores, shape (rows,); the loss is the mean squared error, as in the stock classes.
             return_dict: If False, return the tuple (logits,), or (loss, logits) with labels.
-            groups: A key for each row, such as its query. What neighbours with equal keys have in common at their
-                start is computed once, if the model computes no padding.
+            groups: A key for each row, such as its query. The common prefix of neighbours with equal keys is
+                computed once, if the model skips padding.
             kwargs: Passed to the decoder; `use_cache` is off by default.
 
         Returns:

@@ -1,7 +1,7 @@
 """Query likelihood: score a document by the probability of the query after it under a language model.
 
 Ponte and Croft (1998), "A language modeling approach to information retrieval"; with a pretrained causal language
-model, Sachan et al. (2022), arXiv 2204.07496. No label and no training is needed.
+model, Sachan et al. (2022), arXiv 2204.07496. It needs neither labels nor training.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class LikelihoodEngine:
 
     Args:
         model: Any causal language model.
-        tokenizer: Its tokenizer; what it puts in front of a text, such as a bos token, starts each text.
+        tokenizer: Its tokenizer; special tokens that it adds at the start, such as bos, start each text.
         teacher: Name of the teacher for the manifest.
         template: Text with the fields `title` and/or `summary`, and then `query` at the end.
-        document_tokens: Limit of the document; tokens beyond it are cut, the text between document and query is not.
+        document_tokens: Maximum tokens of the document; the text between document and query is never truncated.
         token_budget: Tokens per forward pass, and tokens whose keys and values are kept for all queries of their
             documents; None uses 2,048 on a CPU and 16,384 on a GPU.
 

@@ -42,7 +42,7 @@ _CARD_OPTIONS = ("learning_rate", "num_train_epochs", "max_steps", "per_device_t
 class CptConfig(StageArguments, SFTConfig):
     """Options of the continued pre-training.
 
-    The fields of trl's `SFTConfig` that are listed here have other defaults. Repositories are private, since the model
+    The fields of trl's `SFTConfig` listed here have different defaults. Repositories are private, since the model
     may memorize clicks.
     """
 
@@ -62,7 +62,7 @@ class CptConfig(StageArguments, SFTConfig):
 
 
 class ClickTrainer(TrainerMixin, SFTTrainer):
-    """trl's `SFTTrainer`, on a CPU with the loss of the model.
+    """trl's `SFTTrainer`; on a CPU it uses the model's own loss.
 
     trl computes the loss in chunks of the vocabulary to save GPU memory; on a CPU this took three to eight times as
     long (32 x 48 tokens, vocabulary of 4,000). The evaluation loss is the mean over all tokens of the set.
@@ -193,7 +193,7 @@ def prepare_clicks(clicks: pd.DataFrame, min_users: int = 0, seed: int = 0) -> p
     Systematic resampling draws the same number of rows, each in proportion to its weight up to rounding, so that the
     expected gradient is that of the weighted loss.
 
-    A query has the largest number of `users` of its rows; the default `weight` is 1.
+    The `users` of a query are the maximum over its rows; `weight` defaults to 1.
 
     Raises:
         TableError: If `min_users` is set and there is no column `users`, or no row with a positive weight is left.

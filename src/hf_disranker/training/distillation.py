@@ -47,7 +47,7 @@ class DistillationConfig(RankingConfig):
 
 
 class DistillationTrainer(RankingTrainer):
-    """Distil teacher scores into a ranker, query by query, with mixed Point-MSE and Margin-MSE.
+    """Distil teacher scores into a ranker, query by query, by a mix of Point-MSE and Margin-MSE.
 
     Not the language-model distillation of the same name in trl and setfit; `RankDistillationTrainer` and
     `RankDistillationConfig` are aliases. Arguments as in `RankingTrainer`; the training rows need `teacher_scores`,

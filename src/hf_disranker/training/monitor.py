@@ -66,7 +66,7 @@ def check_target(groups: Dataset, target: str, reader: str) -> float:
     values = known_values(groups, target)
     if not any(values):
         raise ValueError(f"{reader} learns from '{target}', which is empty or missing in {groups.column_names}.")
-    idle = sum(len(set(row)) == 1 for row in values)  # queries without the target learn another one
+    idle = sum(len(set(row)) == 1 for row in values)  # queries without this target have another one
     if all(len(set(row)) < 2 for row in values):
         raise ValueError(f"In every query all documents have the same {target}: there is no order to learn.")
     if idle:

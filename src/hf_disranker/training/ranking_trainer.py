@@ -232,9 +232,9 @@ class RankingTrainer(TrainerMixin, TrainerHubMixin, Trainer):
         return terms
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """Return the micro-batches of a step and the weight of each loss term over all of them and all processes."""
+        """Return the micro-batches of a step, and the weight of each loss term over all of them and all processes."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
-        # The weights depend only on labels and mask, so zeros do for the scores.
+        # The weights depend only on labels and mask, so zeros suffice as scores.
         counts = [self._weights(self.loss_terms(torch.zeros_like(batch["labels"]), batch)) for batch in batches]
         if not counts:
             return batches, None
@@ -265,7 +265,7 @@ class RankingTrainer(TrainerMixin, TrainerHubMixin, Trainer):
         """Score a batch of `GroupCollator`: fp32, shape (queries, docs), 0 where the mask is False."""
         pairs = {key: value for key, value in inputs.items() if key not in _GROUP_KEYS}
         mask = inputs["mask"]
-        # What the pairs of a query share is computed once; not measured on a GPU.
+        # The common prefix of a query's pairs is computed once; not measured on a GPU.
         if self.model.config.marker.role == "teacher" and mask.device.type == "cpu":
             pairs["groups"] = mask.nonzero()[:, 0].tolist()
         flat = model(**pairs).logits.squeeze(-1).float()

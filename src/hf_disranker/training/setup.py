@@ -69,7 +69,7 @@ class RankingConfig(StageArguments, TrainingArguments):
     """Training options of the ranking stages.
 
     A batch is a number of queries, each with all its documents, or of tokens if `token_budget` is set. The fields of
-    `TrainingArguments` that are listed here have other defaults.
+    `TrainingArguments` listed here have different defaults.
     """
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Queries per step and device."})
@@ -143,7 +143,7 @@ def check_arguments(trainer: str, model: Any, model_init: Any, optimizers: Any, 
             "model's templates. Override loss_terms for a custom loss."
         )
     if (model is None) == (model_init is None):
-        raise ValueError(f"{trainer} needs a model or a model_init, one of them.")
+        raise ValueError(f"{trainer} needs either a model or a model_init.")
     if model_init is not None and optimizers != (None, None):
         raise ValueError("optimizers belong to one model: with model_init pass optimizer_cls_and_kwargs.")
 
