@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_disranker.data.collators import Encoded
 from hf_disranker.data.templates import LIKELIHOOD_TEMPLATE, Templates, template_fields
 from hf_disranker.models.base import Document, Pair
-from hf_disranker.models.checkpoint import HUB_OPTIONS, explain_failure, load_config
+from hf_disranker.models.checkpoint import HUB_OPTIONS, explain_failure, load_config, load_tokenizer
 from hf_disranker.models.checks import position_limit
 from hf_disranker.models.ranker import DEFAULT_DOCUMENT_TOKENS, Ranker, row_length
 
@@ -29,8 +29,8 @@ class LikelihoodRanker(Ranker):
     """Scores a document by mean log P(query token | document, earlier query tokens) under a causal language model.
 
     Scores are at most 0, in nats per token; NaN if query or document has no token. They compare documents of a query.
-    Keys and values of the text before the query are computed once for all queries of a document in a call, and only
-    query positions go through the output layer.
+    Keys and values of the text before the query are computed once for all queries of a document in a call (of up to
+    65,536 pairs), and only query positions go through the output layer. Threads can share one.
 
     Args:
         model: Any causal language model.
@@ -52,7 +52,7 @@ class LikelihoodRanker(Ranker):
     """
 
     _by_likelihood = True
-    _chunk = 65_536  # a document is read once for all its queries in a chunk
+    _chunk = 65_536
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class LikelihoodRanker(Ranker):
 
 
 def check_input(template: str, document_tokens: int) -> None:
-    """Raise ValueError unless a template has title and/or summary, then the query at its end, and the limit room."""
+    """Raise ValueError for a malformed template or a limit below 1."""
     fields = template_fields(template, {"title", "summary", "query"})
     if not template.endswith("{query}") or len(fields) < 2 or len(set(fields)) < len(fields):
         raise ValueError(
@@ -217,7 +217,7 @@ def load_language_model(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         explain_failure(error, name, options)
         raise
-    return model, AutoTokenizer.from_pretrained(name, **hub)
+    return model, load_tokenizer(name, **hub)
 
 
 def _with_exact_head(model: PreTrainedModel) -> PreTrainedModel:

@@ -129,7 +129,8 @@ class Ranker(PairRanker):
         options = {key: value for key, value in given.items() if value not in (None, "", False) or key == "token"}
         options |= {"dtype": dtype, "use_safetensors": use_safetensors}
         if likelihood or cls._by_likelihood:
-            from hf_disranker.models.likelihood import LikelihoodRanker, check_input, load_language_model  # imports us
+            # Not at the top: the module imports this one.
+            from hf_disranker.models.likelihood import LikelihoodRanker, check_input, load_language_model
 
             check_input(likelihood_template, document_tokens)
             decoder, tokenizer = load_language_model(name_or_path, gguf_file, **options)
@@ -212,12 +213,13 @@ class Ranker(PairRanker):
 
     def _reduce_budget(self, rows: Sequence[tuple[dict[str, list[int]], str]]) -> None:
         """Halve the token budget after these rows did not fit into memory."""
-        self.token_budget = min(self.token_budget, sum(row_length(row) for row, _ in rows) // 2)
+        tokens = sum(row_length(row) for row, _ in rows)
+        self.token_budget = max(1, min(self.token_budget, tokens) // 2)
         logger.warning("Out of memory: continuing with token_budget %d.", self.token_budget)
 
 
 def row_length(row: dict[str, list[int]]) -> int:
-    """Return the tokens of a row, `labels` included, which are the query of a language model."""
+    """Return the number of tokens of a row, with those of the query that a language model has as `labels`."""
     return len(row["input_ids"]) + len(row.get("labels", ()))
 
 
