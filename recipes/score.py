@@ -17,14 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_disranker.data.candidates import Candidates
+from hf_disranker.data.templates import LIKELIHOOD_TEMPLATE
+from hf_disranker.models.ranker import DEFAULT_DOCUMENT_TOKENS, Ranker
 from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser, run_stage
-from hf_disranker.scoring.engines import SERVERS, Engine, HttpEngine, load_engine
-from hf_disranker.scoring.likelihood import (
-    DEFAULT_DOCUMENT_TOKENS,
-    DEFAULT_TEMPLATE,
-    LikelihoodEngine,
-    load_likelihood,
-)
+from hf_disranker.scoring.engines import SERVERS, Engine, HttpEngine, RankerEngine, load_engine, process_device
 from hf_disranker.scoring.run import ScoringRun, verify
 from hf_disranker.scoring.store import ScoreStore
 
@@ -41,7 +37,7 @@ class LikelihoodArguments(TableArguments):
         default=False, metadata={"help": "If true, score by log P(query | document) under any causal language model."}
     )
     likelihood_template: str = field(
-        default=DEFAULT_TEMPLATE,
+        default=LIKELIHOOD_TEMPLATE,
         metadata={"help": "Text with title and summary, and the query at the end; \\n is a line break."},
     )
     document_tokens: int = field(
@@ -138,10 +134,19 @@ def make_engine(args: ScoreArguments) -> Engine:
 
 def load_from(
     args: LikelihoodArguments, model: str, dtype: str = "auto", token_budget: int | None = None
-) -> LikelihoodEngine:
-    """Load a language model as a teacher by query likelihood."""
-    template = args.likelihood_template.replace("\\n", "\n")
-    return load_likelihood(model, template, args.document_tokens, dtype, token_budget, args.gguf_file)
+) -> RankerEngine:
+    """Load a language model as a teacher by query likelihood, on this process's GPU if there is one."""
+    ranker = Ranker.from_pretrained(
+        model,
+        process_device(),
+        token_budget,
+        dtype=dtype,
+        likelihood=True,
+        likelihood_template=args.likelihood_template.replace("\\n", "\n"),
+        document_tokens=args.document_tokens,
+        gguf_file=args.gguf_file,
+    )
+    return RankerEngine(ranker, model)
 
 
 def is_likelihood(args: LikelihoodArguments, generative: bool, label_index: int | None) -> bool:

@@ -110,7 +110,8 @@ def small_models(tiny_student, tiny_teacher):
     tokenizer = copy.deepcopy(tiny_teacher[1])
     tokenizer.model_max_length = 512
     for part in (small_llama(tokenizer, layers=2, size=32), tokenizer):
-        part.push_to_hub("Qwen/Qwen3-0.6B-Base")
+        for name in ("Qwen/Qwen3-0.6B-Base", "HuggingFaceTB/SmolLM2-135M"):
+            part.push_to_hub(name)
 
 
 def test_the_page_about_a_billion_pairs(tables, capsys):
@@ -160,6 +161,13 @@ def test_the_page_about_online_tests(workshop, judgments, capsys):
     printed = capsys.readouterr().out
     assert "1,000 users, " in printed and "clicks_per_page" in printed and "device = phone" in printed
     assert "A/B test" in Path("runs/report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_about_no_labels(tables, small_models, capsys):
+    shutil.rmtree("runs")
+    assert run("docs/how_to/no_labels.md", "--use_cpu", "true", "--max_steps", "2") == 3
+    printed = capsys.readouterr().out
+    assert "Scored 57 of 57 pairs" in printed and "'corpus_id': 0" in printed and printed.count("ndcg@10") == 2
 
 
 def test_the_page_about_the_hub(workshop, capsys):

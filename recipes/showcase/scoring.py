@@ -20,11 +20,12 @@ import torch
 
 from hf_disranker.data.candidates import Candidates
 from hf_disranker.data.tables import pair_texts, read_table, write_table
+from hf_disranker.models.ranker import Ranker
 from hf_disranker.recipes.command_line import RecipeParser, recipe_parser
 from hf_disranker.recipes.quickstart.stages import bf16_is_faster, make_data
 from hf_disranker.recipes.showcase.models import MODELS
 from hf_disranker.recipes.showcase.shipped import SHIPPED, pack
-from hf_disranker.scoring.likelihood import LikelihoodEngine, load_likelihood
+from hf_disranker.scoring.engines import RankerEngine, process_device
 from hf_disranker.scoring.run import ScoringRun
 from hf_disranker.scoring.store import INPUT, ScoreStore
 
@@ -71,11 +72,19 @@ def main(args: ScoringArguments) -> None:
     print(f"{len(pairs):,} scores in {args.packed}, {size / 1e6:.2f} MB.")
 
 
-def load_teacher(model: str, dtype: str = "auto") -> LikelihoodEngine:
+def load_teacher(model: str, dtype: str = "auto") -> RankerEngine:
     """Load the showcase's teacher: a language model with the template and the limit of the shipped scores."""
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() or bf16_is_faster() else "float32"
-    return load_likelihood(model, TEMPLATE, DOCUMENT_TOKENS, dtype)
+    ranker = Ranker.from_pretrained(
+        model,
+        process_device(),
+        dtype=dtype,
+        likelihood=True,
+        likelihood_template=TEMPLATE,
+        document_tokens=DOCUMENT_TOKENS,
+    )
+    return RankerEngine(ranker, model)
 
 
 def pairs_to_score(data: Path, top_k: int) -> pd.DataFrame:
@@ -93,7 +102,7 @@ def pairs_to_score(data: Path, top_k: int) -> pd.DataFrame:
     return pairs.sort_values(["doc_id", "query_id"], ignore_index=True)
 
 
-def trial_speed(engine: LikelihoodEngine, pairs: pd.DataFrame) -> float:
+def trial_speed(engine: RankerEngine, pairs: pd.DataFrame) -> float:
     """Measure the throughput in pairs/s on neighbouring pairs from the middle of the table, after a warm-up."""
     start = len(pairs) // 2
     rows = pair_texts(pairs.iloc[start : start + _TRIAL])

@@ -15,11 +15,11 @@ import yaml
 from tiny_gguf import write_gguf
 from transformers import AutoModelForCausalLM
 
+from hf_disranker import Ranker
 from hf_disranker.recipes.outputs import save_json
 from hf_disranker.recipes.quickstart import python_docs
 from hf_disranker.recipes.quickstart.from_scratch import small_llama
 from hf_disranker.recipes.showcase import models, results, scoring, shipped
-from hf_disranker.scoring.likelihood import load_likelihood
 from hf_disranker.scoring.store import ScoreStore
 
 showcase = importlib.import_module("hf_disranker.recipes.showcase.stages")
@@ -144,8 +144,9 @@ def test_models_are_downloaded_checked_and_converted(index, tmp_path, judgments,
     loaded = AutoModelForCausalLM.from_pretrained(out / "smollm2")
     assert not hasattr(loaded.config, "quantization_config") and loaded.dtype == torch.float32
     pairs = [("read a file", {"title": "open", "summary": "text"})]
-    expected = load_likelihood(str(tmp_path / "index"), gguf_file="lm.gguf").predict(pairs)
-    np.testing.assert_allclose(load_likelihood(str(out / "smollm2")).predict(pairs), expected, atol=1e-5)
+    expected = Ranker.from_pretrained(tmp_path / "index", likelihood=True, gguf_file="lm.gguf").predict(pairs)
+    converted = Ranker.from_pretrained(out / "smollm2", likelihood=True)
+    np.testing.assert_allclose(converted.predict(pairs), expected, atol=1e-5)
 
     monkeypatch.setattr(models, "download", None)
     capsys.readouterr()

@@ -42,7 +42,11 @@ class Templates:
 
     def render_document(self, title: str | None = None, summary: str | None = None) -> str:
         """Render the document without whitespace at the ends; a missing title or summary (None, NaN) is empty."""
-        return self.document.format(title=_text(title), summary=_text(summary)).strip()
+        return self.fill_document(title, summary).strip()
+
+    def fill_document(self, title: str | None = None, summary: str | None = None) -> str:
+        """Like `render_document`, with the whitespace at the ends."""
+        return self.document.format(title=_text(title), summary=_text(summary))
 
     def prompt(self, query: str) -> str:
         """Render the part of the single text before the document, without trailing whitespace."""
@@ -84,3 +88,5 @@ def template_fields(template: str, known: set[str]) -> list[str]:
 
 STUDENT_TEMPLATES = Templates()
 TEACHER_TEMPLATES = Templates(text="query: {query} document: {document}")
+# Of a language model that scores by query likelihood.
+LIKELIHOOD_TEMPLATE = "{title}\n{summary}\nIn one sentence: {query}"

@@ -81,10 +81,12 @@ def load_ranker_model(
     given = {} if config is None else {"config": config}
     model, info = kind.from_pretrained(name, output_loading_info=True, **given, **options)
     if info["missing_keys"] and not new_head:
-        stage = "distill" if is_encoder(model.config.model_type) else "fit_teacher"
+        is_student = is_encoder(model.config.model_type)
+        stage = "distill" if is_student else "fit_teacher"
+        hint = "" if is_student else ", or load it with likelihood=True to score without one"
         raise ValueError(
             f"{name} is not a trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, the ranking head; "
-            f"`disranker {stage}` trains one."
+            f"`disranker {stage}` trains one{hint}."
         )
     tokenizer = load_tokenizer(name, **hub) if tokenizer is None else copy.deepcopy(tokenizer)
     return model, fit_tokenizer(model, tokenizer)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_disranker.data.collators import Encoded, PairCollator, budget_batches, prefetch_map, runs_within
+from hf_disranker.data.templates import LIKELIHOOD_TEMPLATE
 from hf_disranker.models.base import Pair, PairRanker, check_batch_size, listed
 from hf_disranker.models.checks import check_length, position_limit
 from hf_disranker.models.loading import RankerModel, fit_tokenizer, keep_head_exact, load_ranker_model
@@ -26,8 +27,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 512
 DEFAULT_MAX_QUERY_LENGTH = 64
-# Pairs tokenised at a time: enough to sort by length, few enough not to delay the first forward pass.
-_CHUNK = 4096
+DEFAULT_DOCUMENT_TOKENS = 256
 _COUNTING = threading.Lock()
 
 Row = TypeVar("Row")
@@ -54,6 +54,13 @@ class Ranker(PairRanker):
         ValueError: If tokenizer and model do not fit, or the limits leave no room for a document.
     """
 
+    queries_cut = 0
+    documents_cut = 0
+    tokens = 0
+    _by_likelihood = False
+    # Pairs tokenised at a time: enough to sort by length, few enough not to delay the first forward pass.
+    _chunk = 4096
+
     def __init__(
         self,
         model: RankerModel | str | os.PathLike,
@@ -68,11 +75,9 @@ class Ranker(PairRanker):
         self.model = model.eval()
         self.token_budget = token_budget or (2048 if model.device.type == "cpu" else 32_768)
         self.collator = pair_collator(model, copy.deepcopy(tokenizer))
+        self.tokenizer = self.collator.tokenizer
         self.templates = self.collator.templates
         self.share_prefix = model.device.type == "cpu" and self._can_share()
-        self.queries_cut = 0
-        self.documents_cut = 0
-        self.tokens = 0
 
     @classmethod
     def from_pretrained(  # noqa: PLR0913
@@ -89,8 +94,12 @@ class Ranker(PairRanker):
         subfolder: str = "",
         local_files_only: bool = False,
         use_safetensors: bool = True,
+        likelihood: bool = False,
+        likelihood_template: str = LIKELIHOOD_TEMPLATE,
+        document_tokens: int = DEFAULT_DOCUMENT_TOKENS,
+        gguf_file: str | None = None,
     ) -> Ranker:
-        """Load a ranker from a folder or the Hub.
+        """Load a ranker from a folder or the Hub, or, with `likelihood`, a language model as a `LikelihoodRanker`.
 
         Args:
             name_or_path: Folder or Hub id.
@@ -105,16 +114,37 @@ class Ranker(PairRanker):
             subfolder: Folder of the checkpoint within the repository.
             local_files_only: If True, use only what was downloaded before.
             use_safetensors: If False, pickled weights are read as well, which can run code.
+            likelihood: If True, score by mean log P(query | document) under any causal language model.
+            likelihood_template: With `likelihood`, text with title and summary, and the query at the end.
+            document_tokens: With `likelihood`, maximum tokens of a document.
+            gguf_file: With `likelihood`, GGUF file of the model, dequantised by the package gguf.
 
         Raises:
-            ValueError: If the family is not supported, or the checkpoint has no ranking head.
+            ValueError: If the family is not supported, the checkpoint has no ranking head or is not a language model,
+                or the template is malformed.
             OSError: If there is no such folder or Hub repository.
         """
         given: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir, "subfolder": subfolder}
         given |= {"local_files_only": local_files_only, "attn_implementation": attn_implementation}
         options = {key: value for key, value in given.items() if value not in (None, "", False) or key == "token"}
-        model, tokenizer = load_ranker_model(name_or_path, dtype=dtype, use_safetensors=use_safetensors, **options)
+        options |= {"dtype": dtype, "use_safetensors": use_safetensors}
+        if likelihood or cls._by_likelihood:
+            # Not at the top: the module imports this one.
+            from hf_disranker.models.likelihood import LikelihoodRanker, check_input, load_language_model
+
+            check_input(likelihood_template, document_tokens)
+            decoder, tokenizer = load_language_model(name_or_path, gguf_file, **options)
+            decoder = _prepare(decoder, device)
+            return LikelihoodRanker(decoder, tokenizer, likelihood_template, document_tokens, token_budget)
+        if gguf_file or (likelihood_template, document_tokens) != (LIKELIHOOD_TEMPLATE, DEFAULT_DOCUMENT_TOKENS):
+            raise ValueError("likelihood_template, document_tokens and gguf_file need likelihood=True.")
+        model, tokenizer = load_ranker_model(name_or_path, **options)
         return cls(_prepare(model, device), tokenizer, token_budget)
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the input for provenance: templates and limits."""
+        limits = {"max_length": self.collator.max_length, "max_query_length": self.collator.max_query_length}
+        return {"engine": "transformers", "templates": self.templates.to_dict(), **limits}
 
     def predict(
         self,
@@ -135,30 +165,31 @@ class Ranker(PairRanker):
         """
         check_batch_size(batch_size)
         pairs, alone = listed(pairs)
-        scores = np.zeros(len(pairs), dtype=np.float32)
-        chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
+        scores = np.full(len(pairs), np.nan, dtype=np.float32)
+        chunks = [pairs[start : start + self._chunk] for start in range(0, len(pairs), self._chunk)]
         start = 0
         with tqdm(total=len(pairs), desc="pairs", unit=" pairs", disable=not show_progress_bar) as bar:
             for encoded in prefetch_map(self._encode, chunks):
-                lengths = np.array([len(row["input_ids"]) for row in encoded.rows])
-                self._count(encoded, int(lengths.sum()))
-                for rows in self._batches(lengths, batch_size):
+                self._count(encoded)
+                for rows in self._batches(encoded.rows, batch_size):
                     batch = [(encoded.rows[row], pairs[start + row][0]) for row in rows]
                     scores[start + rows] = score_in_halves(self._forward, batch, self._reduce_budget)
                     bar.update(len(rows))
                     if callback is not None:
                         callback(len(rows))
-                start += len(lengths)
+                start += len(encoded.rows)
         return scores[0] if alone else scores
 
-    def _batches(self, lengths: np.ndarray, batch_size: int | None) -> list[np.ndarray]:
+    def _batches(self, rows: Sequence[dict[str, list[int]]], batch_size: int | None) -> list[np.ndarray]:
+        lengths = np.array([len(row["input_ids"]) for row in rows])
         shared = self.share_prefix and self._can_share()
         if batch_size is None:
             return (runs_within if shared else budget_batches)(lengths, self.token_budget)
         order = np.arange(len(lengths)) if shared else np.argsort(-lengths, kind="stable")
         return np.split(order, range(batch_size, len(order), batch_size))
 
-    def _count(self, encoded: Encoded, tokens: int) -> None:
+    def _count(self, encoded: Encoded) -> None:
+        tokens = sum(map(row_length, encoded.rows))
         with _COUNTING:
             self.queries_cut += encoded.queries_cut
             self.documents_cut += encoded.documents_cut
@@ -182,8 +213,14 @@ class Ranker(PairRanker):
 
     def _reduce_budget(self, rows: Sequence[tuple[dict[str, list[int]], str]]) -> None:
         """Halve the token budget after these rows did not fit into memory."""
-        self.token_budget = min(self.token_budget, sum(len(row["input_ids"]) for row, _ in rows) // 2)
+        tokens = sum(row_length(row) for row, _ in rows)
+        self.token_budget = max(1, min(self.token_budget, tokens) // 2)
         logger.warning("Out of memory: continuing with token_budget %d.", self.token_budget)
+
+
+def row_length(row: dict[str, list[int]]) -> int:
+    """Return the number of tokens of a row, with those of the query that a language model has as `labels`."""
+    return len(row["input_ids"]) + len(row.get("labels", ()))
 
 
 def _prepare(model: Any, device: str | None = None) -> Any:

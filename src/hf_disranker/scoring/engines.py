@@ -68,16 +68,13 @@ class RankerEngine:
 
     def describe(self) -> dict[str, Any]:
         """See `Engine`."""
-        collator, model = self.ranker.collator, self.ranker.model
+        model = self.ranker.model
         return {
             "teacher": self.teacher,
             **describe_model(model, model.config),
-            "tokenizer": tokenizer_digest(collator.tokenizer),
-            "engine": "transformers",
+            "tokenizer": tokenizer_digest(self.ranker.tokenizer),
             "versions": versions("torch", "transformers"),
-            "templates": collator.templates.to_dict(),
-            "max_length": collator.max_length,
-            "max_query_length": collator.max_query_length,
+            **self.ranker.describe(),
         }
 
     def predict(self, pairs: Sequence[Pair], callback: Callback | None = None) -> np.ndarray:
