@@ -175,6 +175,11 @@ def test_distill_resumes_and_keeps_the_chosen_layers(tables, student_dir, teache
     assert np.isfinite(Ranker.from_pretrained(tables / "student").predict(pair_texts(dev))).all()
 
 
+def test_distill_refuses_a_table_without_teacher_scores(tables, student_dir):
+    with pytest.raises(ValueError, match=r"judgments\.parquet has no column teacher_score; `disranker score` writes"):
+        run("distill", "--model", student_dir, "--scores", tables / "judgments.parquet", "--out", tables / "x", *SHORT)
+
+
 def test_score_counts_the_pairs_in_quarantine(tables, teacher_dir, judgments, capsys):
     rows = judgments[:3].assign(title=["a", " ", "b"], summary=["", "", "c " * 300_000]).drop(columns="label")
     rows.to_parquet(tables / "odd.parquet")
