@@ -84,6 +84,8 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     source = sources if script_args.more_scores else script_args.scores
     columns = script_args.column_names()
     train_dataset = load_groups(source, corpus=script_args.corpus, streaming=script_args.streaming, columns=columns)
+    if "teacher_scores" not in (train_dataset.column_names or ["teacher_scores"]):
+        raise ValueError(f"{script_args.scores} has no column teacher_score; `disranker score` writes it.")
     train_dataset = sample_documents(
         train_dataset, script_args.documents_per_query, script_args.document_sampling, training_args.seed
     )

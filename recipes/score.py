@@ -102,11 +102,14 @@ def main(args: ScoreArguments) -> None:
     engine = make_engine(args)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # of accelerate launch
     worker = args.shard_index * processes + int(os.environ.get("RANK", 0))
-    done = ScoringRun(engine, candidates, store, args.shard_rows).run(worker, args.num_shards * processes)
+    run = ScoringRun(engine, candidates, store, args.shard_rows)
+    done = run.run(worker, args.num_shards * processes)
     ranker = getattr(engine, "ranker", None)
     cut = f"; {ranker.documents_cut} documents and {ranker.queries_cut} queries were truncated" if ranker else ""
     finished = f"Nothing left to score for this job: its pairs are in {args.out}."
     print(f"Scored {done} of {len(candidates)} pairs into {args.out}{cut}." if done else finished)
+    if run.quarantined:
+        print(f"{run.quarantined} pairs have no score, see disranker score --status {args.out}.")
     print(f"Next: disranker distill --model ENCODER --scores {args.out} --out FOLDER")
 
 

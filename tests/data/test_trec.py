@@ -126,7 +126,7 @@ def test_qrels_read_with_and_without_texts(tmp_path, judgments, corpus):
     queries = pd.DataFrame({"query_id": [301, 302], "query": ["red", "blue"]})
     rows = read_judgments(path, None, texts, queries)
     assert rows["query"].tolist() == ["red", "red", "blue"] and rows["title"].tolist() == ["A", "B", "A"]
-    with pytest.raises(TableError, match="query '302' has no text"):
+    with pytest.raises(TableError, match="1 row.s. name a query_id that is not among the queries, first: 302"):
         read_judgments(path, None, texts, queries[:1])
     with pytest.raises(TableError, match="not in the corpus, first: FR-2"):
         read_judgments(path, None, texts[:1], queries)
@@ -140,10 +140,12 @@ def test_qrels_read_with_and_without_texts(tmp_path, judgments, corpus):
         ("301 0 FR-1 1\n\n302 0 FR-1\n", "line 3 has fewer columns than query_id iteration doc_id label"),
         ("301 0 FR-1 1\n301 0 FR-1 1\n", "repeat a"),
         ("", "cannot be read"),
+        ("301 0 FR-1 1\n301 0 café 1\n".encode("cp1252"), "line 2 is not UTF-8 but probably CP1252: save it as UTF-8"),
+        ("301 0 FR-1 1\n".encode("utf-16"), "it is UTF-16: save it as UTF-8"),
     ],
 )
 def test_broken_qrels_are_refused(tmp_path, text, message):
-    (tmp_path / "broken.txt").write_text(text)
+    (tmp_path / "broken.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(TableError, match=message):
         read_judgments(tmp_path / "broken.txt")
 

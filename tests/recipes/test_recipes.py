@@ -175,6 +175,19 @@ def test_distill_resumes_and_keeps_the_chosen_layers(tables, student_dir, teache
     assert np.isfinite(Ranker.from_pretrained(tables / "student").predict(pair_texts(dev))).all()
 
 
+def test_distill_refuses_a_table_without_teacher_scores(tables, student_dir):
+    with pytest.raises(ValueError, match=r"judgments\.parquet has no column teacher_score; `disranker score` writes"):
+        run("distill", "--model", student_dir, "--scores", tables / "judgments.parquet", "--out", tables / "x", *SHORT)
+
+
+def test_score_counts_the_pairs_in_quarantine(tables, teacher_dir, judgments, capsys):
+    rows = judgments[:3].assign(title=["a", " ", "b"], summary=["", "", "c " * 300_000]).drop(columns="label")
+    rows.to_parquet(tables / "odd.parquet")
+    run("score", "--model", teacher_dir, "--pairs", tables / "odd.parquet", "--out", tables / "odd", "--shard_rows", 2)
+    assert "Scored 3 of 3 pairs" in (printed := capsys.readouterr().out)
+    assert f"2 pairs have no score, see disranker score --status {tables / 'odd'}." in printed
+
+
 def test_distill_streams_samples_and_averages_teachers(tables, student_dir, judgments):
     scored = judgments.assign(teacher_score=np.arange(len(judgments), dtype=np.float32))
     scored.to_parquet(tables / "one.parquet")

@@ -134,6 +134,8 @@ def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(studen
     assert trainer.state.best_global_step == 2
     first = next(entry for entry in trainer.state.log_history if f"eval_{metric}" in entry)
     assert trainer.state.best_metric == first[f"eval_{metric}"] and trainer.args.greater_is_better
+    trainer.train()  # afresh, as each trial of hyperparameter_search does
+    assert trainer.state.global_step == 6
 
 
 @pytest.mark.parametrize(("tracker", "files"), [("tensorboard", "events.out.tfevents.*"), ("trackio", "*.db")])

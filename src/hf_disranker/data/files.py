@@ -38,6 +38,12 @@ csv.field_size_limit(2**31 - 1)  # texts may be longer than the default of 128 K
 _BLOCK = 50_000
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_IS_UTF16 = "it is UTF-16: save it as UTF-8, as by iconv -f UTF-16 -t UTF-8."
+# First bytes of files that are no text.
+_PACKED = {
+    b"\x1f\x8b": "it is compressed by gzip: let its name end in .gz.",
+    b"PK\x03\x04": "it is a zip archive or an Excel workbook: export it as csv.",
+}
 _READ_ERRORS = (ValueError, OSError, EOFError, zlib.error, pa.ArrowException)
 # Column names of BEIR and of the tables.
 _BEIR_CORPUS = {"_id": "doc_id", "title": "title", "text": "summary"}
@@ -65,8 +71,7 @@ def read_file(fs: Any, path: str, kind: str | None = None) -> pd.DataFrame:
         with _opened(fs, path) as file:
             return _READERS[kind](file)
     except UnicodeDecodeError:
-        with _opened(fs, path) as file:
-            raise TableError(f"{path}: {_not_utf8(file)}") from None
+        raise TableError(f"{path}: {not_utf8(fs, path)}") from None
     except _READ_ERRORS as error:
         raise TableError(f"{path}: cannot be read as {kind[1:]}: {error}") from error
 
@@ -203,14 +208,19 @@ def _text(file: IO[bytes]) -> io.TextIOWrapper:
     """Decode a file as UTF-8 without its byte order mark, keeping its line ends."""
     start = file.read(4)
     file.seek(0)
+    if packed := [what for mark, what in _PACKED.items() if start.startswith(mark)]:
+        raise ValueError(packed[0])
     if start.startswith(_UTF16) or b"\0" in start:
-        raise ValueError("it is UTF-16: save it as UTF-8, as by iconv -f UTF-16 -t UTF-8.")
+        raise ValueError(_IS_UTF16)
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
 
 
-def _not_utf8(file: IO[bytes]) -> str:
-    """Describe where a file is not UTF-8, and what it probably is."""
-    content = file.read()
+def not_utf8(fs: Any, path: str) -> str:
+    """Describe where a text file that cannot be decoded is not UTF-8, and what it probably is."""
+    with _opened(fs, path) as file:
+        content = file.read()
+    if content.startswith(_UTF16) or b"\0" in content:
+        return _IS_UTF16
     text = content.decode(errors="surrogateescape")
     bad = next(place for place, letter in enumerate(text) if "\udc80" <= letter <= "\udcff")
     # Bytes above 127 come in pairs in GBK; in Latin-1 most are alone.

@@ -293,5 +293,8 @@ def join_queries(frame: pd.DataFrame, queries: pd.DataFrame, name: str) -> pd.Da
     """Add the text of each row's query_id from a queries table; TableError if it lacks one."""
     texts = frame["query_id"].map(queries.set_index("query_id")["query"])
     if (unknown := texts.isna()).any():
-        raise TableError(f"{name}: query '{frame['query_id'][unknown].iloc[0]}' has no text.")
+        first = ", ".join(frame["query_id"][unknown].unique()[:SHOWN_ROWS])
+        raise TableError(
+            f"{name}: {int(unknown.sum())} row(s) name a query_id that is not among the queries, first: {first}."
+        )
     return frame.assign(query=texts)

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import pandas as pd
+from fsspec.implementations.local import LocalFileSystem
 
-from hf_disranker.data.files import is_beir, is_table_file
+from hf_disranker.data.files import is_beir, is_table_file, not_utf8
 from hf_disranker.data.schema import TableError, grades_from_zero, join_queries, join_texts, refuse, validate
 from hf_disranker.data.tables import Columns, Source, read_table, usual_split
 
@@ -166,6 +167,8 @@ def _read_columns(path: Path, names: list[str]) -> pd.DataFrame:
             skip_blank_lines=False,
             encoding="utf-8-sig",
         )
+    except UnicodeDecodeError:
+        raise TableError(f"{path}: {not_utf8(LocalFileSystem(), str(path))}") from None
     except (ValueError, OSError, EOFError) as error:
         raise TableError(f"{path}: cannot be read as TREC columns: {error}") from error
     rows = rows.set_axis(pd.RangeIndex(1, len(rows) + 1, name="line"))

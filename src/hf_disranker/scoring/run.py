@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class ScoringRun:
     candidates: Candidates
     store: ScoreStore
     shard_rows: int = 10_000  # pairs per shard, which is the most work that a crash can lose
+    quarantined: int = field(default=0, init=False)  # pairs that this worker could not score
 
     def run(self, rank: int = 0, world_size: int = 1) -> int:
         """Check the whole input, then score this worker's shards that are missing.
@@ -102,6 +103,7 @@ class ScoringRun:
         scored = rows.filter(pa.array(good)).append_column("teacher_score", pa.array(scores[good], pa.float32()))
         quarantined = rows.filter(pa.array(~good)).append_column("reason", pa.array(reasons[~good], pa.string()))
         self.store.write(shard, scored, quarantined)
+        self.quarantined += len(quarantined)
         record = {"shard": shard, "pairs": len(rows), "tokens": self.engine.tokens - tokens}
         return record | {"started": started, "ended": time.time()}
 

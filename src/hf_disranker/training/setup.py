@@ -128,9 +128,10 @@ class EarlyStopping(EarlyStoppingCallback):
     """`EarlyStoppingCallback` that keeps its count when a run resumes, so that a stopped run stays stopped."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore the count of the checkpoint."""
+        """Restore the count of the checkpoint; a run from the first step counts from 0."""
         super().on_train_begin(args, state, control, **kwargs)
-        stored = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        resumed = state.stateful_callbacks if state.global_step else {}  # else they are those of the run before
+        stored = resumed.get(type(self).__name__, {}).get("attributes", {})
         self.early_stopping_patience_counter = stored.get("early_stopping_patience_counter", 0)
         control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
