@@ -153,7 +153,7 @@ def test_options_of_likelihood_need_it(decoder_dir):
         Ranker.from_pretrained("no/model", likelihood=True, document_tokens=0)
     with pytest.raises(OSError, match="no/model: no such folder, and as a Hub id"):
         Ranker.from_pretrained("no/model", likelihood=True, local_files_only=True)
-    with pytest.raises(ValueError, match="is no trained ranker: .* or load it with likelihood=True"):
+    with pytest.raises(ValueError, match="is not a trained ranker: .* or load it with likelihood=True"):
         Ranker.from_pretrained(decoder_dir)
     assert isinstance(LikelihoodRanker.from_pretrained(decoder_dir), LikelihoodRanker)
 

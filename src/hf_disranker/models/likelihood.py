@@ -143,6 +143,10 @@ class LikelihoodRanker(Ranker):
                 distinct = 1
         return [np.array(batch) for batch in batches]
 
+    def _reduce_budget(self, rows: Sequence[tuple[dict[str, list[int]], str]]) -> None:
+        """Halve the token budget; rows that share a document may have more tokens than it."""
+        self._set_budget(min(self.token_budget, sum(row_length(row) for row, _ in rows)) // 2)
+
     @torch.inference_mode()
     def _forward(self, batch: Sequence[tuple[dict[str, list[int]], str]]) -> np.ndarray:
         """Score tokenised rows with contexts of one length, shape (rows,), float32."""

@@ -212,9 +212,11 @@ class Ranker(PairRanker):
         return self.model(**batch).scores.cpu().numpy()
 
     def _reduce_budget(self, rows: Sequence[tuple[dict[str, list[int]], str]]) -> None:
-        """Halve the token budget after these rows did not fit into memory."""
-        tokens = sum(row_length(row) for row, _ in rows)
-        self.token_budget = max(1, min(self.token_budget, tokens) // 2)
+        """Reduce the token budget to half of these rows, which did not fit into memory."""
+        self._set_budget(min(self.token_budget, sum(row_length(row) for row, _ in rows) // 2))
+
+    def _set_budget(self, tokens: int) -> None:
+        self.token_budget = max(1, tokens)
         logger.warning("Out of memory: continuing with token_budget %d.", self.token_budget)
 
 
