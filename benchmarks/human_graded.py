@@ -148,7 +148,6 @@ class Fold:
         """Train a ranker on the teacher's scores."""
         student = self.start(layers)
         rows = load_groups(self.folder / "scores")
-        student.start_at(float(np.concatenate(rows["teacher_scores"]).mean()))
         return self.trained(DistillationTrainer, DistillationConfig(**self.training()), student, rows)
 
     def start(self, layers: Any) -> BertDistilledRanker:

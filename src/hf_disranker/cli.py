@@ -13,7 +13,7 @@ from hf_disranker import recipes
 from hf_disranker.version import __version__
 
 STAGES = {
-    "quickstart": "all stages on the Python documentation of this machine, in six minutes",
+    "quickstart": "all stages on the Python documentation of this machine, in seven minutes",
     "showcase": "a pretrained language model distilled, from its shipped scores, in 20 minutes",
     "cpt": "1   continued pre-training of a language model on clicks",
     "fit_teacher": "2   fit a ranker to graded judgments",
