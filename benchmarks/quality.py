@@ -174,6 +174,9 @@ def run(args: argparse.Namespace) -> None:
     config = yaml.safe_load(args.config.read_text())
     config["bf16"] = torch.cuda.is_available() or bf16_is_faster()
     dev = read_table(args.quickstart / "data" / "judgments.parquet", "judgments", split="dev")
+    if "dev_queries" in config:
+        queries = dev["query_id"].drop_duplicates().sample(config["dev_queries"], random_state=0)
+        dev = dev[dev["query_id"].isin(queries)].reset_index(drop=True)
     facts = {"judgments": str(args.quickstart / "data" / "judgments.parquet"), "split": "dev"}
     baselines(args, dev, facts)
     teacher = np.load(args.out / "teacher.npy")
