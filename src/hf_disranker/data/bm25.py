@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from hf_disranker.data.schema import TableError, corpus_rows, validate
+from hf_disranker.data.schema import TableError, rows_of, validate
 
 _BM25 = {"method": "lucene", "k1": 1.2, "b": 0.75}
 
@@ -83,7 +83,7 @@ def bm25_scores(pairs: pd.DataFrame, corpus: pd.DataFrame | None = None) -> np.n
     if corpus is None:
         corpus = pairs.drop_duplicates("doc_id")
     index = bm25_index(corpus)
-    places = corpus_rows(pairs["doc_id"], pd.Index(corpus["doc_id"]), "pairs")
+    places = rows_of(pairs["doc_id"], pd.Index(corpus["doc_id"]), "pairs")
     scores = np.zeros(len(pairs))
     groups = pairs.groupby("query_id", sort=False).indices
     for rows in tqdm(groups.values(), desc="BM25", leave=False):

@@ -57,7 +57,7 @@ def read_file(fs: Any, path: str, kind: str | None = None) -> pd.DataFrame:
     Args:
         fs: The fsspec file system of the file.
         path: Path of the file in `fs`.
-        kind: ".csv", ".jsonl", ".parquet" or ".tsv"; None infers it from the path.
+        kind: ".csv", ".jsonl", ".parquet", ".tsv" or ".trec" (columns by number); None infers it from the path.
 
     Raises:
         TableError: If the format is unknown, or the file is empty or broken. The message says how to repair it.
@@ -68,10 +68,10 @@ def read_file(fs: Any, path: str, kind: str | None = None) -> pd.DataFrame:
     if fs.size(path) == 0:
         raise TableError(f"{path}: the file is empty.")
     try:
-        with _opened(fs, path) as file:
+        with fs.open(path, "rb", compression="infer") as file:
             return _READERS[kind](file)
     except UnicodeDecodeError:
-        raise TableError(f"{path}: {not_utf8(fs, path)}") from None
+        raise TableError(f"{path}: {_not_utf8(fs, path)}") from None
     except _READ_ERRORS as error:
         raise TableError(f"{path}: cannot be read as {kind[1:]}: {error}") from error
 
@@ -83,11 +83,6 @@ def is_table_file(path: str) -> bool:
 
 def _ending(path: str) -> str:
     return "." + path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
-
-
-def _opened(fs: Any, path: str) -> IO[bytes]:
-    file: IO[bytes] = fs.open(path, "rb", compression="gzip" if path.lower().endswith(".gz") else None)
-    return file
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -204,6 +199,21 @@ def _frame(rows: Iterator[tuple[int, Any]], names: list[str] | None = None) -> p
     return pd.concat(blocks) if blocks else pd.DataFrame(columns=names)
 
 
+def _read_trec(file: IO[bytes]) -> pd.DataFrame:
+    """Read columns that are separated by whitespace, without a header."""
+    rows = pd.read_csv(
+        _text(file),
+        sep=r"\s+",
+        header=None,
+        dtype=str,
+        quoting=csv.QUOTE_NONE,
+        keep_default_na=False,
+        skip_blank_lines=False,
+    )
+    rows = rows.set_axis(pd.RangeIndex(1, len(rows) + 1, name="line"))
+    return rows[rows[0] != ""]
+
+
 def _text(file: IO[bytes]) -> io.TextIOWrapper:
     """Decode a file as UTF-8 without its byte order mark, keeping its line ends."""
     start = file.read(4)
@@ -215,11 +225,11 @@ def _text(file: IO[bytes]) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
 
 
-def not_utf8(fs: Any, path: str) -> str:
+def _not_utf8(fs: Any, path: str) -> str:
     """Describe where a text file that cannot be decoded is not UTF-8, and what it probably is."""
-    with _opened(fs, path) as file:
+    with fs.open(path, "rb", compression="infer") as file:
         content = file.read()
-    if content.startswith(_UTF16) or b"\0" in content:
+    if b"\0" in content:
         return _IS_UTF16
     text = content.decode(errors="surrogateescape")
     bad = next(place for place, letter in enumerate(text) if "\udc80" <= letter <= "\udcff")
@@ -236,6 +246,7 @@ _READERS: dict[str, Callable[[IO[bytes]], pd.DataFrame]] = {
     ".jsonl": lambda file: _frame(_objects(_text(file))),
     ".csv": _read_csv,
     ".tsv": lambda file: _read_csv(file, "\t"),
+    ".trec": _read_trec,
 }
 # Formats of a table. A .tsv is read in BEIR folders only; elsewhere it is a TREC file.
 FORMATS = (".parquet", ".jsonl", ".csv")

@@ -24,13 +24,12 @@ from fsspec.core import url_to_fs
 
 from hf_disranker.data.files import is_beir, is_table_file, read_beir, read_file
 from hf_disranker.data.schema import (
-    ID_TEXTS,
     KNOWN_COLUMNS,
     TABLES,
     TableError,
     columns_hint,
     empty_queries,
-    ids_may_be_made,
+    ids_to_make,
     join_texts,
     unread_weight,
     validate,
@@ -157,7 +156,7 @@ def with_columns(frame: pd.DataFrame, columns: Columns | None, table: str, sourc
     """
     chosen = _chosen(frame.columns, columns, table, source)
     frame = frame.assign(**{ours: frame[theirs] for ours, theirs in chosen.items()}).drop(columns=_replaced(chosen))
-    made = id_texts(frame.columns, table)
+    made = _ids_with_texts(frame.columns, table)
     if made:
         logger.warning("%s has no %s: ids are made from the texts.", source, " or ".join(made))
     return frame.assign(**{name: _ids(frame[list(texts)]) for name, texts in made.items()})
@@ -169,21 +168,15 @@ def with_arrow_columns(rows: pa.Table, columns: Columns | None, table: str, sour
     for ours, theirs in chosen.items():
         rows = rows.append_column(ours, rows[theirs])
     rows = rows.drop_columns(_replaced(chosen))
-    for name, texts in id_texts(rows.column_names, table).items():
+    for name, texts in _ids_with_texts(rows.column_names, table).items():
         rows = rows.append_column(name, pa.array(_ids(rows.select(texts).to_pandas())))
     return rows
 
 
-def id_texts(names: Iterable[object], table: str) -> dict[str, tuple[str, ...]]:
-    """Return the ids to make for a table, each with the columns of its texts.
-
-    None is made if `schema.ids_may_be_made` is False.
-    """
+def _ids_with_texts(names: Iterable[object], table: str) -> dict[str, tuple[str, ...]]:
+    """Return those of `schema.ids_to_make` whose texts are there."""
     names = set(names)
-    if not ids_may_be_made(names, table):
-        return {}
-    lacking = [name for name in ID_TEXTS if name in TABLES[table].required and name not in names]
-    return {name: ID_TEXTS[name] for name in lacking if names.issuperset(ID_TEXTS[name])}
+    return {name: texts for name, texts in ids_to_make(names, table).items() if names.issuperset(texts)}
 
 
 def _chosen(names: Iterable[object], columns: Columns | None, table: str, source: str) -> dict[str, str]:
