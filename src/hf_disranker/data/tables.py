@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import fsspec
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -329,7 +330,5 @@ def pair_texts(rows: pd.DataFrame) -> list[tuple[str, dict[str, str]]]:
 
 def write_table(frame: pd.DataFrame, path: str) -> None:
     """Write rows as parquet to a path or fsspec URL, creating its folder."""
-    fs, inner = url_to_fs(path)
-    fs.makedirs(fs._parent(inner), exist_ok=True)
-    with fs.open(inner, "wb") as file:
+    with fsspec.open(path, "wb") as file:
         frame.to_parquet(file, index=False)
