@@ -139,8 +139,12 @@ def read_rows(
 ) -> tuple[pd.DataFrame, str]:
     """Read unchecked rows and the source's name; arguments as in `read_table`."""
     frame, name = _rows_as_stored(source, table, split)
-    scored = table == "judgments" and "teacher_score" in {*frame.columns, *(columns or {})}
-    return with_columns(frame, columns, "scores" if scored else table, name), name
+    return with_columns(frame, columns, groups_table(frame, columns) if table == "judgments" else table, name), name
+
+
+def groups_table(frame: pd.DataFrame, columns: Columns | None = None) -> str:
+    """Return the table that training groups are read from: scores if there are any, else judgments."""
+    return "scores" if "teacher_score" in {*frame.columns, *(columns or {})} else "judgments"
 
 
 def with_columns(frame: pd.DataFrame, columns: Columns | None, table: str, source: str) -> pd.DataFrame:
