@@ -130,20 +130,17 @@ class ClickTrainer(TrainerMixin, SFTTrainer):
                 pipeline_tag="text-generation",
                 tags=["hf-disranker", "generated_from_trainer"],
             )
-            text = (
-                (TEMPLATES / "click_model_card.md")
-                .read_text(encoding="utf-8")
-                .format(
-                    data=data.to_yaml(),
-                    name=os.path.basename(os.path.normpath(folder)),
-                    folder=folder,
-                    base=base if is_hub_id(base) else "a model that is not published",
-                    rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else "streamed",
-                    template=getattr(model.config, "click_templates", TEACHER_TEMPLATES.to_dict())["text"],
-                    options="\n".join(f"| {name} | {getattr(self.args, name)} |" for name in _CARD_OPTIONS),
-                )
+            card = ModelCard.from_template(
+                data,
+                template_path=str(TEMPLATES / "click_model_card.md"),
+                name=os.path.basename(os.path.normpath(folder)),
+                folder=folder,
+                base=base if is_hub_id(base) else "a model that is not published",
+                rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else "streamed",
+                template=getattr(model.config, "click_templates", TEACHER_TEMPLATES.to_dict())["text"],
+                options="\n".join(f"| {name} | {getattr(self.args, name)} |" for name in _CARD_OPTIONS),
             )
-            ModelCard(text).save(os.path.join(folder, "README.md"))
+            card.save(os.path.join(folder, "README.md"))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
