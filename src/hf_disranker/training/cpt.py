@@ -53,10 +53,6 @@ class CptConfig(StageArguments, SFTConfig):
     # None instead of False: newer versions of transformers warn about any value, since the option is renamed.
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Trade time for memory."})
     bf16: bool | None = field(default=False, metadata={"help": "Compute in bf16."})
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for transfers; default: with a GPU."}
-    )
-    save_total_limit: int | None = field(default=1, metadata={"help": "Maximum number of checkpoints."})
     report_to: str = field(default="none", metadata={"help": "Experiment tracker: none, trackio, tensorboard ..."})
     hub_private_repo: bool | None = field(default=True, metadata={"help": "If True, create a private repository."})
 

@@ -44,6 +44,10 @@ class StageArguments:
             "choices": list(WEIGHTS_DTYPES),
         },
     )
+    save_total_limit: int | None = field(default=1, metadata={"help": "Maximum number of checkpoints."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for transfers; default: with a GPU."}
+    )
 
     def __post_init__(self) -> None:
         if self.weights_dtype not in WEIGHTS_DTYPES:
@@ -77,10 +81,6 @@ class RankingConfig(StageArguments, TrainingArguments):
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of AdamW."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log entries."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Maximum number of checkpoints."})
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for transfers; default: with a GPU."}
-    )
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search for weights without gradient in every step; rankers have none."}
