@@ -213,8 +213,11 @@ def test_the_usual_split_is_read_where_there_are_splits(tmp_path, judgments):
     assert judged_split(tmp_path / "judged.qrels", None) is None
     (tmp_path / "beir" / "qrels").mkdir(parents=True)
     assert judged_split(tmp_path / "beir", None) == "test"
-    (tmp_path / "beir" / "qrels" / "dev.tsv").touch()
-    assert judged_split(tmp_path / "beir", None) == "dev"
+    for name in ("dev.tsv", "dev.tsv.gz"):
+        file = tmp_path / "beir" / "qrels" / name
+        file.touch()
+        assert judged_split(tmp_path / "beir", None) == "dev"
+        file.unlink()
 
 
 def test_a_run_is_read_as_pairs_with_the_texts_of_a_beir_folder(beir, tmp_path):

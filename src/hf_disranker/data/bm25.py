@@ -12,8 +12,6 @@ from tqdm.auto import tqdm
 
 from hf_disranker.data.schema import TableError, rows_of, validate
 
-_BM25 = {"method": "lucene", "k1": 1.2, "b": 0.75}
-
 
 def mine_candidates(queries: pd.DataFrame, corpus: pd.DataFrame, top_k: int = 20) -> pd.DataFrame:
     """Retrieve the candidates of each query by BM25 (Lucene's variant, k1 1.2, b 0.75) over title and summary.
@@ -110,7 +108,7 @@ def bm25_tokens(text: str) -> list[str]:
 
 def bm25_index(corpus: pd.DataFrame) -> Any:
     """Build a bm25s index over title and summary; TableError if there is no word to index."""
-    index = bm25s.BM25(**_BM25)
+    index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
     texts = tqdm(corpus["title"].fillna("") + " " + corpus["summary"].fillna(""), desc="BM25 index", leave=False)
     tokens = [bm25_tokens(text) for text in texts]
     if not any(tokens):

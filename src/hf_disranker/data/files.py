@@ -37,10 +37,11 @@ csv.field_size_limit(2**31 - 1)  # texts may be longer than the default of 128 K
 # Rows that are Python objects at the same time.
 _BLOCK = 50_000
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _IS_UTF16 = "it is UTF-16: save it as UTF-8, as by iconv -f UTF-16 -t UTF-8."
-# First bytes of files that are no text.
-_PACKED = {
+# First bytes of files that are not UTF-8.
+_OTHER_FILES = {
+    b"\xff\xfe": _IS_UTF16,
+    b"\xfe\xff": _IS_UTF16,
     b"\x1f\x8b": "it is compressed by gzip: let its name end in .gz.",
     b"PK\x03\x04": "it is a zip archive or an Excel workbook: export it as csv.",
 }
@@ -218,9 +219,9 @@ def _text(file: IO[bytes]) -> io.TextIOWrapper:
     """Decode a file as UTF-8 without its byte order mark, keeping its line ends."""
     start = file.read(4)
     file.seek(0)
-    if packed := [what for mark, what in _PACKED.items() if start.startswith(mark)]:
-        raise ValueError(packed[0])
-    if start.startswith(_UTF16) or b"\0" in start:
+    if other := [what for mark, what in _OTHER_FILES.items() if start.startswith(mark)]:
+        raise ValueError(other[0])
+    if b"\0" in start:
         raise ValueError(_IS_UTF16)
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
 
@@ -269,6 +270,12 @@ def beir_files(source: Any) -> list[str]:
     return sorted(map(str, found))
 
 
+def beir_splits(folder: Path) -> dict[str, Path]:
+    """Return the file with the judgments of each split of a BEIR folder."""
+    qrels = sorted([*folder.glob("qrels/*.tsv"), *folder.glob("qrels/*.tsv.gz")])
+    return {path.name.split(".tsv")[0]: path for path in qrels}
+
+
 def read_beir(folder: Path, table: str, split: str | None = None) -> tuple[pd.DataFrame, str]:
     """Read a table of a BEIR folder.
 
@@ -301,8 +308,7 @@ def read_beir(folder: Path, table: str, split: str | None = None) -> tuple[pd.Da
 
 
 def _beir_judgments(folder: Path, split: str | None) -> tuple[pd.DataFrame, str]:
-    qrels = sorted([*folder.glob("qrels/*.tsv"), *folder.glob("qrels/*.tsv.gz")])
-    paths = {path.name.split(".tsv")[0]: path for path in qrels}
+    paths = beir_splits(folder)
     if not paths or (split and split not in paths):
         raise TableError(
             f"{folder}: there are no judgments of split '{split}'; there are: {', '.join(paths) or 'none'}. "

@@ -24,8 +24,6 @@ import numpy as np
 import pandas as pd
 
 SHOWN_ROWS = 3
-# Names that click logs use for the weight. Such a column is ignored with a warning.
-_WEIGHT_NAMES = {"click", "clicks", "count", "counts", "freq", "frequency", "n", "num_clicks", "click_count"}
 _THOUSANDS = re.compile(r"\s*\d{1,3}(\.\d{3})+\s*")
 
 
@@ -141,13 +139,6 @@ def ids_to_make(columns: Iterable[object], table: str) -> dict[str, tuple[str, .
     if table == "queries" or any(str(name).strip().casefold().endswith("id") for name in names - KNOWN_COLUMNS):
         return {}
     return {name: ID_TEXTS[name] for name in ID_TEXTS if name in TABLES[table].required and name not in names}
-
-
-def unread_weight(columns: Iterable[object]) -> str | None:
-    """Return the name of a clicks column that looks like a weight but is not called `weight`, else None."""
-    names = [str(name) for name in columns]
-    alike = [name for name in names if name.strip().casefold() in _WEIGHT_NAMES]
-    return alike[0] if alike and "weight" not in names else None
 
 
 def with_index(frame: pd.DataFrame) -> pd.DataFrame:

@@ -32,7 +32,6 @@ from hf_disranker.data.schema import (
     empty_queries,
     ids_to_make,
     join_texts,
-    unread_weight,
     validate,
     with_index,
 )
@@ -44,6 +43,8 @@ Source: TypeAlias = str | os.PathLike[str] | Dataset | DatasetDict | pd.DataFram
 # Our column name to that of the user's tables.
 Columns: TypeAlias = Mapping[str, str]
 
+# Names of a weight in click logs; a column with one of them is ignored with a warning.
+_WEIGHT_NAMES = {"click", "clicks", "count", "counts", "freq", "frequency", "n", "num_clicks", "click_count"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -88,9 +89,10 @@ def check_rows(
 ) -> pd.DataFrame:
     """Validate rows read from the source `name`; arguments as in `read_table`."""
     if table == "clicks":
-        if unread := unread_weight(frame.columns):
-            how = columns_hint({"weight": unread})
-            logger.warning("%s: the column '%s' is not read. If it counts clicks: %s.", name, unread, how)
+        unread = [column for column in map(str, frame.columns) if column.strip().casefold() in _WEIGHT_NAMES]
+        if unread and "weight" not in frame.columns:
+            how = columns_hint({"weight": unread[0]})
+            logger.warning("%s: the column '%s' is not read. If it counts clicks: %s.", name, unread[0], how)
         if "query" in frame.columns and (empty := empty_queries(frame["query"])).any():
             # Logs include pages that were reached without a search.
             logger.warning("%s: %d click(s) have no query and are left out.", name, int(empty.sum()))

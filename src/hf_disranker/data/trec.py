@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from fsspec.implementations.local import LocalFileSystem
 
-from hf_disranker.data.files import is_beir, is_table_file, read_file
+from hf_disranker.data.files import beir_splits, is_beir, is_table_file, read_file
 from hf_disranker.data.schema import TableError, grades_from_zero, join_queries, join_texts, refuse, validate
 from hf_disranker.data.tables import Columns, Source, read_table, usual_split
 
@@ -58,8 +58,8 @@ def judged_split(source: Source, named: str | None, usual: str = "dev", columns:
     """Choose the split of judgments as `tables.usual_split` does; for BEIR, "test" if there is no usual one."""
     if named is not None or _trec_file(source) is not None:
         return named
-    if isinstance(source, str | os.PathLike) and Path(source, "qrels").is_dir():
-        return usual if Path(source, "qrels", f"{usual}.tsv").is_file() else "test"
+    if is_beir(source):
+        return usual if usual in beir_splits(Path(source)) else "test"  # type: ignore[arg-type]
     return usual_split(source, named, usual, columns)
 
 
