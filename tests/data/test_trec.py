@@ -139,7 +139,7 @@ def test_qrels_read_with_and_without_texts(tmp_path, judgments, corpus):
         ("301 0 FR-1 good\n", "column 'label' .* First: line 1: 'good'"),
         ("301 0 FR-1 1\n\n302 0 FR-1\n", "line 3 has fewer columns than query_id iteration doc_id label"),
         ("301 0 FR-1 1\n301 0 FR-1 1\n", "repeat a"),
-        ("", "cannot be read"),
+        ("", "the file is empty"),
         ("301 0 FR-1 1\n301 0 café 1\n".encode("cp1252"), "line 2 is not UTF-8 but probably CP1252: save it as UTF-8"),
         ("301 0 FR-1 1\n".encode("utf-16"), "it is UTF-16: save it as UTF-8"),
     ],
@@ -213,8 +213,11 @@ def test_the_usual_split_is_read_where_there_are_splits(tmp_path, judgments):
     assert judged_split(tmp_path / "judged.qrels", None) is None
     (tmp_path / "beir" / "qrels").mkdir(parents=True)
     assert judged_split(tmp_path / "beir", None) == "test"
-    (tmp_path / "beir" / "qrels" / "dev.tsv").touch()
-    assert judged_split(tmp_path / "beir", None) == "dev"
+    for name in ("dev.tsv", "dev.tsv.gz"):
+        file = tmp_path / "beir" / "qrels" / name
+        file.touch()
+        assert judged_split(tmp_path / "beir", None) == "dev"
+        file.unlink()
 
 
 def test_a_run_is_read_as_pairs_with_the_texts_of_a_beir_folder(beir, tmp_path):

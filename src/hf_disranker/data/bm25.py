@@ -10,9 +10,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from hf_disranker.data.schema import TableError, corpus_rows, validate
-
-_BM25 = {"method": "lucene", "k1": 1.2, "b": 0.75}
+from hf_disranker.data.schema import TableError, rows_of, validate
 
 
 def mine_candidates(queries: pd.DataFrame, corpus: pd.DataFrame, top_k: int = 20) -> pd.DataFrame:
@@ -83,7 +81,7 @@ def bm25_scores(pairs: pd.DataFrame, corpus: pd.DataFrame | None = None) -> np.n
     if corpus is None:
         corpus = pairs.drop_duplicates("doc_id")
     index = bm25_index(corpus)
-    places = corpus_rows(pairs["doc_id"], pd.Index(corpus["doc_id"]), "pairs")
+    places = rows_of(pairs["doc_id"], pd.Index(corpus["doc_id"]), "pairs")
     scores = np.zeros(len(pairs))
     groups = pairs.groupby("query_id", sort=False).indices
     for rows in tqdm(groups.values(), desc="BM25", leave=False):
@@ -110,7 +108,7 @@ def bm25_tokens(text: str) -> list[str]:
 
 def bm25_index(corpus: pd.DataFrame) -> Any:
     """Build a bm25s index over title and summary; TableError if there is no word to index."""
-    index = bm25s.BM25(**_BM25)
+    index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
     texts = tqdm(corpus["title"].fillna("") + " " + corpus["summary"].fillna(""), desc="BM25 index", leave=False)
     tokens = [bm25_tokens(text) for text in texts]
     if not any(tokens):

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from hf_disranker.data.files import read_row_group, row_group_sizes
-from hf_disranker.data.schema import TABLES, TableError, check_names, corpus_rows, validate
+from hf_disranker.data.schema import TABLES, TableError, check_names, rows_of, validate
 from hf_disranker.data.tables import (
     Columns,
     Source,
@@ -75,7 +75,7 @@ class Candidates:
         rows = self._rows(start, stop)
         if self._texts is None:
             return rows
-        texts = self._texts.take(pa.array(corpus_rows(rows["doc_id"].to_pandas(), self._corpus_ids, self.name)))
+        texts = self._texts.take(pa.array(rows_of(rows["doc_id"].to_pandas(), self._corpus_ids, self.name)))
         rows = rows.drop_columns([name for name in ("title", "summary") if name in rows.column_names])
         return rows.append_column("title", texts["title"]).append_column("summary", texts["summary"])
 
@@ -127,7 +127,7 @@ class Candidates:
         frame = rows.select(known).to_pandas().set_axis(range(start, start + len(rows)))  # row numbers in errors
         frame = validate(frame, _TABLE, self.name)
         if self._texts is not None:
-            corpus_rows(frame["doc_id"], self._corpus_ids, self.name)
+            rows_of(frame["doc_id"], self._corpus_ids, self.name)
         for name, column in zip(known, _arrow(frame).columns, strict=True):
             rows = rows.set_column(rows.column_names.index(name), name, column)
         return rows

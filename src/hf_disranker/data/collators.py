@@ -73,28 +73,23 @@ class PairCollator:
         shorter = self._shorten(set(queries))
         rendered = [self.templates.render_query(shorter.get(query, query)) for query in queries]
         documents = [self._prefix(document) for document in documents]
-        encode = self._encode_pairs if self.templates.text is None else self._encode_texts
-        rows, cut = encode(rendered, documents)
+        if self.templates.text is None:
+            encodings, cut = self._join(rendered, documents)
+        else:
+            texts = [self.templates.render_text(*pair) for pair in zip(rendered, documents, strict=True)]
+            encodings = self._cut.encode_batch_fast(texts)
+            cut = sum(1 for encoding in encodings if encoding.overflowing)
+        rows = [{key: getattr(encoding, field) for key, field in self._fields.items()} for encoding in encodings]
         return Encoded(rows, sum(query in shorter for query in queries), cut)
 
-    def _encode_pairs(self, queries: list[str], documents: list[str]) -> tuple[list[dict[str, list[int]]], int]:
+    def _join(self, queries: list[str], documents: list[str]) -> tuple[list[Any], int]:
         """Like `tokenizer(queries, documents, truncation="only_second")`, but tokenising each distinct text once."""
         texts = list(dict.fromkeys([*queries, *documents]))
         parts = dict(zip(texts, self._whole.encode_batch_fast(texts, add_special_tokens=False), strict=True))
         room = self.max_length - self._cut.num_special_tokens_to_add(is_pair=True)
-        rows, cut = [], 0
-        for query, document in zip(queries, documents, strict=True):
-            one, two = parts[query], parts[document]
-            cut += len(one) + len(two) > room
-            pair = self._cut.post_process(one, two)
-            rows.append({key: getattr(pair, field) for key, field in self._fields.items()})
-        return rows, cut
-
-    def _encode_texts(self, queries: list[str], documents: list[str]) -> tuple[list[dict[str, list[int]]], int]:
-        texts = [self.templates.render_text(*pair) for pair in zip(queries, documents, strict=True)]
-        encodings = self._cut.encode_batch_fast(texts)
-        rows = [{key: getattr(encoding, field) for key, field in self._fields.items()} for encoding in encodings]
-        return rows, sum(1 for encoding in encodings if encoding.overflowing)
+        pairs = [(parts[query], parts[document]) for query, document in zip(queries, documents, strict=True)]
+        cut = sum(len(query) + len(document) > room for query, document in pairs)
+        return [self._cut.post_process(query, document) for query, document in pairs], cut
 
     def pad(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         """Pad rows of `encode` into tensors of shape (rows, longest)."""
@@ -220,11 +215,8 @@ def runs_within(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
 def _values(group: dict[str, Any], key: str) -> list[float]:
     """Return a value per document of a group, NaN where unknown."""
     documents = len(group["doc_ids"])
-    values = group.get(key)
-    if values is None:
-        return [torch.nan] * documents
+    values = [None] * documents if group.get(key) is None else group[key]
     if len(values) != documents:
-        raise ValueError(
-            f"Query {group.get('query_id', group['query'])!r}: {len(values)} {key} for {documents} documents."
-        )
+        name = group.get("query_id", group["query"])
+        raise ValueError(f"Query {name!r}: {len(values)} {key} for {documents} documents.")
     return [torch.nan if value is None else value for value in values]

@@ -37,10 +37,11 @@ csv.field_size_limit(2**31 - 1)  # texts may be longer than the default of 128 K
 # Rows that are Python objects at the same time.
 _BLOCK = 50_000
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _IS_UTF16 = "it is UTF-16: save it as UTF-8, as by iconv -f UTF-16 -t UTF-8."
-# First bytes of files that are no text.
-_PACKED = {
+# First bytes of files that are not UTF-8.
+_OTHER_FILES = {
+    b"\xff\xfe": _IS_UTF16,
+    b"\xfe\xff": _IS_UTF16,
     b"\x1f\x8b": "it is compressed by gzip: let its name end in .gz.",
     b"PK\x03\x04": "it is a zip archive or an Excel workbook: export it as csv.",
 }
@@ -57,7 +58,7 @@ def read_file(fs: Any, path: str, kind: str | None = None) -> pd.DataFrame:
     Args:
         fs: The fsspec file system of the file.
         path: Path of the file in `fs`.
-        kind: ".csv", ".jsonl", ".parquet" or ".tsv"; None infers it from the path.
+        kind: ".csv", ".jsonl", ".parquet", ".tsv" or ".trec" (columns by number); None infers it from the path.
 
     Raises:
         TableError: If the format is unknown, or the file is empty or broken. The message says how to repair it.
@@ -68,10 +69,10 @@ def read_file(fs: Any, path: str, kind: str | None = None) -> pd.DataFrame:
     if fs.size(path) == 0:
         raise TableError(f"{path}: the file is empty.")
     try:
-        with _opened(fs, path) as file:
+        with fs.open(path, "rb", compression="infer") as file:
             return _READERS[kind](file)
     except UnicodeDecodeError:
-        raise TableError(f"{path}: {not_utf8(fs, path)}") from None
+        raise TableError(f"{path}: {_not_utf8(fs, path)}") from None
     except _READ_ERRORS as error:
         raise TableError(f"{path}: cannot be read as {kind[1:]}: {error}") from error
 
@@ -83,11 +84,6 @@ def is_table_file(path: str) -> bool:
 
 def _ending(path: str) -> str:
     return "." + path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
-
-
-def _opened(fs: Any, path: str) -> IO[bytes]:
-    file: IO[bytes] = fs.open(path, "rb", compression="gzip" if path.lower().endswith(".gz") else None)
-    return file
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -204,22 +200,37 @@ def _frame(rows: Iterator[tuple[int, Any]], names: list[str] | None = None) -> p
     return pd.concat(blocks) if blocks else pd.DataFrame(columns=names)
 
 
+def _read_trec(file: IO[bytes]) -> pd.DataFrame:
+    """Read columns that are separated by whitespace, without a header."""
+    rows = pd.read_csv(
+        _text(file),
+        sep=r"\s+",
+        header=None,
+        dtype=str,
+        quoting=csv.QUOTE_NONE,
+        keep_default_na=False,
+        skip_blank_lines=False,
+    )
+    rows = rows.set_axis(pd.RangeIndex(1, len(rows) + 1, name="line"))
+    return rows[rows[0] != ""]
+
+
 def _text(file: IO[bytes]) -> io.TextIOWrapper:
     """Decode a file as UTF-8 without its byte order mark, keeping its line ends."""
     start = file.read(4)
     file.seek(0)
-    if packed := [what for mark, what in _PACKED.items() if start.startswith(mark)]:
-        raise ValueError(packed[0])
-    if start.startswith(_UTF16) or b"\0" in start:
+    if other := [what for mark, what in _OTHER_FILES.items() if start.startswith(mark)]:
+        raise ValueError(other[0])
+    if b"\0" in start:
         raise ValueError(_IS_UTF16)
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
 
 
-def not_utf8(fs: Any, path: str) -> str:
+def _not_utf8(fs: Any, path: str) -> str:
     """Describe where a text file that cannot be decoded is not UTF-8, and what it probably is."""
-    with _opened(fs, path) as file:
+    with fs.open(path, "rb", compression="infer") as file:
         content = file.read()
-    if content.startswith(_UTF16) or b"\0" in content:
+    if b"\0" in content:
         return _IS_UTF16
     text = content.decode(errors="surrogateescape")
     bad = next(place for place, letter in enumerate(text) if "\udc80" <= letter <= "\udcff")
@@ -236,6 +247,7 @@ _READERS: dict[str, Callable[[IO[bytes]], pd.DataFrame]] = {
     ".jsonl": lambda file: _frame(_objects(_text(file))),
     ".csv": _read_csv,
     ".tsv": lambda file: _read_csv(file, "\t"),
+    ".trec": _read_trec,
 }
 # Formats of a table. A .tsv is read in BEIR folders only; elsewhere it is a TREC file.
 FORMATS = (".parquet", ".jsonl", ".csv")
@@ -256,6 +268,12 @@ def beir_files(source: Any) -> list[str]:
     folder = Path(source)
     found = [*folder.glob("*.jsonl*"), *folder.glob("qrels/*.tsv*")] if is_beir(source) else []
     return sorted(map(str, found))
+
+
+def beir_splits(folder: Path) -> dict[str, Path]:
+    """Return the file with the judgments of each split of a BEIR folder."""
+    qrels = sorted([*folder.glob("qrels/*.tsv"), *folder.glob("qrels/*.tsv.gz")])
+    return {path.name.split(".tsv")[0]: path for path in qrels}
 
 
 def read_beir(folder: Path, table: str, split: str | None = None) -> tuple[pd.DataFrame, str]:
@@ -290,8 +308,7 @@ def read_beir(folder: Path, table: str, split: str | None = None) -> tuple[pd.Da
 
 
 def _beir_judgments(folder: Path, split: str | None) -> tuple[pd.DataFrame, str]:
-    qrels = sorted([*folder.glob("qrels/*.tsv"), *folder.glob("qrels/*.tsv.gz")])
-    paths = {path.name.split(".tsv")[0]: path for path in qrels}
+    paths = beir_splits(folder)
     if not paths or (split and split not in paths):
         raise TableError(
             f"{folder}: there are no judgments of split '{split}'; there are: {', '.join(paths) or 'none'}. "

@@ -19,6 +19,7 @@ from hf_disranker.data.tables import (
     Source,
     arrow_column,
     check_rows,
+    groups_table,
     is_hub_id,
     load_splits,
     locate,
@@ -68,8 +69,7 @@ def load_groups(
     if isinstance(source, list | tuple):
         return group_rows(_average(source, split, corpus, columns))
     frame, name = read_rows(source, "judgments", split, columns)
-    table = "scores" if "teacher_score" in frame.columns else "judgments"
-    groups = group_rows(check_rows(frame, name, table, split, corpus, columns=columns))
+    groups = group_rows(check_rows(frame, name, groups_table(frame), split, corpus, columns=columns))
     groups.info.dataset_name = source_name(source)
     return groups
 
@@ -123,8 +123,7 @@ def _stream_groups(source: str, split: str | None, columns: Columns | None) -> I
     rest: list[pd.DataFrame] = []
     for chunk in _stream_rows(source, split, columns):
         frame = pd.concat([*rest, chunk])
-        table = "scores" if "teacher_score" in frame.columns else "judgments"
-        frame = check_rows(frame, source, table, None, None).set_index(frame.index)
+        frame = check_rows(frame, source, groups_table(frame), None, None).set_index(frame.index)
         last = frame["query_id"] == frame["query_id"].iloc[-1]  # may continue in the next chunk
         yield from _group_adjacent(frame[~last], seen, source)
         rest = [frame[last]]
@@ -150,7 +149,7 @@ def _stream_rows(source: str, split: str | None, columns: Columns | None) -> Ite
     for frame in _chunks(source):
         frame = with_index(frame).set_axis(range(start, start + len(frame)))  # row numbers in errors
         start += len(frame)
-        frame = with_columns(frame, columns, "scores" if "teacher_score" in frame else "judgments", source)
+        frame = with_columns(frame, columns, groups_table(frame, columns), source)
         if split:
             frame = frame[frame["split"] == split] if "split" in frame else frame[:0]
         if len(frame):

@@ -24,8 +24,6 @@ import numpy as np
 import pandas as pd
 
 SHOWN_ROWS = 3
-# Names that click logs use for the weight. Such a column is ignored with a warning.
-_WEIGHT_NAMES = {"click", "clicks", "count", "counts", "freq", "frequency", "n", "num_clicks", "click_count"}
 _THOUSANDS = re.compile(r"\s*\d{1,3}(\.\d{3})+\s*")
 
 
@@ -84,24 +82,26 @@ def validate(frame: pd.DataFrame, table: str, source: str) -> pd.DataFrame:
     for column in schema.required + schema.optional:
         if column in frame.columns:
             frame[column] = _READERS[column](frame[column], f"{source}: column '{column}' of the {table} table")
-    _check_unique(frame, schema.key, f"{source}: {table} table")
+    where = f"{source}: {table} table"
+    if schema.key:
+        keys = frame[list(schema.key)]
+        refuse(keys, keys.duplicated(), where, f"repeat a ({', '.join(schema.key)}) seen above", " Keep one row each.")
     if "query_id" in schema.required:
-        _check_one_text_per_query(frame, f"{source}: {table} table")
+        first = frame.groupby("query_id", sort=False)["query"].transform("first")
+        what = "have another query text than earlier rows of their query_id"
+        refuse(frame[["query_id", "query"]], frame["query"] != first, where, what)
     return frame
 
 
 def check_names(columns: Iterable[object], table: str, source: str) -> None:
     """Raise TableError for a duplicate column, or one that differs from the schema in case or spaces only."""
     names = list(columns)
-    schema = TABLES[table]
-    spelt: dict[str, str] = {}
-    for known in schema.required + schema.optional:
-        if names.count(known) > 1:
-            raise TableError(f"{source}: the column '{known}' occurs {names.count(known)} times; keep one.")
-        if known not in names:
-            alike = [name for name in names if isinstance(name, str) and name.strip().casefold() == known]
-            if alike:
-                spelt[known] = alike[0]
+    expected = TABLES[table].required + TABLES[table].optional
+    for name in expected:
+        if names.count(name) > 1:
+            raise TableError(f"{source}: the column '{name}' occurs {names.count(name)} times; keep one.")
+    alike = {str(name).strip().casefold(): str(name) for name in reversed(names)}
+    spelt = {name: alike[name] for name in expected if name not in names and name in alike}
     if spelt:
         found, ours = ", ".join(map(repr, spelt.values())), ", ".join(map(repr, spelt))
         what, them = (f"column {found} is", "it") if len(spelt) == 1 else (f"columns {found} are", "them")
@@ -115,8 +115,7 @@ def _check_complete(columns: Iterable[object], table: str, source: str) -> None:
     missing = [column for column in TABLES[table].required if column not in names]
     if not missing:
         return
-    makeable = ids_may_be_made(names, table)
-    made = [name for name, texts in ID_TEXTS.items() if makeable and name in missing and not {*texts} <= {*names}]
+    made = [name for name, texts in ids_to_make(names, table).items() if not {*texts} <= {*names}]
     needed = [name for name in missing if name not in made]
     ids = f" Without {' and '.join(made)}, ids are made from the texts." if made else ""
     raise TableError(
@@ -131,18 +130,15 @@ def columns_hint(names: Mapping[str, str]) -> str:
     return f"--columns {','.join(f'{ours}={theirs}' for ours, theirs in names.items())} (in Python: columns={names})"
 
 
-def ids_may_be_made(names: Iterable[object], table: str) -> bool:
-    """Return True unless a column of another name ends with "id": it may be the one to read."""
-    return table != "queries" and not any(
-        str(name).strip().casefold().endswith("id") for name in set(names) - KNOWN_COLUMNS
-    )
+def ids_to_make(columns: Iterable[object], table: str) -> dict[str, tuple[str, ...]]:
+    """Return the missing ids of a table, each with the columns of the texts from which it is made.
 
-
-def unread_weight(columns: Iterable[object]) -> str | None:
-    """Return the name of a clicks column that looks like a weight but is not called `weight`, else None."""
-    names = [str(name) for name in columns]
-    alike = [name for name in names if name.strip().casefold() in _WEIGHT_NAMES]
-    return alike[0] if alike and "weight" not in names else None
+    None is made if a column of another name ends with "id": it may be the one to read.
+    """
+    names = set(columns)
+    if table == "queries" or any(str(name).strip().casefold().endswith("id") for name in names - KNOWN_COLUMNS):
+        return {}
+    return {name: ID_TEXTS[name] for name in ID_TEXTS if name in TABLES[table].required and name not in names}
 
 
 def with_index(frame: pd.DataFrame) -> pd.DataFrame:
@@ -171,7 +167,7 @@ def _read_query(values: pd.Series, where: str) -> pd.Series:
 
 def _read_text(values: pd.Series, where: str) -> pd.Series:
     values = values.astype(object).where(values.notna(), "")
-    refuse(values, ~values.map(lambda value: isinstance(value, str)).astype(bool), where, "have no text")
+    refuse(values, ~_instances(values, (str,)), where, "have no text")
     return values
 
 
@@ -229,31 +225,13 @@ _READERS: dict[str, Callable[[pd.Series, str], pd.Series]] = {
 }
 
 
-def _check_unique(frame: pd.DataFrame, key: tuple[str, ...], where: str) -> None:
-    if not key:
-        return
-    repeated = frame.duplicated(list(key), keep="first")
-    if repeated.any():
-        raise TableError(
-            f"{where}: {int(repeated.sum())} row(s) repeat a ({', '.join(key)}) seen above. "
-            f"{_shown(frame.loc[repeated, list(key)])} Keep one row each."
-        )
-
-
-def _check_one_text_per_query(frame: pd.DataFrame, where: str) -> None:
-    other = frame["query"].to_numpy() != frame.groupby("query_id", sort=False)["query"].transform("first").to_numpy()
-    if other.any():
-        raise TableError(
-            f"{where}: {int(other.sum())} row(s) have another query text than earlier rows of their query_id. "
-            f"{_shown(frame.loc[other, ['query_id', 'query']])}"
-        )
-
-
-def refuse(values: pd.Series, bad: pd.Series | np.ndarray, where: str, what: str) -> None:
-    """Raise TableError with the first bad values, if any."""
+def refuse(
+    values: pd.Series | pd.DataFrame, bad: pd.Series | np.ndarray, where: str, what: str, hint: str = ""
+) -> None:
+    """Raise TableError with the first bad values or rows, if any."""
     flags = np.asarray(bad, dtype=bool)
     if flags.any():
-        raise TableError(f"{where}: {int(flags.sum())} row(s) {what}. {_shown(values[flags])}")
+        raise TableError(f"{where}: {int(flags.sum())} row(s) {what}. {_shown(values[flags])}{hint}")
 
 
 def _shown(rows: pd.Series | pd.DataFrame) -> str:
@@ -270,31 +248,24 @@ def grades_from_zero(labels: pd.Series) -> pd.Series:
     return labels.astype(object).where(~(pd.to_numeric(labels, errors="coerce") < 0), 0)
 
 
-def corpus_rows(doc_ids: pd.Series, corpus_ids: pd.Index, name: str) -> np.ndarray:
-    """Return the corpus row of each document, shape (len(doc_ids),); TableError if the corpus lacks one."""
-    rows = corpus_ids.get_indexer(pd.Index(doc_ids))
+def rows_of(ids: pd.Series, known: pd.Index, name: str, place: str = "in the corpus") -> np.ndarray:
+    """Return the row of each id among the unique known ones, shape (len(ids),); TableError if one is not there."""
+    rows = known.get_indexer(pd.Index(ids))
     unknown = rows < 0
     if unknown.any():
-        first = ", ".join(doc_ids[unknown].head(SHOWN_ROWS))
-        raise TableError(
-            f"{name}: {int(unknown.sum())} row(s) name a doc_id that is not in the corpus, first: {first}."
-        )
+        first = ", ".join(ids[unknown].unique()[:SHOWN_ROWS])
+        raise TableError(f"{name}: {int(unknown.sum())} row(s) name a {ids.name} that is not {place}, first: {first}.")
     return rows
 
 
 def join_texts(frame: pd.DataFrame, corpus: pd.DataFrame, name: str) -> pd.DataFrame:
     """Add the title and summary of each row's doc_id from a corpus table; TableError if the corpus lacks one."""
-    rows = corpus_rows(frame["doc_id"], pd.Index(corpus["doc_id"]), name)
+    rows = rows_of(frame["doc_id"], pd.Index(corpus["doc_id"]), name)
     texts = {column: corpus[column].to_numpy()[rows] for column in ("title", "summary")}
     return frame.drop(columns=["title", "summary"], errors="ignore").assign(**texts)
 
 
 def join_queries(frame: pd.DataFrame, queries: pd.DataFrame, name: str) -> pd.DataFrame:
     """Add the text of each row's query_id from a queries table; TableError if it lacks one."""
-    texts = frame["query_id"].map(queries.set_index("query_id")["query"])
-    if (unknown := texts.isna()).any():
-        first = ", ".join(frame["query_id"][unknown].unique()[:SHOWN_ROWS])
-        raise TableError(
-            f"{name}: {int(unknown.sum())} row(s) name a query_id that is not among the queries, first: {first}."
-        )
-    return frame.assign(query=texts)
+    rows = rows_of(frame["query_id"], pd.Index(queries["query_id"]), name, "among the queries")
+    return frame.assign(query=queries["query"].to_numpy()[rows])

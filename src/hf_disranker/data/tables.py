@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import fsspec
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,15 +25,13 @@ from fsspec.core import url_to_fs
 
 from hf_disranker.data.files import is_beir, is_table_file, read_beir, read_file
 from hf_disranker.data.schema import (
-    ID_TEXTS,
     KNOWN_COLUMNS,
     TABLES,
     TableError,
     columns_hint,
     empty_queries,
-    ids_may_be_made,
+    ids_to_make,
     join_texts,
-    unread_weight,
     validate,
     with_index,
 )
@@ -44,6 +43,8 @@ Source: TypeAlias = str | os.PathLike[str] | Dataset | DatasetDict | pd.DataFram
 # Our column name to that of the user's tables.
 Columns: TypeAlias = Mapping[str, str]
 
+# Names of a weight in click logs; a column with one of them is ignored with a warning.
+_WEIGHT_NAMES = {"click", "clicks", "count", "counts", "freq", "frequency", "n", "num_clicks", "click_count"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -88,9 +89,10 @@ def check_rows(
 ) -> pd.DataFrame:
     """Validate rows read from the source `name`; arguments as in `read_table`."""
     if table == "clicks":
-        if unread := unread_weight(frame.columns):
-            how = columns_hint({"weight": unread})
-            logger.warning("%s: the column '%s' is not read. If it counts clicks: %s.", name, unread, how)
+        unread = [column for column in map(str, frame.columns) if column.strip().casefold() in _WEIGHT_NAMES]
+        if unread and "weight" not in frame.columns:
+            how = columns_hint({"weight": unread[0]})
+            logger.warning("%s: the column '%s' is not read. If it counts clicks: %s.", name, unread[0], how)
         if "query" in frame.columns and (empty := empty_queries(frame["query"])).any():
             # Logs include pages that were reached without a search.
             logger.warning("%s: %d click(s) have no query and are left out.", name, int(empty.sum()))
@@ -139,8 +141,12 @@ def read_rows(
 ) -> tuple[pd.DataFrame, str]:
     """Read unchecked rows and the source's name; arguments as in `read_table`."""
     frame, name = _rows_as_stored(source, table, split)
-    scored = table == "judgments" and "teacher_score" in {*frame.columns, *(columns or {})}
-    return with_columns(frame, columns, "scores" if scored else table, name), name
+    return with_columns(frame, columns, groups_table(frame, columns) if table == "judgments" else table, name), name
+
+
+def groups_table(frame: pd.DataFrame, columns: Columns | None = None) -> str:
+    """Return the table that training groups are read from: scores if there are any, else judgments."""
+    return "scores" if "teacher_score" in {*frame.columns, *(columns or {})} else "judgments"
 
 
 def with_columns(frame: pd.DataFrame, columns: Columns | None, table: str, source: str) -> pd.DataFrame:
@@ -157,7 +163,7 @@ def with_columns(frame: pd.DataFrame, columns: Columns | None, table: str, sourc
     """
     chosen = _chosen(frame.columns, columns, table, source)
     frame = frame.assign(**{ours: frame[theirs] for ours, theirs in chosen.items()}).drop(columns=_replaced(chosen))
-    made = id_texts(frame.columns, table)
+    made = _ids_with_texts(frame.columns, table)
     if made:
         logger.warning("%s has no %s: ids are made from the texts.", source, " or ".join(made))
     return frame.assign(**{name: _ids(frame[list(texts)]) for name, texts in made.items()})
@@ -169,21 +175,15 @@ def with_arrow_columns(rows: pa.Table, columns: Columns | None, table: str, sour
     for ours, theirs in chosen.items():
         rows = rows.append_column(ours, rows[theirs])
     rows = rows.drop_columns(_replaced(chosen))
-    for name, texts in id_texts(rows.column_names, table).items():
+    for name, texts in _ids_with_texts(rows.column_names, table).items():
         rows = rows.append_column(name, pa.array(_ids(rows.select(texts).to_pandas())))
     return rows
 
 
-def id_texts(names: Iterable[object], table: str) -> dict[str, tuple[str, ...]]:
-    """Return the ids to make for a table, each with the columns of its texts.
-
-    None is made if `schema.ids_may_be_made` is False.
-    """
+def _ids_with_texts(names: Iterable[object], table: str) -> dict[str, tuple[str, ...]]:
+    """Return those of `schema.ids_to_make` whose texts are there."""
     names = set(names)
-    if not ids_may_be_made(names, table):
-        return {}
-    lacking = [name for name in ID_TEXTS if name in TABLES[table].required and name not in names]
-    return {name: ID_TEXTS[name] for name in lacking if names.issuperset(ID_TEXTS[name])}
+    return {name: texts for name, texts in ids_to_make(names, table).items() if names.issuperset(texts)}
 
 
 def _chosen(names: Iterable[object], columns: Columns | None, table: str, source: str) -> dict[str, str]:
@@ -336,7 +336,5 @@ def pair_texts(rows: pd.DataFrame) -> list[tuple[str, dict[str, str]]]:
 
 def write_table(frame: pd.DataFrame, path: str) -> None:
     """Write rows as parquet to a path or fsspec URL, creating its folder."""
-    fs, inner = url_to_fs(path)
-    fs.makedirs(fs._parent(inner), exist_ok=True)
-    with fs.open(inner, "wb") as file:
+    with fsspec.open(path, "wb") as file:
         frame.to_parquet(file, index=False)

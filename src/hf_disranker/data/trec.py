@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from fsspec.implementations.local import LocalFileSystem
 
-from hf_disranker.data.files import is_beir, is_table_file, not_utf8
+from hf_disranker.data.files import beir_splits, is_beir, is_table_file, read_file
 from hf_disranker.data.schema import TableError, grades_from_zero, join_queries, join_texts, refuse, validate
 from hf_disranker.data.tables import Columns, Source, read_table, usual_split
 
@@ -58,8 +58,8 @@ def judged_split(source: Source, named: str | None, usual: str = "dev", columns:
     """Choose the split of judgments as `tables.usual_split` does; for BEIR, "test" if there is no usual one."""
     if named is not None or _trec_file(source) is not None:
         return named
-    if isinstance(source, str | os.PathLike) and Path(source, "qrels").is_dir():
-        return usual if Path(source, "qrels", f"{usual}.tsv").is_file() else "test"
+    if is_beir(source):
+        return usual if usual in beir_splits(Path(source)) else "test"  # type: ignore[arg-type]
     return usual_split(source, named, usual, columns)
 
 
@@ -156,23 +156,7 @@ def _trec_file(source: Source) -> Path | None:
 
 def _read_columns(path: Path, names: list[str]) -> pd.DataFrame:
     """Read a file of whitespace-separated columns without a header, indexed by line from 1."""
-    try:
-        rows = pd.read_csv(
-            path,
-            sep=r"\s+",
-            header=None,
-            dtype=str,
-            quoting=csv.QUOTE_NONE,
-            keep_default_na=False,
-            skip_blank_lines=False,
-            encoding="utf-8-sig",
-        )
-    except UnicodeDecodeError:
-        raise TableError(f"{path}: {not_utf8(LocalFileSystem(), str(path))}") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise TableError(f"{path}: cannot be read as TREC columns: {error}") from error
-    rows = rows.set_axis(pd.RangeIndex(1, len(rows) + 1, name="line"))
-    rows = rows[rows[0] != ""]
+    rows = read_file(LocalFileSystem(), str(path), ".trec")
     if rows.shape[1] != len(names):
         hint = " Save a tab-separated table as .csv." if path.suffix == ".tsv" else ""
         raise TableError(

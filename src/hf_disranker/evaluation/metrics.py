@@ -219,15 +219,9 @@ def _columns(groups: ArrayLike, **numbers: ArrayLike) -> tuple[NDArray[Any], ...
         if column.dtype.kind not in "biuf":
             raise ValueError(f"{name} must be numbers, got {column.dtype}")
         _refuse(name, ~np.isfinite(column), "not finite")
-    return *(column.astype(np.float64) for column in columns.values()), _places(ids)
-
-
-def _places(ids: NDArray[Any]) -> Ints:
-    """Return the rank of each id among the sorted ids, from 0."""
-    found, distinct = pd.factorize(ids)  # several times faster than np.unique on strings
-    _refuse("groups", found < 0, "missing (None or nan)")
-    place = {i: n for n, i in enumerate(sorted(distinct.tolist()))}
-    return np.array([place[i] for i in distinct.tolist()])[found]
+    places, _ = pd.factorize(ids, sort=True)  # several times faster than np.unique on strings
+    _refuse("groups", places < 0, "missing (None or nan)")
+    return *(column.astype(np.float64) for column in columns.values()), places
 
 
 def _refuse(name: str, bad: NDArray[np.bool_], what: str) -> None:

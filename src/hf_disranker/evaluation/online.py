@@ -138,10 +138,15 @@ def _effect(name: str, bucket: str, control: float, treatment: float, error: flo
     values = float(np.exp(control)), float(np.exp(treatment))
     if not np.isfinite([control, treatment]).all():
         return Effect(name, bucket, *values, np.nan, (np.nan, np.nan), np.nan)
-    change, half = treatment - control, norm.ppf(1 - LEVEL / 2) * error
-    p = 2 * norm.sf(abs(change) / error) if error else float(change == 0)
-    interval = float(np.expm1(change - half)), float(np.expm1(change + half))
-    return Effect(name, bucket, *values, float(np.expm1(change)), interval, float(p))
+    (low, high), p = _normal_test(treatment - control, error)
+    interval = float(np.expm1(low)), float(np.expm1(high))
+    return Effect(name, bucket, *values, float(np.expm1(treatment - control)), interval, p)
+
+
+def _normal_test(value: float, error: float) -> tuple[Interval, float]:
+    """Return the 95% interval of a value with a standard error, and the two-sided p-value of its distance from 0."""
+    half = norm.ppf(1 - LEVEL / 2) * error
+    return (value - half, value + half), float(2 * norm.sf(abs(value) / error) if error else value == 0)
 
 
 def novelty(log: pd.DataFrame, buckets: Sequence[str]) -> tuple[dict[str, list[Effect]], list[dict[str, Any]]]:
@@ -166,12 +171,9 @@ def novelty(log: pd.DataFrame, buckets: Sequence[str]) -> tuple[dict[str, list[E
             weight = 1 / spread[known]
             centred = known - np.average(known, weights=weight)
             share = weight * centred / (weight * centred**2).sum()
-            influence = np.zeros(log["user"].max() + 1)
-            for part, day in zip(share, known, strict=True):
-                for _, values in (ratios[day][0], ratios[day][place]):
-                    influence[values.index] += part * values.to_numpy()
-            slope, error = share @ change[known], np.sqrt((influence**2).sum())
-            one = _effect(name, bucket, 0.0, slope, error)
+            parts = [part * ratios[day][at][1] for part, day in zip(share, known, strict=True) for at in (0, place)]
+            error = np.sqrt((pd.concat(parts).groupby(level=0).sum() ** 2).sum())
+            one = _effect(name, bucket, 0.0, share @ change[known], error)
             trend = {"name": name, "bucket": bucket, "per_day": one.relative_difference}
             trends.append(trend | {"interval": one.interval, "p": one.p})
     return {day: effects(users, buckets) for day, users in days.items()}, trends
@@ -262,7 +264,7 @@ def preference(pages: pd.DataFrame) -> dict[str, Any]:
     users, wins = pages.groupby("user_id")["credit"].agg(["sum", "size"]), pages["credit"].value_counts()
     difference = users["sum"].sum() / len(pages)
     error = float(np.sqrt(((users["sum"] - difference * users["size"]) ** 2).sum())) / len(pages)
-    half = norm.ppf(1 - LEVEL / 2) * error
+    interval, p = _normal_test(difference, error)
     up, down = int((users["sum"] > 0).sum()), int((users["sum"] < 0).sum())
     return {
         "users": len(users),
@@ -271,7 +273,7 @@ def preference(pages: pd.DataFrame) -> dict[str, Any]:
         "second_wins": int(wins.get(1, 0)),
         "ties": int(wins.get(0, 0)),
         "difference": float(difference),
-        "interval": (difference - half, difference + half),
-        "p": float(2 * norm.sf(abs(difference) / error) if error else difference == 0),
+        "interval": interval,
+        "p": p,
         "p_sign": float(binomtest(up, up + down).pvalue) if up + down else 1.0,
     }

@@ -23,6 +23,7 @@ from huggingface_hub import ModelCard
 from hf_disranker.data.tables import pair_texts
 from hf_disranker.data.templates import Templates
 from hf_disranker.evaluation import metrics
+from hf_disranker.evaluation.significance import changed_tops
 from hf_disranker.models.card import model_card
 from hf_disranker.models.families import is_decoder
 from hf_disranker.models.hub import check_padding
@@ -121,7 +122,6 @@ def compare(old: Predict, new: Predict, rows: pd.DataFrame) -> Parity:
         start = time.perf_counter()
         scores[name] = predict(pairs)
         speeds[name].append(round(len(pairs) / (time.perf_counter() - start), 1))
-    groups = pd.Series(range(len(rows))).groupby(queries).indices.values()
     change = None
     if "label" in rows.columns:
         ndcg = {key: metrics.ndcg(rows["label"].to_numpy(), values, queries, k=10) for key, values in scores.items()}
@@ -130,7 +130,7 @@ def compare(old: Predict, new: Predict, rows: pd.DataFrame) -> Parity:
         pairs=len(pairs),
         max_difference=float(np.abs(scores["new"] - scores["old"]).max()),
         tau=metrics.query_mean(metrics.kendall_tau(scores["new"], scores["old"], queries)),
-        top1=float(np.mean([scores["old"][group].argmax() == scores["new"][group].argmax() for group in groups])),
+        top1=1 - changed_tops(scores["old"], scores["new"], queries, k=1),
         ndcg_change=change,
         pairs_per_s=speeds["new"],
         ranker_pairs_per_s=speeds["old"],

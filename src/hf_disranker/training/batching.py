@@ -6,14 +6,13 @@ A batch of queries is one flat batch of pairs, so its cost is the number of pair
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
 
 from hf_disranker.data.collators import GroupCollator, budget_batches
 
@@ -39,13 +38,20 @@ class TokenBudgetSampler:
     """Token-budget batch sampler: the same batches in every epoch, in a different order.
 
     `sizes` and `lengths` are those of `group_lengths`. All processes of an epoch get the same number of batches. The
-    order depends only on seed and epoch, so that an epoch can be resumed.
+    order depends only on seed and epoch, so that an epoch can be resumed; `epoch` returns the current one, since
+    accelerate's wrappers hide a `set_epoch` method from the trainer.
     """
 
-    def __init__(
-        self, sizes: np.ndarray, lengths: np.ndarray, token_budget: int, processes: int = 1, seed: int = 0
+    def __init__(  # noqa: PLR0913
+        self,
+        sizes: np.ndarray,
+        lengths: np.ndarray,
+        token_budget: int,
+        processes: int = 1,
+        seed: int = 0,
+        epoch: Callable[[], int] = int,
     ) -> None:
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch = seed, epoch
         order = np.random.default_rng(seed).permutation(len(sizes))
         self.batches = [order[batch] for batch in budget_batches(lengths[order], token_budget, sizes[order])]
         while len(self.batches) % processes and max(map(len, self.batches)) > 1:
@@ -55,15 +61,11 @@ class TokenBudgetSampler:
             message = "%d of %d queries need more than %d tokens each: raise token_budget or use fewer documents."
             logger.warning(message, beyond, len(sizes), token_budget)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that determines the order."""
-        self.epoch = epoch
-
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in np.random.default_rng([self.seed, self.epoch]).permutation(len(self.batches)):
+        for batch in np.random.default_rng([self.seed, self.epoch()]).permutation(len(self.batches)):
             yield self.batches[batch].tolist()
 
 
@@ -98,21 +100,6 @@ class BudgetStream(IterableDataset):
         batches = budget_batches(np.array([_longest(group) for group in window]), self.token_budget, sizes)
         for batch in rng.permutation(len(batches)):
             yield [window[group] for group in batches[batch]]
-
-
-class SetEpoch(TrainerCallback):
-    """Set the epoch of `TokenBudgetSampler`.
-
-    accelerate does not reach the sampler through the wrapper that skips batches of a resumed run on several processes.
-    """
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
-        """See `TrainerCallback`."""
-        part = getattr(train_dataloader, "batch_sampler", None)
-        while part is not None:
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(int(state.epoch or 0))
-            part = getattr(part, "batch_sampler", None) or getattr(part, "sampler", None)
 
 
 def _longest(group: dict[str, Any]) -> int:

@@ -53,10 +53,6 @@ class CptConfig(StageArguments, SFTConfig):
     # None instead of False: newer versions of transformers warn about any value, since the option is renamed.
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Trade time for memory."})
     bf16: bool | None = field(default=False, metadata={"help": "Compute in bf16."})
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for transfers; default: with a GPU."}
-    )
-    save_total_limit: int | None = field(default=1, metadata={"help": "Maximum number of checkpoints."})
     report_to: str = field(default="none", metadata={"help": "Experiment tracker: none, trackio, tensorboard ..."})
     hub_private_repo: bool | None = field(default=True, metadata={"help": "If True, create a private repository."})
 
@@ -130,20 +126,17 @@ class ClickTrainer(TrainerMixin, SFTTrainer):
                 pipeline_tag="text-generation",
                 tags=["hf-disranker", "generated_from_trainer"],
             )
-            text = (
-                (TEMPLATES / "click_model_card.md")
-                .read_text(encoding="utf-8")
-                .format(
-                    data=data.to_yaml(),
-                    name=os.path.basename(os.path.normpath(folder)),
-                    folder=folder,
-                    base=base if is_hub_id(base) else "a model that is not published",
-                    rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else "streamed",
-                    template=getattr(model.config, "click_templates", TEACHER_TEMPLATES.to_dict())["text"],
-                    options="\n".join(f"| {name} | {getattr(self.args, name)} |" for name in _CARD_OPTIONS),
-                )
+            card = ModelCard.from_template(
+                data,
+                template_path=str(TEMPLATES / "click_model_card.md"),
+                name=os.path.basename(os.path.normpath(folder)),
+                folder=folder,
+                base=base if is_hub_id(base) else "a model that is not published",
+                rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else "streamed",
+                template=getattr(model.config, "click_templates", TEACHER_TEMPLATES.to_dict())["text"],
+                options="\n".join(f"| {name} | {getattr(self.args, name)} |" for name in _CARD_OPTIONS),
             )
-            ModelCard(text).save(os.path.join(folder, "README.md"))
+            card.save(os.path.join(folder, "README.md"))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -28,7 +28,7 @@ from hf_disranker.models.checks import check_length
 from hf_disranker.models.hub import TrainerHubMixin
 from hf_disranker.models.loading import fit_tokenizer
 from hf_disranker.models.ranker import pair_collator
-from hf_disranker.training.batching import BudgetStream, SetEpoch, TokenBudgetSampler, group_lengths
+from hf_disranker.training.batching import BudgetStream, TokenBudgetSampler, group_lengths
 from hf_disranker.training.losses import LossTerm, TrainerMixin, hinge, ranknet, score_spread, softmax
 from hf_disranker.training.monitor import LossMonitor, check_dataset, check_target, sample_groups, warn_truncated
 from hf_disranker.training.setup import (
@@ -137,7 +137,6 @@ class RankingTrainer(TrainerMixin, TrainerHubMixin, Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.model_init = model_init  # not passed to Trainer, which would build the first model again
-        self.add_callback(SetEpoch())
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStopping(args.early_stopping_patience))
 
@@ -211,8 +210,13 @@ class RankingTrainer(TrainerMixin, TrainerHubMixin, Trainer):
             stream = BudgetStream(groups, collate, budget, self.args.seed)
             loader = DataLoader(stream, batch_size=1, collate_fn=stream.collate_batch, **options)
         else:
-            lengths = group_lengths(groups, collate)
-            sampler = TokenBudgetSampler(*lengths, budget, self.args.world_size, self.args.seed)
+            sampler = TokenBudgetSampler(
+                *group_lengths(groups, collate),
+                token_budget=budget,
+                processes=self.args.world_size,
+                seed=self.args.seed,
+                epoch=lambda: int(self.state.epoch or 0),
+            )
             loader = DataLoader(groups, batch_sampler=sampler, collate_fn=collate, **options)
         return self.accelerator.prepare(loader)
 

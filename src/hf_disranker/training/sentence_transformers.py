@@ -84,22 +84,21 @@ def to_n_tuples(groups: Dataset, documents: int, templates: Templates = STUDENT_
         raise ValueError(f"An n-tuple has at least 2 documents, got {documents}.")
     target = "teacher_scores" if "teacher_scores" in groups.column_names else "labels"
     names = ["positive", *(f"negative_{number}" for number in range(1, documents))]
-    rows, short = [], 0
+    rows, short, width = [], 0, documents - 1
     for group in groups:
         texts = [templates.render_document(*pair) for pair in zip(group["titles"], group["summaries"], strict=True)]
-        scores = [math.nan if score is None else score for score in group[target] or ()]
-        known = [place for place, score in enumerate(scores) if not math.isnan(score)]
+        scores = group[target] or [None] * len(texts)
+        known = [pair for pair in zip(scores, texts, strict=True) if pair[0] is not None and not math.isnan(pair[0])]
         if len(known) < documents:
             short += 1
             continue
-        best, *others = sorted(known, key=lambda place: -scores[place])
-        width = documents - 1
+        best, *others = sorted(known, key=lambda pair: -pair[0])
         for start in range(0, len(others), width):
             end = min(start + width, len(others))
-            places = [best, *others[end - width : end]]
-            found = zip(names, places, strict=True)
-            row = {"query": templates.render_query(group["query"])} | {name: texts[place] for name, place in found}
-            rows.append(row | {"scores": [float(scores[place]) for place in places]})
+            chosen = [best, *others[end - width : end]]
+            row = dict(zip(names, (text for _, text in chosen), strict=True))
+            scores = [float(score) for score, _ in chosen]
+            rows.append({"query": templates.render_query(group["query"]), **row, "scores": scores})
     if not rows:
         raise ValueError(f"No query has {documents} documents with a score.")
     if short:

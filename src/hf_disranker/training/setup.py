@@ -44,6 +44,10 @@ class StageArguments:
             "choices": list(WEIGHTS_DTYPES),
         },
     )
+    save_total_limit: int | None = field(default=1, metadata={"help": "Maximum number of checkpoints."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for transfers; default: with a GPU."}
+    )
 
     def __post_init__(self) -> None:
         if self.weights_dtype not in WEIGHTS_DTYPES:
@@ -77,10 +81,6 @@ class RankingConfig(StageArguments, TrainingArguments):
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of AdamW."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log entries."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Maximum number of checkpoints."})
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory for transfers; default: with a GPU."}
-    )
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search for weights without gradient in every step; rankers have none."}
@@ -240,26 +240,26 @@ def cast_weights(model: nn.Module, dtype: str) -> None:
     With an adapter or quantized weights only the trainable weights are cast, since frozen layers must match the rest.
     """
     partly = hasattr(model, "peft_config") or getattr(model, "is_quantized", False)
-    wanted, found, count = getattr(torch, dtype), set(), 0
-    for module in model.modules():
-        cast = False
-        for weight in module.parameters(recurse=False):
-            # DeepSpeed ZeRO-3 partitions the weights and keeps fp32 copies itself.
-            if not weight.is_floating_point() or (partly and not weight.requires_grad) or hasattr(weight, "ds_id"):
-                continue
-            count += weight.numel()
-            if weight.dtype != wanted:
-                found.add(str(weight.dtype).removeprefix("torch."))
-                weight.data = weight.data.to(wanted)
-                cast = True
-        if partly and cast and isinstance(module, nn.Linear):
-            # The trained head receives hidden states in the type of the frozen layers.
-            module.register_forward_pre_hook(_cast_input)
+    wanted = getattr(torch, dtype)
+    weights = [
+        weight
+        for weight in model.parameters()
+        # DeepSpeed ZeRO-3 partitions the weights and keeps fp32 copies itself.
+        if weight.is_floating_point() and (weight.requires_grad or not partly) and not hasattr(weight, "ds_id")
+    ]
+    found = {str(weight.dtype).removeprefix("torch.") for weight in weights if weight.dtype != wanted}
+    for weight in weights:
+        weight.data = weight.data.to(wanted)
+    if partly and found:
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) and layer.weight.requires_grad:
+                # The trained head receives hidden states in the type of the frozen layers.
+                layer.register_forward_pre_hook(_cast_input)
     if found:
         stored = " and ".join(sorted(found))
         logger.warning("The weights are %s and are trained in %s; see weights_dtype.", stored, dtype)
     else:
-        logger.info("Training %s weights in %s.", f"{count:,}", dtype)
+        logger.info("Training %s weights in %s.", f"{sum(weight.numel() for weight in weights):,}", dtype)
 
 
 def _cast_input(layer: nn.Linear, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
