@@ -3,9 +3,9 @@
     python benchmarks/heads.py run --showcase runs/showcase --model runs/models/smollm2 --out runs/heads
     python benchmarks/heads.py show --out runs/heads
 
-The last token learns from the model's own likelihoods, which the showcase stores, or from clicks and labels. All trained
-cells of benchmarks/configs/heads.yaml have equal queries, documents, steps and options. `run` skips finished cells,
-which are files NAME.json. All rankers are evaluated on the same sample of development queries.
+A head learns from the model's own likelihoods, which the showcase stores, from clicks and labels, or from both. All
+cells of benchmarks/configs/heads.yaml have equal steps, queries and options. `run` skips finished cells, which are files
+NAME.json. All rankers are evaluated on the same sample of development queries.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from datasets import concatenate_datasets
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from hf_disranker import DistillationConfig, DistillationTrainer, LLMForLastTokenRanking, Ranker, load_groups
@@ -46,21 +47,26 @@ def optimizer(model: LLMForLastTokenRanking, body: float, head: float) -> torch.
 def train(cell: dict[str, Any], config: dict[str, Any], args: argparse.Namespace, folder: Path) -> None:
     """Train the model with a head and save it."""
     set_seed(args.seed)
-    if cell["data"] == "likelihoods":
-        rows = load_groups(args.showcase / "scores", corpus=args.showcase / "data" / "corpus.parquet")
-    else:
-        rows = load_groups(args.showcase / "data" / "clicks_and_labels.parquet")
-    rows = rows.shuffle(seed=args.seed).select(range(config["steps"] * config["queries_per_step"]))
+    data = args.showcase / "data"
+    sources = {
+        "likelihoods": lambda: load_groups(args.showcase / "scores", corpus=data / "corpus.parquet"),
+        "clicks and labels": lambda: load_groups(data / "clicks_and_labels.parquet"),
+    }
+    number = config["steps"] * config["queries_per_step"] // len(cell["data"])
+    parts = [sources[name]().shuffle(seed=args.seed).select(range(number)) for name in cell["data"]]
+    rows = concatenate_datasets(parts)
     tokenizer, model_config = AutoTokenizer.from_pretrained(args.model), AutoConfig.from_pretrained(args.model)
+    model_config.click_templates = {"text": cell["text"]}
     if cell["head"] == "label_expectation":
         model_config = expect_labels(model_config, tokenizer, list("01234"))
     model, tokenizer = load_ranker_model(
         args.model, config=model_config, tokenizer=tokenizer, new_head=True, dtype=torch.float32
     )
-    distils = cell["data"] == "likelihoods"
+    distils = "likelihoods" in cell["data"]
     kinds = (DistillationTrainer, DistillationConfig) if distils else (RankingTrainer, RankingConfig)
     options = {name: config[name] for name in ("max_length", "max_query_length", "learning_rate")}
-    options |= {"max_steps": config["steps"], "per_device_train_batch_size": config["queries_per_step"]}
+    options |= {"max_steps": config["steps"], "per_device_train_batch_size": config["queries_per_step"] // 2}
+    options |= {"gradient_accumulation_steps": 2}
     options |= {"bf16": torch.cuda.is_available() or bf16_is_faster(), "use_cpu": not torch.cuda.is_available()}
     options |= {"report_to": "none", "save_strategy": "no", "eval_strategy": "no", "logging_steps": 10}
     options |= {"warmup_steps": 0.1, "seed": args.seed, "disable_tqdm": True} | cell.get("options", {})

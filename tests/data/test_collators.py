@@ -87,7 +87,7 @@ def test_a_long_document_has_the_tokens_that_it_would_have_if_read_whole(student
     documents += ["读取 一个 文件" * 90, "zz " * 90, "json" * 90, " " * 90 + "json " * 90]
     for collator in (student, teacher):
         found = collator.encode(["json file"] * len(documents), documents)
-        collator._beginning = lambda document: document
+        collator._prefix = lambda document: document
         whole = collator.encode(["json file"] * len(documents), documents)
         assert found == whole and found.documents_cut >= 8
 
@@ -103,6 +103,39 @@ def test_truncating_both_keeps_part_of_both(student, teacher):
 def test_an_empty_document_is_read_as_empty(student, teacher):
     assert read_back(student, student.encode(["json"], [""]).rows[0]) == "[CLS] json [SEP] [SEP]"
     assert read_back(teacher, teacher.encode(["json"], [""]).rows[0]).endswith("document:</s>")
+
+
+def document_first(tiny_teacher, max_length=48):
+    templates = Templates(text="document: {document}\nquery: {query}")
+    return PairCollator(tiny_teacher[1], templates, max_length=max_length, max_query_length=8)
+
+
+def test_a_text_with_the_document_first_loses_the_end_of_the_document(tiny_teacher):
+    collator, document = document_first(tiny_teacher), " ".join([DOCUMENT] * 30)
+    encoded = collator.encode(["json file"] * 3, [DOCUMENT, document, ""])
+    short, long, empty = (row["input_ids"] for row in encoded.rows)
+    for ids, text in ((short, DOCUMENT), (empty, "")):
+        assert ids == collator.tokenizer(f"document: {text}\nquery: json file")["input_ids"]
+    assert len(long) == 48 and encoded.documents_cut == 1
+    whole = collator.tokenizer(f"document: {document}\nquery: json file")["input_ids"]
+    end = len(collator.tokenizer("\nquery: json file", add_special_tokens=False)["input_ids"]) + 1  # </s>
+    assert long == whole[: 48 - end] + whole[-end:]
+    assert read_back(collator, encoded.rows[1]).endswith("query: json file</s>")
+
+
+def test_a_text_with_the_document_first_keeps_a_query_at_its_limit(tiny_teacher):
+    encoded = document_first(tiny_teacher).encode([LONG_QUERY * 1000], [(DOCUMENT + " ") * 400])
+    assert len(encoded.rows[0]["input_ids"]) == 48
+    assert " query: read json" in read_back(document_first(tiny_teacher), encoded.rows[0]).replace("\n", " ")
+    assert (encoded.queries_cut, encoded.documents_cut) == (1, 1)
+
+
+@pytest.mark.parametrize("document", ["", "open", "open string number " * 9])
+def test_a_template_that_leaves_no_room_for_a_document_is_refused(tiny_teacher, document):
+    templates = Templates(text="{document} " + "sort " * 30 + "{query}")
+    collator = PairCollator(tiny_teacher[1], templates, max_length=24, max_query_length=8)
+    with pytest.raises(ValueError, match="max_length 24 leaves no room for a document"):
+        collator.encode(["json"], [document])
 
 
 def test_any_script_reaches_the_teacher(teacher):

@@ -32,6 +32,14 @@ def test_every_text_of_a_query_starts_with_the_prompt():
     assert templates.render_text(query, "car") == "Q <red>\nD car end"
 
 
+def test_the_document_may_come_first_but_then_it_cannot_be_predicted():
+    templates = Templates(text="{document}\nquery: {query}")
+    assert templates.document_first and not TEACHER_TEMPLATES.document_first and not STUDENT_TEMPLATES.document_first
+    assert templates.render_text("red", "car") == "car\nquery: red"
+    with pytest.raises(ValueError, match="the query has to come first"):
+        templates.prompt("red")
+
+
 @pytest.mark.parametrize(
     ("templates", "message"),
     [
@@ -45,9 +53,8 @@ def test_every_text_of_a_query_starts_with_the_prompt():
         ({"query": "{query:99999999999}"}, "formats a field"),
         ({"query": "{query!r}"}, "formats a field"),
         ({"query": "{query"}, "expected '}'"),
-        ({"text": "{document} {query}"}, "needs {query} and then {document}, each once"),
-        ({"text": "{query}"}, "needs {query} and then {document}, each once"),
-        ({"text": "{query} {document} {query}"}, "needs {query} and then {document}, each once"),
+        ({"text": "{query}"}, "needs {query} and {document}, each once"),
+        ({"text": "{query} {document} {query}"}, "needs {query} and {document}, each once"),
     ],
 )
 def test_an_invalid_template_is_refused(templates, message):

@@ -73,6 +73,10 @@ class PairCollator:
         shorter = self._shorten(set(queries))
         rendered = [self.templates.render_query(shorter.get(query, query)) for query in queries]
         documents = [self._prefix(document) for document in documents]
+        queries_cut = sum(query in shorter for query in queries)
+        if self.templates.document_first:
+            rows, cut = self._cut_inside(rendered, documents)
+            return Encoded(rows, queries_cut, cut)
         if self.templates.text is None:
             encodings, cut = self._join(rendered, documents)
         else:
@@ -80,7 +84,25 @@ class PairCollator:
             encodings = self._cut.encode_batch_fast(texts)
             cut = sum(1 for encoding in encodings if encoding.overflowing)
         rows = [{key: getattr(encoding, field) for key, field in self._fields.items()} for encoding in encodings]
-        return Encoded(rows, sum(query in shorter for query in queries), cut)
+        return Encoded(rows, queries_cut, cut)
+
+    def _cut_inside(self, queries: list[str], documents: list[str]) -> tuple[list[dict[str, list[int]]], int]:
+        """Tokenise texts with the document first; what is too long loses the end of the document, not of the text."""
+        assert self.templates.text is not None
+        before = len(self.templates.text.split("{document}")[0].format())
+        texts = [self.templates.render_text(*pair) for pair in zip(queries, documents, strict=True)]
+        rows, cut = [], 0
+        for document, encoding in zip(documents, self._whole.encode_batch(texts), strict=True):
+            start = end = 0
+            if (over := len(encoding) - self.max_length) > 0:
+                last = before + max(len(document.rstrip()) - 1, 0)
+                end = (encoding.char_to_token(last) or 0) + 1
+                start, cut = end - over, cut + 1
+                if start <= (encoding.char_to_token(before) or 0):
+                    raise ValueError(f"max_length {self.max_length} leaves no room for a document; raise it.")
+            columns = {key: getattr(encoding, field) for key, field in self._fields.items()}
+            rows.append({key: values[:start] + values[end:] for key, values in columns.items()})
+        return rows, cut
 
     def _join(self, queries: list[str], documents: list[str]) -> tuple[list[Any], int]:
         """Like `tokenizer(queries, documents, truncation="only_second")`, but tokenising each distinct text once."""

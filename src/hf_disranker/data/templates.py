@@ -14,11 +14,11 @@ class Templates:
         query: Query template with the field `query`.
         document: Document template with the fields `title` and `summary`.
         text: None for models with a pair input (query, document), such as BERT. Otherwise the template of a single
-            text, with the rendered `query` and `document` as fields; the query comes first, so that all documents of a
-            query share a prefix.
+            text, with the rendered `query` and `document` as fields. With the query first, all documents of a query
+            share a prefix; with the document first, the text is that of a likelihood teacher.
 
     Raises:
-        ValueError: If a template has an unknown field, or `text` does not have the query before the document.
+        ValueError: If a template has an unknown field, or `text` lacks one or repeats it.
 
     Examples:
         >>> templates = Templates(text="query: {query} document: {document}")
@@ -33,8 +33,13 @@ class Templates:
     def __post_init__(self) -> None:
         template_fields(self.query, {"query"})
         template_fields(self.document, {"title", "summary"})
-        if self.text is not None and template_fields(self.text, {"query", "document"}) != ["query", "document"]:
-            raise ValueError(f"Template {self.text!r} needs {{query}} and then {{document}}, each once.")
+        if self.text is not None and sorted(_text_fields(self.text)) != ["document", "query"]:
+            raise ValueError(f"Template {self.text!r} needs {{query}} and {{document}}, each once.")
+
+    @property
+    def document_first(self) -> bool:
+        """Whether the single text has the document before the query."""
+        return self.text is not None and _text_fields(self.text)[0] == "document"
 
     def render_query(self, query: str) -> str:
         """Render the query."""
@@ -49,8 +54,14 @@ class Templates:
         return self.document.format(title=_text(title), summary=_text(summary))
 
     def prompt(self, query: str) -> str:
-        """Render the part of the single text before the document, without trailing whitespace."""
+        """Render the part of the single text before the document, without trailing whitespace.
+
+        Raises:
+            ValueError: If the document comes first.
+        """
         assert self.text is not None, "a model that reads pairs has no prompt"
+        if self.document_first:
+            raise ValueError(f"Template {self.text!r}: to predict the document, the query has to come first.")
         return self.text.split("{document}")[0].rstrip().format(query=query)
 
     def render_text(self, query: str, document: str) -> str:
@@ -70,6 +81,10 @@ def _text(value: object) -> object:
         return "" if value is None or value != value else value
     except TypeError:  # pandas.NA compares to nothing
         return ""
+
+
+def _text_fields(text: str) -> list[str]:
+    return template_fields(text, {"query", "document"})
 
 
 def template_fields(template: str, known: set[str]) -> list[str]:
