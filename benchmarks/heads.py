@@ -4,7 +4,7 @@
     python benchmarks/heads.py show --out runs/heads
 
 A head learns from the model's own likelihoods, which the showcase stores, from clicks and labels, or from both. All
-cells of benchmarks/configs/heads.yaml have equal steps, queries and options. `run` skips finished cells, which are files
+cells of benchmarks/configs/heads.yaml have equal steps and numbers of queries. `run` skips finished cells: files
 NAME.json. All rankers are evaluated on the same sample of development queries.
 """
 
