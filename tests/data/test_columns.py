@@ -99,6 +99,13 @@ def test_a_stream_is_renamed(tmp_path, export, judgments):
     assert list(found) == load_groups(judgments, split="train").to_list()
 
 
+def test_a_stream_says_once_that_it_makes_ids(tmp_path, judgments, caplog, monkeypatch):
+    monkeypatch.setattr("hf_disranker.data.groups._CHUNK", 10)
+    judgments.drop(columns="query_id").to_parquet(tmp_path / "bare.parquet")
+    assert len(list(load_groups(tmp_path / "bare.parquet", streaming=True))) == judgments["query_id"].nunique()
+    assert caplog.messages == [f"{tmp_path}/bare.parquet has no query_id: ids are made from the texts."]
+
+
 def test_the_hint_names_the_argument_of_python_too(judgments):
     with pytest.raises(TableError, match=r"--columns query=Query \(in Python: columns=\{'query': 'Query'\}\)"):
         load_groups(judgments.rename(columns={"query": "Query"}))

@@ -148,8 +148,8 @@ def _stream_rows(source: str, split: str | None, columns: Columns | None) -> Ite
     found, start = False, 0
     for frame in _chunks(source):
         frame = with_index(frame).set_axis(range(start, start + len(frame)))  # row numbers in errors
+        frame = with_columns(frame, columns, groups_table(frame, columns), source, quiet=start > 0)
         start += len(frame)
-        frame = with_columns(frame, columns, groups_table(frame, columns), source)
         if split:
             frame = frame[frame["split"] == split] if "split" in frame else frame[:0]
         if len(frame):

@@ -149,7 +149,9 @@ def groups_table(frame: pd.DataFrame, columns: Columns | None = None) -> str:
     return "scores" if "teacher_score" in {*frame.columns, *(columns or {})} else "judgments"
 
 
-def with_columns(frame: pd.DataFrame, columns: Columns | None, table: str, source: str) -> pd.DataFrame:
+def with_columns(
+    frame: pd.DataFrame, columns: Columns | None, table: str, source: str, quiet: bool = False
+) -> pd.DataFrame:
     """Rename the columns of a table as read, and add the ids that it lacks.
 
     Args:
@@ -157,6 +159,7 @@ def with_columns(frame: pd.DataFrame, columns: Columns | None, table: str, sourc
         columns: The table's name of each of our columns that has another one; may name columns of other tables.
         table: Schema of the table, a key of `schema.TABLES`.
         source: Origin of the rows, named in errors.
+        quiet: If True, do not report that ids are made.
 
     Raises:
         TableError: If `columns` names a column that is not there, a name that no table has, or one that is taken.
@@ -164,7 +167,7 @@ def with_columns(frame: pd.DataFrame, columns: Columns | None, table: str, sourc
     chosen = _chosen(frame.columns, columns, table, source)
     frame = frame.assign(**{ours: frame[theirs] for ours, theirs in chosen.items()}).drop(columns=_replaced(chosen))
     made = _ids_with_texts(frame.columns, table)
-    if made:
+    if made and not quiet:
         logger.warning("%s has no %s: ids are made from the texts.", source, " or ".join(made))
     return frame.assign(**{name: _ids(frame[list(texts)]) for name, texts in made.items()})
 
@@ -189,21 +192,22 @@ def _ids_with_texts(names: Iterable[object], table: str) -> dict[str, tuple[str,
 def _chosen(names: Iterable[object], columns: Columns | None, table: str, source: str) -> dict[str, str]:
     """Return the entries of `columns` that apply to a table with these names."""
     present, schema = [str(name) for name in names], TABLES[table]
+    # Optional columns of clicks and judgments are expected too, those of other tables may be in another file.
+    wanted = schema.required + (schema.optional if table in ("clicks", "judgments") else ())
     chosen = {}
     for ours, theirs in (columns or {}).items():
         if ours not in KNOWN_COLUMNS:
             raise TableError(
                 f"There is no column '{ours}' to read '{theirs}' as; there are: {', '.join(sorted(KNOWN_COLUMNS))}."
             )
-        found = [name for name in present if name == theirs] or [name for name in present if name.strip() == theirs]
-        if found and ours in present and ours != found[0]:
-            raise TableError(f"{source}: '{theirs}' cannot be read as '{ours}', since there is such a column already.")
-        # Optional columns of clicks and judgments are expected too, those of other tables may be in another file.
-        wanted = schema.required + (schema.optional if table in ("clicks", "judgments") else ())
-        if not found and ours in wanted and ours not in present:
+        found = theirs if theirs in present else next((name for name in present if name.strip() == theirs), None)
+        if found is None and ours in wanted and ours not in present:
             raise TableError(f"{source}: no column '{theirs}' to read as '{ours}'; it has: {', '.join(present)}.")
-        if found and found[0] != ours:
-            chosen[ours] = found[0]
+        if found in (None, ours):
+            continue
+        if ours in present:
+            raise TableError(f"{source}: '{theirs}' cannot be read as '{ours}', since there is such a column already.")
+        chosen[ours] = found
     return chosen
 
 

@@ -54,13 +54,13 @@ def read_judgments(
     return rows if corpus is None else join_texts(rows, read_table(corpus, "corpus", columns=columns), str(path))
 
 
-def judged_split(source: Source, named: str | None, usual: str = "dev", columns: Columns | None = None) -> str | None:
-    """Choose the split of judgments as `tables.usual_split` does; for BEIR, "test" if there is no usual one."""
+def judged_split(source: Source, named: str | None, columns: Columns | None = None) -> str | None:
+    """Choose the split of judgments as `tables.usual_split` does, by default "dev"; for BEIR, "test" without one."""
     if named is not None or _trec_file(source) is not None:
         return named
     if is_beir(source):
-        return usual if usual in beir_splits(Path(source)) else "test"  # type: ignore[arg-type]
-    return usual_split(source, named, usual, columns)
+        return "dev" if "dev" in beir_splits(Path(source)) else "test"  # type: ignore[arg-type]
+    return usual_split(source, named, "dev", columns)
 
 
 def read_run(source: Source, columns: Columns | None = None) -> pd.DataFrame:

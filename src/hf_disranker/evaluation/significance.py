@@ -38,10 +38,8 @@ class Comparison:
     changed: Mapping[int, float] = field(default_factory=dict)  # by k, see `changed_tops`
 
 
-def bootstrap(
-    numerator: ArrayLike, denominator: ArrayLike = 1, *, rounds: int = 1000, confidence: float = 0.95, seed: int = 0
-) -> Interval:
-    """Compute the percentile bootstrap interval of sum(numerator) / sum(denominator), resampling queries.
+def bootstrap(numerator: ArrayLike, denominator: ArrayLike = 1, *, rounds: int = 1000, seed: int = 0) -> Interval:
+    """Compute the 95% percentile bootstrap interval of sum(numerator) / sum(denominator), resampling queries.
 
     The numerator, shape (queries,), is the values for a mean, the concordant pairs for PNR; the denominator, of the
     same shape or a number, is 1 for a mean, the discordant pairs for PNR.
@@ -52,8 +50,6 @@ def bootstrap(
 
     Source: Efron 1979.
     """
-    if rounds < 1 or not 0 < confidence < 1:
-        raise ValueError(f"rounds must be >= 1 and confidence between 0 and 1, got {rounds} and {confidence}")
     top = np.asarray(numerator, np.float64)
     bottom = np.broadcast_to(np.asarray(denominator, np.float64), top.shape)
     defined = ~np.isnan(top + bottom)
@@ -61,9 +57,9 @@ def bootstrap(
     ratios = ratios[~np.isnan(ratios)]
     if not ratios.size:
         return math.nan, math.nan
-    tail = (1 - confidence) / 2
     # No interpolation: it is undefined between a number and inf.
-    return float(np.quantile(ratios, tail, method="lower")), float(np.quantile(ratios, 1 - tail, method="higher"))
+    low = np.quantile(ratios, LEVEL / 2, method="lower")
+    return float(low), float(np.quantile(ratios, 1 - LEVEL / 2, method="higher"))
 
 
 def _resampled_ratios(top: np.ndarray, bottom: np.ndarray, rounds: int, seed: int) -> np.ndarray:
@@ -115,14 +111,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def queries_needed(effect: float, power: float = 0.8) -> int | None:
-    """Return the number of queries for a two-sided paired test at 5% to detect an effect; None for no effect.
+def queries_needed(effect: float) -> int | None:
+    """Return the queries for a two-sided paired test at 5% to detect an effect with power 0.8; None for no effect.
 
-    Uses the normal approximation ((z_0.975 + z_power) / effect)^2, which is one or two too low for small numbers.
+    Uses the normal approximation ((z_0.975 + z_0.8) / effect)^2, which is one or two too low for small numbers.
     """
     if not effect or math.isnan(effect):
         return None
-    return math.ceil(((norm.ppf(1 - LEVEL / 2) + norm.ppf(power)) / effect) ** 2)
+    return math.ceil(((norm.ppf(1 - LEVEL / 2) + norm.ppf(0.8)) / effect) ** 2)
 
 
 def compare(values: Mapping[str, ArrayLike], pairs: Iterable[tuple[str, str]] | None = None) -> list[Comparison]:

@@ -86,15 +86,14 @@ def warn_squashed(scores: np.ndarray) -> None:
 def warn_truncated(groups: Dataset, collate: GroupCollator) -> None:
     """Warn if more than 5% of the documents or queries of a sample are truncated."""
     rows = groups.select(range(min(_SAMPLE // 10, len(groups)))).to_list()
-    queries = [row["query"] for row in rows for _ in row["doc_ids"]]
     encoded = collate.encode_pairs(rows)
-    for truncated, limit in ((encoded.documents_cut, "max_length"), (encoded.queries_cut, "max_query_length")):
-        if truncated > _TRUNCATED_SHARE * len(queries):
+    cut = {"documents": encoded.documents_cut, "queries": encoded.queries_cut}
+    for what, limit in (("documents", "max_length"), ("queries", "max_query_length")):
+        if cut[what] > _TRUNCATED_SHARE * len(encoded.rows):
+            share = 100 * cut[what] / len(encoded.rows)
             logger.warning(
                 "%.0f%% of %s are truncated at %s %d: raise --%s, or split documents into passages.",
-                100 * truncated / len(queries),
-                "documents" if limit == "max_length" else "queries",
-                *(limit, getattr(collate.pairs, limit), limit),
+                *(share, what, limit, getattr(collate.pairs, limit), limit),
             )
 
 
