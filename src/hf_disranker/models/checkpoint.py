@@ -7,8 +7,10 @@ without this package. The key `disranker` of its config.json is a `Marker`.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import transformers
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -28,7 +30,7 @@ FORMAT = 1
 LABEL_EXPECTATION = "label_expectation"
 # Without it, CrossEncoder and vLLM apply a sigmoid to a single label.
 RAW_LOGITS = {"activation_fn": "torch.nn.modules.linear.Identity"}
-HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+_LOCATION = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "gguf_file")
 
 
 @dataclass(frozen=True)
@@ -215,21 +217,32 @@ def _claims(labels: int, head: str, known: str) -> str:
     )
 
 
+def hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return those keywords of a model's `from_pretrained` that its config and its tokenizer take too."""
+    return {key: options[key] for key in _LOCATION if key in options}
+
+
 def load_config(name: str | os.PathLike, **hub: Any) -> Any:
     """Load a checkpoint's config by `AutoConfig`.
 
     Args:
         name: Folder or Hub id.
-        hub: Keywords of `HUB_OPTIONS`.
+        hub: Keywords of `hub_options`.
 
     Raises:
-        OSError: If there is no such folder or Hub repository.
-        ValueError: If it is a folder of LoRA weights, or the marker is invalid.
+        OSError: If there is no such folder, Hub repository or GGUF file.
+        ValueError: If it is a folder of LoRA weights, or the marker is invalid; if the package gguf is missing for a
+            GGUF file, or transformers cannot read it.
     """
+    gguf_file = hub.get("gguf_file")
+    if gguf_file and not importlib.util.find_spec("gguf"):
+        raise ValueError(f"Reading {gguf_file} needs the package gguf: pip install 'hf-disranker[gguf]'")
     try:
         return AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError) as error:
         explain_absence(name, error)
+        if gguf_file and isinstance(error, ValueError):
+            raise ValueError(f"{gguf_file} of {name} is not the GGUF file of a known decoder: {error}") from error
         raise
 
 
@@ -239,6 +252,36 @@ def load_tokenizer(name: str | os.PathLike, **hub: Any) -> PreTrainedTokenizerBa
         return AutoTokenizer.from_pretrained(name, **hub)
     except (OSError, ValueError) as error:
         explain_absence(name, error)
+        raise
+
+
+def load_weights(load: Callable[..., Any], name: str | os.PathLike, *args: Any, **options: Any) -> tuple[Any, Any]:
+    """Load a model, from safetensors unless told otherwise, with plain errors.
+
+    Args:
+        load: Stock `from_pretrained`.
+        name: Folder or Hub id; None for weights from a state dict.
+        args: Further arguments of `load`.
+        options: Keywords of `load`. With `gguf_file` the weights are dequantized, and the model can be trained and
+            saved like any other.
+
+    Returns:
+        The model and its loading info.
+
+    Raises:
+        OSError: If there is no such folder or Hub repository, or the weights are pickles or damaged.
+        ValueError: If the weights do not fit, or a GGUF file is to be quantized.
+    """
+    options.setdefault("use_safetensors", True)
+    if options.get("gguf_file"):
+        if options.get("quantization_config"):
+            raise ValueError(f"{options['gguf_file']} is dequantized; it cannot be loaded in 4 or 8 bits.")
+        # By default a model is marked as quantized, so that it cannot be trained or saved.
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        return load(name, *args, output_loading_info=True, **options)
+    except Exception as error:  # many kinds, by version and by source
+        explain_failure(error, name, options)
         raise
 
 
@@ -288,7 +331,7 @@ def explain_failure(error: Exception, name: str | os.PathLike, kwargs: dict[str,
             "again, with force_download=True, or copy it again."
         ) from error
     if isinstance(error, RuntimeError) and "mismatch" in str(error):
-        config = load_config(name, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+        config = load_config(name, **hub_options(kwargs))
         if config.num_labels != 1 and str(config.architectures).endswith("ForSequenceClassification']"):
             raise ValueError(
                 f"{name} is a classifier with {config.num_labels} labels; a ranker has one score. To train a new head "

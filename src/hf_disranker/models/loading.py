@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from hf_disranker.models.checkpoint import (
-    HUB_OPTIONS,
     RankerConfigMixin,
+    hub_options,
     load_config,
     load_tokenizer,
+    load_weights,
 )
-from hf_disranker.models.checks import check_vocabulary
+from hf_disranker.models.checks import check_vocabulary, check_weights
 from hf_disranker.models.families import is_decoder, is_encoder
 from hf_disranker.models.student import DistilledRanker, output_layer
 from hf_disranker.models.teacher import LLMForLastTokenRanking, fit_embeddings, prepare_tokenizer
@@ -70,13 +71,13 @@ def load_ranker_model(
         config: Config to use in place of the checkpoint's.
         tokenizer: Tokenizer to copy in place of the checkpoint's.
         new_head: If True, a missing ranking head is initialised, for training.
-        options: Keywords of `from_pretrained`, such as `dtype`, `attn_implementation` and those of `HUB_OPTIONS`.
+        options: Keywords of `from_pretrained`, such as `dtype`, `attn_implementation` and those of `hub_options`.
 
     Raises:
         OSError: If there is no such folder or Hub repository, or the weights are pickles or damaged.
         ValueError: If the family is not supported, weights or the head are missing, or the tokenizer does not fit.
     """
-    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    hub = hub_options(options)
     kind = ranker_class((config or load_config(name, **hub)).model_type)
     given = {} if config is None else {"config": config}
     model, info = kind.from_pretrained(name, output_loading_info=True, **given, **options)
@@ -90,6 +91,13 @@ def load_ranker_model(
         )
     tokenizer = load_tokenizer(name, **hub) if tokenizer is None else copy.deepcopy(tokenizer)
     return model, fit_tokenizer(model, tokenizer)
+
+
+def load_language_model(name: str | os.PathLike, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model with its tokenizer; arguments and errors as in `load_ranker_model`."""
+    model, info = load_weights(AutoModelForCausalLM.from_pretrained, name, **options)
+    check_weights(name, info)
+    return model, load_tokenizer(name, **hub_options(options))
 
 
 def fit_tokenizer(model: RankerModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

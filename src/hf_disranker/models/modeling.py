@@ -17,11 +17,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hf_disranker.models.card import CardFacts
 from hf_disranker.models.checkpoint import (
-    HUB_OPTIONS,
     LABEL_EXPECTATION,
     RankerConfigMixin,
-    explain_failure,
+    hub_options,
     load_config,
+    load_weights,
 )
 from hf_disranker.models.checks import check_weights
 from hf_disranker.models.families import classifiers
@@ -129,15 +129,10 @@ class PreTrainedRanker(PreTrainedModel):
         """
         name = pretrained_model_name_or_path
         if cls.stock is None:
-            hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-            family = cls.family_class((kwargs.get("config") or cls.load_config(name, **hub)).model_type)
+            config = kwargs.get("config") or cls.load_config(name, **hub_options(kwargs))
+            family = cls.family_class(config.model_type)
             return family.from_pretrained(name, *args, output_loading_info=output_loading_info, **kwargs)
-        kwargs.setdefault("use_safetensors", True)
-        try:
-            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        except Exception as error:  # many kinds, by version and by source
-            explain_failure(error, name, kwargs)
-            raise
+        model, info = load_weights(super().from_pretrained, name, *args, **kwargs)
         if model.was_marked and any(not key.startswith(f"{model.base_model_prefix}.") for key in info["missing_keys"]):
             raise ValueError(
                 f"{name} is not a trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, "
