@@ -123,7 +123,7 @@ def test_a_gguf_file_that_cannot_start_a_stage_is_refused_before_the_tables_are_
     inputs = {"cpt": ["--clicks", "none.parquet"], "fit_teacher": ["--judgments", "none.parquet"]}
     for stage, tables in inputs.items():
         start = [stage, "--model", tmp_path, "--out", tmp_path / "out", *tables, "--gguf_file"]
-        with pytest.raises(ValueError, match="encoder.gguf of .* is not the GGUF file of a known decoder: .*bert"):
+        with pytest.raises(ValueError, match="encoder.gguf of .* cannot be read: .*bert is not supported"):
             run(*start, "encoder.gguf")
         with pytest.raises(OSError, match="does not appear to have a file named missing.gguf"):
             run(*start, "missing.gguf")

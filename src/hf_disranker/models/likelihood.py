@@ -23,6 +23,7 @@ from hf_disranker.models.checkpoint import hub_options, load_config
 from hf_disranker.models.checks import position_limit
 from hf_disranker.models.loading import load_language_model
 from hf_disranker.models.ranker import DEFAULT_DOCUMENT_TOKENS, Ranker, row_length, to_device
+from hf_disranker.models.teacher import leading_tokens
 
 
 class LikelihoodRanker(Ranker):
@@ -77,8 +78,7 @@ class LikelihoodRanker(Ranker):
         self._space = before[end + len(suffix) :]
         self._prefix, self._suffix = self._ids([self._lead.rstrip(), suffix])
         # Gemma needs its <bos>; SmolLM2, whose tokenizer adds none, ranks worse with one.
-        letter, whole = self._ids(["a"])[0], self.tokenizer("a")["input_ids"]
-        self._start = whole[: whole.index(letter[0])]
+        self._start = leading_tokens(self.tokenizer)
         self._language_model = _with_exact_head(model)
         # transformers is renaming the argument, one family after the other.
         parameters = inspect.signature(model.base_model.forward).parameters
