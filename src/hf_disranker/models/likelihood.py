@@ -7,7 +7,6 @@ model, Sachan et al. (2022), arXiv 2204.07496. It needs neither labels nor train
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from hf_disranker.data.templates import LIKELIHOOD_TEMPLATE, Templates, template
 from hf_disranker.models.base import Document, Pair
 from hf_disranker.models.checkpoint import hub_options, load_config
 from hf_disranker.models.checks import position_limit
+from hf_disranker.models.families import parameters
 from hf_disranker.models.loading import load_language_model
 from hf_disranker.models.ranker import DEFAULT_DOCUMENT_TOKENS, Ranker, row_length, to_device
 from hf_disranker.models.teacher import leading_tokens
@@ -81,8 +81,7 @@ class LikelihoodRanker(Ranker):
         self._start = leading_tokens(self.tokenizer)
         self._language_model = _with_exact_head(model)
         # transformers is renaming the argument, one family after the other.
-        parameters = inspect.signature(model.base_model.forward).parameters
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._cache_name = "cache" if "cache" in parameters(type(model.base_model).forward) else "past_key_values"
 
     def describe(self) -> dict[str, Any]:
         """See `Ranker.describe`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from hf_disranker.models.checkpoint import (
     load_weights,
 )
 from hf_disranker.models.checks import check_vocabulary, check_weights
-from hf_disranker.models.families import is_decoder, is_encoder
+from hf_disranker.models.families import is_decoder, is_encoder, parameters
 from hf_disranker.models.student import DistilledRanker, output_layer
 from hf_disranker.models.teacher import LLMForLastTokenRanking, fit_embeddings, prepare_tokenizer
 
@@ -120,7 +119,7 @@ def _prepare_pairs(model: DistilledRanker, tokenizer: PreTrainedTokenizerBase) -
     if not tokenizer.is_fast or tokenizer.num_special_tokens_to_add(pair=True) == 0:
         raise ValueError(f"{type(tokenizer).__name__}: a student needs a fast tokenizer that joins pairs of texts.")
     tokenizer.padding_side = "right"  # absolute positions are counted from the left
-    reads_types = "token_type_ids" in inspect.signature(model.forward).parameters
+    reads_types = "token_type_ids" in parameters(type(model).forward)
     if not reads_types or getattr(model.config, "type_vocab_size", 2) < 2:
         names = tokenizer.model_input_names
         tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from hf_disranker.models.checkpoint import (
     load_weights,
 )
 from hf_disranker.models.checks import check_weights
-from hf_disranker.models.families import classifiers
+from hf_disranker.models.families import classifiers, parameters
 from hf_disranker.models.hub import check_padding, push_folder, write_remote_code
 
 
@@ -60,7 +59,7 @@ class PreTrainedRanker(PreTrainedModel):
         members["__qualname__"] = f"DisRanker{plain.__name__}"  # for pickles; transformers finds classes by __name__
         cls.stock = stock
         cls.config_class = type(plain.__name__, (RankerConfigMixin, plain), members)  # type: ignore[assignment]
-        cls.forward = _with_signature(cls.forward, stock.forward)  # type: ignore[method-assign]
+        cls.forward = _with_signature(cls.forward, stock)  # type: ignore[method-assign]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         marked: Any = self.config_class
@@ -187,10 +186,10 @@ class PreTrainedRanker(PreTrainedModel):
             )
 
 
-def _with_signature(forward: Any, stock_forward: Any) -> Any:
-    names = list(inspect.signature(stock_forward).parameters)[1:]
+def _with_signature(forward: Any, stock: Any) -> Any:
+    names = parameters(stock.forward)
 
-    @functools.wraps(stock_forward)
+    @functools.wraps(stock.forward)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(self, **dict(zip(names, args, strict=False)) | kwargs)
 

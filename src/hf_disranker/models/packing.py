@@ -23,6 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hf_disranker.models.families import parameters
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch < 2.10
@@ -193,16 +195,11 @@ def _layers(base: nn.Module) -> nn.ModuleList:
     return next(part for part in base.modules() if isinstance(part, nn.ModuleList))
 
 
-@functools.cache
-def _parameters(forward: Any) -> list[str]:
-    return list(inspect.signature(forward).parameters)[1:]
-
-
 def _enter(base: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Pack what a stock model reads."""
     if (packed := kwargs.get("packed")) is None:
         return None
-    given = {"position_ids": None} | dict(zip(_parameters(type(base).forward), args, strict=False)) | kwargs
+    given = {"position_ids": None} | dict(zip(parameters(type(base).forward), args, strict=False)) | kwargs
     embeddings: Any = getattr(base, "embeddings", None)
     if given["position_ids"] is None and hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa's
         given["position_ids"] = embeddings.create_position_ids_from_input_ids(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_disranker.models.checkpoint import LABEL_EXPECTATION, RankerOutput
 from hf_disranker.models.checks import check_vocabulary
-from hf_disranker.models.families import is_decoder
+from hf_disranker.models.families import is_decoder, parameters
 from hf_disranker.models.modeling import PreTrainedRanker
 from hf_disranker.models.packing import install, plan
 
@@ -82,10 +80,10 @@ class LLMForLastTokenRanking(PreTrainedRanker):
             Logits of shape (rows, 1), and `scores` of shape (rows,), fp32.
         """
         inputs = {"use_cache": False} | kwargs | {"input_ids": input_ids, "attention_mask": attention_mask}
-        positions = inputs.get("position_ids")
+        counted = inputs.get("position_ids") is None and "position_ids" in parameters(type(self.base_model).forward)
         if (packed := plan(self, inputs, "last", groups)) is not None:
             inputs["packed"] = packed
-        elif positions is None and attention_mask is not None and attention_mask.dim() == 2 and self._reads_positions:
+        elif counted and attention_mask is not None and attention_mask.dim() == 2:
             inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         output = self.base_model(**inputs)
         state = last_token(output.last_hidden_state, attention_mask if packed is None else None)
@@ -94,10 +92,6 @@ class LLMForLastTokenRanking(PreTrainedRanker):
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
         return RankerOutput(loss, logits, hidden_states=output.hidden_states, attentions=output.attentions)
-
-    @functools.cached_property
-    def _reads_positions(self) -> bool:
-        return "position_ids" in inspect.signature(type(self.base_model).forward).parameters
 
     def _expected_grade(self, state: Tensor) -> Tensor:
         """Mean grade under the probabilities of the label tokens, shape (rows, 1), fp32."""
