@@ -26,8 +26,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_disranker.data.templates import STUDENT_TEMPLATES, TEACHER_TEMPLATES, Templates
+from hf_disranker.models.families import MARKER
 
-MARKER = "disranker"
 FORMAT = 1
 LABEL_EXPECTATION = "label_expectation"
 HEADS = {"student": "cls", "teacher": "last_token"}  # by default
@@ -114,11 +114,7 @@ class RankerOutput(SequenceClassifierOutput):
 
 
 class RankerConfigMixin:
-    """Config of a marked checkpoint; mix it in before the stock config class.
-
-    `from_dict` returns the stock config for a checkpoint that is not a ranker, so that the class can replace the
-    stock one in `AutoConfig`. `to_dict` writes the stock architecture.
-    """
+    """Config of a marked checkpoint, mixed in before the stock class; `to_dict` writes the stock architecture."""
 
     stock: type[PreTrainedConfig]
     architecture: str
@@ -129,8 +125,8 @@ class RankerConfigMixin:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read a config as transformers does.
 
-        A marked config of another architecture, or with several labels, belongs to a model that was saved out of a
-        ranker, so it is returned as the stock config.
+        A config without a marker is returned as the stock config. So is a marked one of another architecture, or with
+        several labels: it belongs to a model that was saved out of a ranker.
 
         Raises:
             ValueError: If the config is of another family, or its marker is invalid.

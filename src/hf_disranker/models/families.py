@@ -1,13 +1,11 @@
-"""Model families that can rank, by transformers' own tables, and what their models read.
+"""Model families that can rank, by transformers' own tables.
 
 The tables are imported lazily, since their import installs the gates of `auto`, which need this module.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from typing import Any
+MARKER = "disranker"  # key of a ranker's config.json
 
 
 def classifiers() -> dict[str, str]:
@@ -31,9 +29,3 @@ def is_decoder(model_type: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     return model_type in classifiers() and model_type in CAUSAL and model_type not in MASKED
-
-
-@functools.cache
-def parameters(forward: Any) -> list[str]:
-    """Return the names of the parameters of a class's method `forward`, without self."""
-    return list(inspect.signature(forward).parameters)[1:]

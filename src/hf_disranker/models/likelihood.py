@@ -20,8 +20,8 @@ from hf_disranker.data.templates import LIKELIHOOD_TEMPLATE, Templates, template
 from hf_disranker.models.base import Document, Pair
 from hf_disranker.models.checkpoint import hub_options, load_config
 from hf_disranker.models.checks import position_limit
-from hf_disranker.models.families import parameters
 from hf_disranker.models.loading import load_language_model
+from hf_disranker.models.packing import parameters
 from hf_disranker.models.ranker import DEFAULT_DOCUMENT_TOKENS, Ranker, row_length, to_device
 from hf_disranker.models.teacher import leading_tokens
 

@@ -21,7 +21,8 @@ from hf_disranker.models.checkpoint import (
     load_weights,
 )
 from hf_disranker.models.checks import check_vocabulary, check_weights
-from hf_disranker.models.families import is_decoder, is_encoder, parameters
+from hf_disranker.models.families import is_decoder, is_encoder
+from hf_disranker.models.packing import parameters
 from hf_disranker.models.student import DistilledRanker, output_layer
 from hf_disranker.models.teacher import LLMForLastTokenRanking, fit_embeddings, prepare_tokenizer
 
@@ -36,12 +37,13 @@ def ranker_class(model_type: str) -> Any:
     Raises:
         ValueError: If the family is not supported.
     """
-    if not (is_encoder(model_type) or is_decoder(model_type)):
-        raise ValueError(
-            f"A {model_type} model cannot be a ranker: transformers has no encoder and no decoder of this type "
-            "with a sequence-classification head."
-        )
-    return (DistilledRanker if is_encoder(model_type) else LLMForLastTokenRanking).family_class(model_type)
+    for role in (DistilledRanker, LLMForLastTokenRanking):
+        if role.supports(model_type):
+            return role.family_class(model_type)
+    raise ValueError(
+        f"A {model_type} model cannot be a ranker: transformers has no encoder and no decoder of this type "
+        "with a sequence-classification head."
+    )
 
 
 def is_ranker(config: PreTrainedConfig) -> bool:
@@ -81,9 +83,9 @@ def load_ranker_model(
     given = {} if config is None else {"config": config}
     model, info = kind.from_pretrained(name, output_loading_info=True, **given, **options)
     if info["missing_keys"] and not new_head:
-        is_student = is_encoder(model.config.model_type)
-        stage = "distill" if is_student else "fit_teacher"
-        hint = "" if is_student else ", or load it with likelihood=True to score without one"
+        stage, hint = "distill", ""
+        if model.role == "teacher":
+            stage, hint = "fit_teacher", ", or load it with likelihood=True to score without one"
         raise ValueError(
             f"{name} is not a trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, the ranking head; "
             f"`disranker {stage}` trains one{hint}."

@@ -24,8 +24,9 @@ from hf_disranker.models.checkpoint import (
     load_weights,
 )
 from hf_disranker.models.checks import check_weights
-from hf_disranker.models.families import classifiers, parameters
+from hf_disranker.models.families import classifiers
 from hf_disranker.models.hub import check_padding, push_folder, write_remote_code
+from hf_disranker.models.packing import parameters
 
 
 class PreTrainedRanker(PreTrainedModel):

@@ -23,8 +23,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hf_disranker.models.families import parameters
-
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch < 2.10
@@ -193,6 +191,12 @@ def _has_kernel() -> bool:
 
 def _layers(base: nn.Module) -> nn.ModuleList:
     return next(part for part in base.modules() if isinstance(part, nn.ModuleList))
+
+
+@functools.cache
+def parameters(forward: Any) -> list[str]:
+    """Return the names of the parameters of a class's method `forward`, without self."""
+    return list(inspect.signature(forward).parameters)[1:]
 
 
 def _enter(base: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

@@ -12,9 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_disranker.models.checkpoint import LABEL_EXPECTATION, RankerOutput
 from hf_disranker.models.checks import check_vocabulary
-from hf_disranker.models.families import is_decoder, parameters
+from hf_disranker.models.families import is_decoder
 from hf_disranker.models.modeling import PreTrainedRanker
-from hf_disranker.models.packing import install, plan
+from hf_disranker.models.packing import install, parameters, plan
 
 PAD_TOKEN = "<|pad|>"
 
