@@ -80,8 +80,7 @@ def load_ranker_model(
     """
     hub = hub_options(options)
     kind = ranker_class((config or load_config(name, **hub)).model_type)
-    given = {} if config is None else {"config": config}
-    model, info = kind.from_pretrained(name, output_loading_info=True, **given, **options)
+    model, info = kind.from_pretrained(name, config=config, output_loading_info=True, **options)
     if info["missing_keys"] and not new_head:
         stage, hint = "distill", ""
         if model.role == "teacher":
