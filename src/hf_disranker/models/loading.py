@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import os
 import re
@@ -11,17 +10,19 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from hf_disranker.models.checkpoint import (
-    HUB_OPTIONS,
     RankerConfigMixin,
+    hub_options,
     load_config,
     load_tokenizer,
+    load_weights,
 )
-from hf_disranker.models.checks import check_vocabulary
+from hf_disranker.models.checks import check_vocabulary, check_weights
 from hf_disranker.models.families import is_decoder, is_encoder
+from hf_disranker.models.packing import parameters
 from hf_disranker.models.student import DistilledRanker, output_layer
 from hf_disranker.models.teacher import LLMForLastTokenRanking, fit_embeddings, prepare_tokenizer
 
@@ -36,12 +37,13 @@ def ranker_class(model_type: str) -> Any:
     Raises:
         ValueError: If the family is not supported.
     """
-    if not (is_encoder(model_type) or is_decoder(model_type)):
-        raise ValueError(
-            f"A {model_type} model cannot be a ranker: transformers has no encoder and no decoder of this type "
-            "with a sequence-classification head."
-        )
-    return (DistilledRanker if is_encoder(model_type) else LLMForLastTokenRanking).family_class(model_type)
+    for role in (DistilledRanker, LLMForLastTokenRanking):
+        if role.supports(model_type):
+            return role.family_class(model_type)
+    raise ValueError(
+        f"A {model_type} model cannot be a ranker: transformers has no encoder and no decoder of this type "
+        "with a sequence-classification head."
+    )
 
 
 def is_ranker(config: PreTrainedConfig) -> bool:
@@ -70,26 +72,32 @@ def load_ranker_model(
         config: Config to use in place of the checkpoint's.
         tokenizer: Tokenizer to copy in place of the checkpoint's.
         new_head: If True, a missing ranking head is initialised, for training.
-        options: Keywords of `from_pretrained`, such as `dtype`, `attn_implementation` and those of `HUB_OPTIONS`.
+        options: Keywords of `from_pretrained`, such as `dtype`, `attn_implementation` and those of `hub_options`.
 
     Raises:
         OSError: If there is no such folder or Hub repository, or the weights are pickles or damaged.
         ValueError: If the family is not supported, weights or the head are missing, or the tokenizer does not fit.
     """
-    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    hub = hub_options(options)
     kind = ranker_class((config or load_config(name, **hub)).model_type)
-    given = {} if config is None else {"config": config}
-    model, info = kind.from_pretrained(name, output_loading_info=True, **given, **options)
+    model, info = kind.from_pretrained(name, config=config, output_loading_info=True, **options)
     if info["missing_keys"] and not new_head:
-        is_student = is_encoder(model.config.model_type)
-        stage = "distill" if is_student else "fit_teacher"
-        hint = "" if is_student else ", or load it with likelihood=True to score without one"
+        stage, hint = "distill", ""
+        if model.role == "teacher":
+            stage, hint = "fit_teacher", ", or load it with likelihood=True to score without one"
         raise ValueError(
             f"{name} is not a trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, the ranking head; "
             f"`disranker {stage}` trains one{hint}."
         )
     tokenizer = load_tokenizer(name, **hub) if tokenizer is None else copy.deepcopy(tokenizer)
     return model, fit_tokenizer(model, tokenizer)
+
+
+def load_language_model(name: str | os.PathLike, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model with its tokenizer; arguments and errors as in `load_ranker_model`."""
+    model, info = load_weights(AutoModelForCausalLM.from_pretrained, name, **options)
+    check_weights(name, info)
+    return model, load_tokenizer(name, **hub_options(options))
 
 
 def fit_tokenizer(model: RankerModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -112,7 +120,7 @@ def _prepare_pairs(model: DistilledRanker, tokenizer: PreTrainedTokenizerBase) -
     if not tokenizer.is_fast or tokenizer.num_special_tokens_to_add(pair=True) == 0:
         raise ValueError(f"{type(tokenizer).__name__}: a student needs a fast tokenizer that joins pairs of texts.")
     tokenizer.padding_side = "right"  # absolute positions are counted from the left
-    reads_types = "token_type_ids" in inspect.signature(model.forward).parameters
+    reads_types = "token_type_ids" in parameters(type(model).forward)
     if not reads_types or getattr(model.config, "type_vocab_size", 2) < 2:
         names = tokenizer.model_input_names
         tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]

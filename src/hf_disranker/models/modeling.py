@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import sys
 import tempfile
@@ -17,15 +16,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hf_disranker.models.card import CardFacts
 from hf_disranker.models.checkpoint import (
-    HUB_OPTIONS,
     LABEL_EXPECTATION,
     RankerConfigMixin,
-    explain_failure,
+    adapter_base,
+    hub_options,
     load_config,
+    load_weights,
 )
 from hf_disranker.models.checks import check_weights
 from hf_disranker.models.families import classifiers
 from hf_disranker.models.hub import check_padding, push_folder, write_remote_code
+from hf_disranker.models.packing import parameters
 
 
 class PreTrainedRanker(PreTrainedModel):
@@ -35,14 +36,14 @@ class PreTrainedRanker(PreTrainedModel):
     class; it gets its config class, and `forward` with the stock signature, which trainers and loaders read.
 
     Attributes:
-        config_mixin: Mixed in before the stock config class.
+        role: "student" or "teacher".
         supports: Returns whether a model type can have this role.
         kind: Kind of supported models, for messages.
         suffix: End of a family's class name, in place of "ForSequenceClassification".
         stock: Stock class of the family; None for the class of a role.
     """
 
-    config_mixin: type[RankerConfigMixin]
+    role: str
     supports: Callable[[str], bool]
     kind: str
     suffix: str
@@ -54,11 +55,12 @@ class PreTrainedRanker(PreTrainedModel):
         if issubclass(stock, PreTrainedRanker) or not issubclass(stock, PreTrainedModel):
             return
         plain = stock.config_class
-        members = {"model_type": plain.model_type, "stock": plain, "architecture": stock.__name__}
+        members = {"model_type": plain.model_type, "stock": plain, "architecture": stock.__name__, "role": cls.role}
         members |= {"__module__": cls.__module__, "__doc__": f"Config of a ranker, stored as {plain.__name__}."}
+        members["__qualname__"] = f"DisRanker{plain.__name__}"  # for pickles; transformers finds classes by __name__
         cls.stock = stock
-        cls.config_class = type(f"DisRanker{plain.__name__}", (cls.config_mixin, plain), members)  # type: ignore[assignment]
-        cls.forward = _with_signature(cls.forward, stock.forward)  # type: ignore[method-assign]
+        cls.config_class = type(plain.__name__, (RankerConfigMixin, plain), members)  # type: ignore[assignment]
+        cls.forward = _with_signature(cls.forward, stock)  # type: ignore[method-assign]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         marked: Any = self.config_class
@@ -73,7 +75,7 @@ class PreTrainedRanker(PreTrainedModel):
             ValueError: If transformers has no such family with a sequence-classification head, or the stock class is
                 an encoder-decoder or reads more than text.
         """
-        role = cls.config_mixin.role
+        role = cls.role
         if not cls.supports(model_type):
             raise ValueError(
                 f"A {model_type} model cannot be a {role}: transformers has no {cls.kind} of this type with a "
@@ -113,11 +115,6 @@ class PreTrainedRanker(PreTrainedModel):
         return cls.family_class(config.model_type)(config)
 
     @classmethod
-    def load_config(cls, name: str | os.PathLike, **hub: Any) -> PreTrainedConfig:
-        """Load the config of the model that a checkpoint belongs to; see `checkpoint.load_config`."""
-        return load_config(name, **hub)
-
-    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
@@ -129,15 +126,13 @@ class PreTrainedRanker(PreTrainedModel):
         """
         name = pretrained_model_name_or_path
         if cls.stock is None:
-            hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-            family = cls.family_class((kwargs.get("config") or cls.load_config(name, **hub)).model_type)
+            config = kwargs.get("config")
+            if config is None:
+                base = adapter_base(name) if os.path.isdir(name) else None  # of LoRA weights
+                config = load_config(base or name, **hub_options(kwargs))
+            family = cls.family_class(config.model_type)
             return family.from_pretrained(name, *args, output_loading_info=output_loading_info, **kwargs)
-        kwargs.setdefault("use_safetensors", True)
-        try:
-            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        except Exception as error:  # many kinds, by version and by source
-            explain_failure(error, name, kwargs)
-            raise
+        model, info = load_weights(super().from_pretrained, name, *args, **kwargs)
         if model.was_marked and any(not key.startswith(f"{model.base_model_prefix}.") for key in info["missing_keys"]):
             raise ValueError(
                 f"{name} is not a trained ranker: it lacks {sorted(info['missing_keys'])[:4]}, "
@@ -192,10 +187,10 @@ class PreTrainedRanker(PreTrainedModel):
             )
 
 
-def _with_signature(forward: Any, stock_forward: Any) -> Any:
-    names = list(inspect.signature(stock_forward).parameters)[1:]
+def _with_signature(forward: Any, stock: Any) -> Any:
+    names = parameters(stock.forward)
 
-    @functools.wraps(stock_forward)
+    @functools.wraps(stock.forward)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(self, **dict(zip(names, args, strict=False)) | kwargs)
 

@@ -194,7 +194,8 @@ def _layers(base: nn.Module) -> nn.ModuleList:
 
 
 @functools.cache
-def _parameters(forward: Any) -> list[str]:
+def parameters(forward: Any) -> list[str]:
+    """Return the names of the parameters of a class's method `forward`, without self."""
     return list(inspect.signature(forward).parameters)[1:]
 
 
@@ -202,7 +203,7 @@ def _enter(base: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[
     """Pack what a stock model reads."""
     if (packed := kwargs.get("packed")) is None:
         return None
-    given = {"position_ids": None} | dict(zip(_parameters(type(base).forward), args, strict=False)) | kwargs
+    given = {"position_ids": None} | dict(zip(parameters(type(base).forward), args, strict=False)) | kwargs
     embeddings: Any = getattr(base, "embeddings", None)
     if given["position_ids"] is None and hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa's
         given["position_ids"] = embeddings.create_position_ids_from_input_ids(

@@ -69,7 +69,7 @@ class Ranker(PairRanker):
     ) -> None:
         if isinstance(model, str | os.PathLike):
             model, tokenizer = load_ranker_model(model, tokenizer=tokenizer)
-            _prepare(model)
+            to_device(model)
         elif tokenizer is None:
             raise ValueError("Pass the tokenizer with the model, or the folder or Hub id of both.")
         self.model = model.eval()
@@ -124,22 +124,19 @@ class Ranker(PairRanker):
                 or the template is malformed.
             OSError: If there is no such folder or Hub repository.
         """
-        given: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir, "subfolder": subfolder}
-        given |= {"local_files_only": local_files_only, "attn_implementation": attn_implementation}
-        options = {key: value for key, value in given.items() if value not in (None, "", False) or key == "token"}
-        options |= {"dtype": dtype, "use_safetensors": use_safetensors}
+        hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir, "subfolder": subfolder}
+        options = hub | {"local_files_only": local_files_only, "use_safetensors": use_safetensors}
+        options |= {"dtype": dtype, "attn_implementation": attn_implementation}
         if likelihood or cls._by_likelihood:
             # Not at the top: the module imports this one.
-            from hf_disranker.models.likelihood import LikelihoodRanker, check_input, load_language_model
+            from hf_disranker.models.likelihood import load_likelihood_ranker
 
-            check_input(likelihood_template, document_tokens)
-            decoder, tokenizer = load_language_model(name_or_path, gguf_file, **options)
-            decoder = _prepare(decoder, device)
-            return LikelihoodRanker(decoder, tokenizer, likelihood_template, document_tokens, token_budget)
+            limits = (likelihood_template, document_tokens, token_budget)
+            return load_likelihood_ranker(name_or_path, *limits, device=device, gguf_file=gguf_file, **options)
         if gguf_file or (likelihood_template, document_tokens) != (LIKELIHOOD_TEMPLATE, DEFAULT_DOCUMENT_TOKENS):
             raise ValueError("likelihood_template, document_tokens and gguf_file need likelihood=True.")
         model, tokenizer = load_ranker_model(name_or_path, **options)
-        return cls(_prepare(model, device), tokenizer, token_budget)
+        return cls(to_device(model, device), tokenizer, token_budget)
 
     def describe(self) -> dict[str, Any]:
         """Describe the input for provenance: templates and limits."""
@@ -225,7 +222,7 @@ def row_length(row: dict[str, list[int]]) -> int:
     return len(row["input_ids"]) + len(row.get("labels", ()))
 
 
-def _prepare(model: Any, device: str | None = None) -> Any:
+def to_device(model: Any, device: str | None = None) -> Any:
     """Move a loaded model to its device, by default a GPU if there is one, and keep its head exact."""
     keep_head_exact(model)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -10,17 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from hf_disranker.models.checkpoint import RankerConfigMixin, RankerOutput
+from hf_disranker.models.checkpoint import RankerOutput
 from hf_disranker.models.families import is_encoder
 from hf_disranker.models.modeling import PreTrainedRanker
 from hf_disranker.models.packing import install, plan
-
-
-class StudentConfigMixin(RankerConfigMixin):
-    """Config of a marked encoder checkpoint; mix it in before the stock config class."""
-
-    role = "student"
-    head = "cls"
 
 
 class DistilledRanker(PreTrainedRanker):
@@ -34,7 +27,7 @@ class DistilledRanker(PreTrainedRanker):
         config: Config of a supported family, plain or of a marked checkpoint. A plain one is copied and marked.
     """
 
-    config_mixin = StudentConfigMixin
+    role = "student"
     supports = staticmethod(is_encoder)
     kind = "encoder"
     suffix = "DistilledRanker"
@@ -82,19 +75,18 @@ class DistilledRanker(PreTrainedRanker):
         ]
         if len(stacks) != 1:
             raise ValueError(f"Cannot keep layers of a {kind} model: its layers are shared or in several lists.")
-        smaller = copy.deepcopy(config)
-        smaller.num_hidden_layers = len(layers)
         changes: dict[str, Any] = {"num_hidden_layers": len(layers)}
         if kinds := getattr(config, "layer_types", None):
-            changes["layer_types"] = smaller.layer_types = [kinds[layer] for layer in layers]
+            changes["layer_types"] = [kinds[layer] for layer in layers]
+        smaller = copy.deepcopy(config)
+        smaller.update(changes)
         kept = nn.ModuleList(self.get_submodule(stacks[0])[layer] for layer in layers)
         with torch.device("meta"):
             expected = type(self)(smaller).get_submodule(stacks[0])
         if expected.state_dict().keys() != kept.state_dict().keys():
             raise ValueError(f"Cannot keep layers {list(layers)} of a {kind} model: keep its first layer in place.")
         self.set_submodule(stacks[0], kept)
-        for name, value in changes.items():
-            setattr(config, name, value)
+        config.update(changes)
         return self
 
 

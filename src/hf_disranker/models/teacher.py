@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,29 +9,14 @@ import torch
 from tokenizers import processors
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto import modeling_auto
 
-from hf_disranker.models.checkpoint import LABEL_EXPECTATION, RankerConfigMixin, RankerOutput, adapter_base
+from hf_disranker.models.checkpoint import LABEL_EXPECTATION, RankerOutput
 from hf_disranker.models.checks import check_vocabulary
 from hf_disranker.models.families import is_decoder
 from hf_disranker.models.modeling import PreTrainedRanker
-from hf_disranker.models.packing import install, plan
+from hf_disranker.models.packing import install, parameters, plan
 
 PAD_TOKEN = "<|pad|>"
-
-
-class TeacherConfigMixin(RankerConfigMixin):
-    """Config of a marked decoder checkpoint; mix it in before the stock config class."""
-
-    role = "teacher"
-    head = "last_token"
-
-    @classmethod
-    def architecture_of(cls, head: str) -> str | None:
-        """As in `RankerConfigMixin`; a `label_expectation` teacher is stored as a causal language model."""
-        if head == LABEL_EXPECTATION:
-            return modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.stock.model_type]
-        return super().architecture_of(head)
 
 
 class LLMForLastTokenRanking(PreTrainedRanker):
@@ -52,7 +34,7 @@ class LLMForLastTokenRanking(PreTrainedRanker):
         config: Config of a supported family, plain or of a marked checkpoint. A plain one is copied and marked.
     """
 
-    config_mixin = TeacherConfigMixin
+    role = "teacher"
     supports = staticmethod(is_decoder)
     kind = "decoder"
     suffix = "ForLastTokenRanking"
@@ -73,18 +55,10 @@ class LLMForLastTokenRanking(PreTrainedRanker):
             self.post_init()
         install(self)
 
-    @classmethod
-    def load_config(cls, name: str | os.PathLike, **hub: Any) -> PreTrainedConfig:
-        """Load the config of a checkpoint; of a folder of LoRA weights, that of the base model."""
-        base = adapter_base(name) if os.path.isdir(name) else None
-        return super().load_config(base or name, **hub)
-
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         groups: Sequence[Any] | None = None,
@@ -95,40 +69,29 @@ class LLMForLastTokenRanking(PreTrainedRanker):
         Args:
             input_ids: Shape (rows, tokens).
             attention_mask: 1 for real tokens, shape (rows, tokens); padding may be left or right.
-            position_ids: Positions; None counts the real tokens of each row.
-            inputs_embeds: Replaces `input_ids`, shape (rows, tokens, size).
             labels: Target scores, shape (rows,); the loss is the mean squared error, as in the stock classes.
             return_dict: If False, return the tuple (logits,), or (loss, logits) with labels.
             groups: A key for each row, such as its query. The common prefix of neighbours with equal keys is
                 computed once, if the model skips padding.
-            kwargs: Passed to the decoder; `use_cache` is off by default.
+            kwargs: Passed to the decoder, such as `inputs_embeds`. By default `position_ids` count the real tokens of
+                each row, and `use_cache` is off.
 
         Returns:
             Logits of shape (rows, 1), and `scores` of shape (rows,), fp32.
         """
-        inputs = kwargs | {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        inputs = {"use_cache": False} | kwargs | {"input_ids": input_ids, "attention_mask": attention_mask}
+        counted = inputs.get("position_ids") is None and "position_ids" in parameters(type(self.base_model).forward)
         if (packed := plan(self, inputs, "last", groups)) is not None:
-            kwargs["packed"] = packed
-        if self._reads_positions:
-            if packed is None and position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-                position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-            kwargs["position_ids"] = position_ids
-        output = self.base_model(
-            input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **{"use_cache": False} | kwargs,
-        )
+            inputs["packed"] = packed
+        elif counted and attention_mask is not None and attention_mask.dim() == 2:
+            inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        output = self.base_model(**inputs)
         state = last_token(output.last_hidden_state, attention_mask if packed is None else None)
         logits = self._expected_grade(state) if hasattr(self, "lm_head") else self.score(state)
         loss = None if labels is None else nn.functional.mse_loss(logits.flatten().float(), labels.flatten().float())
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
         return RankerOutput(loss, logits, hidden_states=output.hidden_states, attentions=output.attentions)
-
-    @functools.cached_property
-    def _reads_positions(self) -> bool:
-        return "position_ids" in inspect.signature(type(self.base_model).forward).parameters
 
     def _expected_grade(self, state: Tensor) -> Tensor:
         """Mean grade under the probabilities of the label tokens, shape (rows, 1), fp32."""
@@ -217,15 +180,10 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, ending: str | None = N
         raise ValueError(
             f"{type(tokenizer).__name__}: a teacher needs a fast tokenizer with an end-of-sequence token."
         )
-    if ending is not None:
+    if ending is None:
+        _end_with(tokenizer, [tokenizer.eos_token_id])
+    else:
         _end_with(tokenizer, tokenizer.encode(ending, add_special_tokens=False))
-    elif tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
-        backend, eos = tokenizer.backend_tokenizer, tokenizer.eos_token
-        last = processors.TemplateProcessing(
-            single=f"$A {eos}", pair=f"$A $B:1 {eos}:1", special_tokens=[(eos, tokenizer.eos_token_id)]
-        )
-        before = [backend.post_processor] if backend.post_processor is not None else []
-        backend.post_processor = processors.Sequence([*before, last])
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
@@ -233,16 +191,23 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, ending: str | None = N
 
 def _end_with(tokenizer: PreTrainedTokenizerBase, ending: list[int]) -> None:
     """End every text with the given tokens, in place of those that the tokenizer appends."""
-    whole, text = tokenizer("a")["input_ids"], tokenizer.encode("a", add_special_tokens=False)
-    if whole[-len(ending) :] != ending:
-        start = next(whole[:at] for at in range(len(whole)) if whole[at : at + len(text)] == text)
-        parts = {name: ids for name, ids in (("START", start), ("ENDING", ending)) if ids}
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="START $A ENDING" if start else "$A ENDING",
-            special_tokens=[
-                {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)} for name, ids in parts.items()
-            ],
-        )
+    if tokenizer("a")["input_ids"][-len(ending) :] == ending:
+        return
+    start = leading_tokens(tokenizer)
+    text, parts = ("START $A", {"START": start, "ENDING": ending}) if start else ("$A", {"ENDING": ending})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{text} ENDING",
+        pair=f"{text} $B:1 ENDING:1",
+        special_tokens=[
+            {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)} for name, ids in parts.items()
+        ],
+    )
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that a tokenizer puts in front of every text, such as a bos token."""
+    whole, letter = tokenizer("a")["input_ids"], tokenizer.encode("a", add_special_tokens=False)
+    return whole[: whole.index(letter[0])]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_disranker.models.checkpoint import MARKER
+from hf_disranker.models.families import MARKER
 
 # Paths, versions and names, fields with a key of their own (dtype), and switches that affect only memory or outputs.
 # The attention implementation, which `to_dict` omits, changes a score by rounding at most, as versions do.
