@@ -20,7 +20,7 @@ import pandas as pd
 from hf_disranker.evaluation import online
 from hf_disranker.evaluation.online import Effect, buckets_of, by_user, effects
 from hf_disranker.evaluation.significance import LEVEL
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser, run_stage
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser, run_stage
 from hf_disranker.recipes.impressions import read_log
 from hf_disranker.recipes.outputs import check_output, made_by, save_json
 
@@ -30,7 +30,7 @@ HEAD = f"{'':16}{'control':>10}{'treatment':>11}{'difference':>12}{'95% interval
 
 
 @dataclass
-class AbtestArguments:
+class AbtestArguments(TableArguments):
     """Log, buckets and output."""
 
     log: str = field(
@@ -60,7 +60,7 @@ def main(args: AbtestArguments) -> dict[str, Any]:
     if args.out:
         check_output(args.out, lambda path: made_by(path, MADE_BY), [args.log])
     shares = parse_shares(args.shares)
-    log, excluded = read_log(args.log, args.slices, args.covariates, args.exclude_mixed_users)
+    log, excluded = read_log(args.log, args.slices, args.covariates, args.exclude_mixed_users, args.column_names())
     buckets, users = buckets_of(log, args.control), by_user(log, args.covariates)
     counts = {name: int((users["bucket"] == name).sum()) for name in buckets}
     p = online.sample_ratio(counts, shares)
