@@ -8,7 +8,6 @@ interval and p-value (delta method over users), also after Holm correction for a
 into the buckets as intended, nothing is concluded and the exit code is 1.
 """
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -72,7 +71,7 @@ def main(args: AbtestArguments) -> dict[str, Any]:
     if not found["refusal"]:
         found |= analyse(args, log, users, buckets)
     if args.out:
-        save_json(json.loads(json.dumps(found), parse_constant=lambda _: None), args.out)
+        save_json(found, args.out)
     if found["refusal"]:
         sys.exit(f"Nothing is concluded: {found['refusal']}.")
     return found

@@ -8,7 +8,6 @@ query_id, draft, doc_id and clicked for every shown document. The ranker whose d
 users are the unit of the test.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def read_clicks(lists: str, log: str, out: str | None, columns: dict[str, str]) 
     print(f"b less a: {found['difference']:+.2%} of the pages [{low:+.2%}, {high:+.2%}], p = {found['p']:.4f}")
     print(f"sign test over users: p = {found['p_sign']:.4f}")
     if out:
-        save_json(json.loads(json.dumps(found), parse_constant=lambda _: None), out)
+        save_json(found, out)
     return found
 
 

@@ -21,9 +21,10 @@ def json_in(path: str | os.PathLike[str]) -> Any:
 
 
 def save_json(content: Any, path: str) -> None:
-    """Write indented json atomically, creating the folder."""
+    """Write indented json atomically, creating the folder; inf and nan, which json lacks, become null."""
     from hf_disranker.data.files import write_atomically  # imports pandas; reading json does without
 
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
