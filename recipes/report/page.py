@@ -255,16 +255,12 @@ def _changes(evaluations: Sequence[Evaluation], texts: bool) -> dict[str, Any] |
     def cases(chosen: pd.DataFrame) -> list[dict[str, Any]]:
         return [
             {"before": f"{before:.2f}", "after": f"{after:.2f}", "change": f"{after - before:+.2f}"}
-            | {"query": _query(ours, query_id) if texts else query_id}
+            | {"query": ours.rows.loc[ours.rows["query_id"] == query_id, "query"].iloc[0] if texts else query_id}
             | {"tops": [_top(one, query_id, texts) for one in (base, ours)]}
             for query_id, before, after, _ in chosen.itertuples(index=False)
         ]
 
     return {"base": base.name, "ours": ours.name, "gains": cases(gains), "losses": cases(losses)}
-
-
-def _query(one: Evaluation, query_id: str) -> str:
-    return str(one.rows.loc[one.rows["query_id"] == query_id, "query"].iloc[0])
 
 
 def _top(one: Evaluation, query_id: str, texts: bool) -> list[dict[str, Any]]:
