@@ -8,7 +8,6 @@ interval and p-value (delta method over users), also after Holm correction for a
 into the buckets as intended, nothing is concluded and the exit code is 1.
 """
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import pandas as pd
 from hf_disranker.evaluation import online
 from hf_disranker.evaluation.online import Effect, buckets_of, by_user, effects
 from hf_disranker.evaluation.significance import LEVEL
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser, run_stage
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser, run_stage
 from hf_disranker.recipes.impressions import read_log
 from hf_disranker.recipes.outputs import check_output, made_by, save_json
 
@@ -30,7 +29,7 @@ HEAD = f"{'':16}{'control':>10}{'treatment':>11}{'difference':>12}{'95% interval
 
 
 @dataclass
-class AbtestArguments:
+class AbtestArguments(TableArguments):
     """Log, buckets and output."""
 
     log: str = field(
@@ -60,7 +59,7 @@ def main(args: AbtestArguments) -> dict[str, Any]:
     if args.out:
         check_output(args.out, lambda path: made_by(path, MADE_BY), [args.log])
     shares = parse_shares(args.shares)
-    log, excluded = read_log(args.log, args.slices, args.covariates, args.exclude_mixed_users)
+    log, excluded = read_log(args.log, args.slices, args.covariates, args.exclude_mixed_users, args.column_names())
     buckets, users = buckets_of(log, args.control), by_user(log, args.covariates)
     counts = {name: int((users["bucket"] == name).sum()) for name in buckets}
     p = online.sample_ratio(counts, shares)
@@ -72,7 +71,7 @@ def main(args: AbtestArguments) -> dict[str, Any]:
     if not found["refusal"]:
         found |= analyse(args, log, users, buckets)
     if args.out:
-        save_json(json.loads(json.dumps(found), parse_constant=lambda _: None), args.out)
+        save_json(found, args.out)
     if found["refusal"]:
         sys.exit(f"Nothing is concluded: {found['refusal']}.")
     return found

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -107,17 +108,18 @@ class RecipeParser(HfArgumentParser):
 
     def _group(self, options: list[argparse.Action]) -> None:
         """Put required options first, then those of each dataclass, ours before the libraries'."""
-        kinds = dict.fromkeys(kind for parsed in self.dataclass_types for kind in parsed.__mro__ if _has_fields(kind))
-        owner = {name: kind for kind in reversed(kinds) for name in inspect.get_annotations(kind)}
         first = sorted((one for one in options if one.required), key=lambda one: one.dest not in NAMES)
         groups = {"Required": first, "Output": [one for one in options if one.dest in NAMES and not one.required]}
-        placed = {action.dest for actions in groups.values() for action in actions}
-        of = {name: [action for action in options if action.dest == name] for name in owner}
-        theirs: dict[str, list[argparse.Action]] = {}
-        for kind in kinds:
-            names = [name for name in inspect.get_annotations(kind) if owner[name] is kind and name not in placed]
-            (groups if _is_ours(kind) else theirs)[_title(kind)] = [action for name in names for action in of[name]]
-        self._theirs = {title for title, actions in theirs.items() if actions}
+        placed = [*first, *groups["Output"]]
+        left = {one.dest: one for one in options if one not in placed and one.help != argparse.SUPPRESS}
+        theirs = {}
+        for kind in (kind for parsed in self.dataclass_types for kind in parsed.__mro__):
+            actions = [left.pop(name) for name in inspect.get_annotations(kind) if name in left]
+            if actions and _is_ours(kind.__module__):
+                groups[(kind.__doc__ or "").split("\n")[0].rstrip(".")] = actions
+            elif actions:
+                theirs[f"{kind.__name__} of {kind.__module__.split('.')[0]}"] = actions
+        self._theirs = {*theirs}
         about = "Show the options of the libraries too." if self._theirs else argparse.SUPPRESS
         self.add_argument("--help-all", action=_Help, help=about)
         groups["Help and configuration"] = [action for action in self._actions if action not in options]
@@ -152,7 +154,9 @@ class RecipeParser(HfArgumentParser):
             SystemExit: If an option is unknown, missing or has a wrong value; the message is on stderr.
         """
         args = list(sys.argv[1:] if args is None else args)
-        known, args = _config_parser().parse_known_args(args)
+        config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        config.add_argument("--config")
+        known, args = config.parse_known_args(args)
         if known.config:
             self._read_config(known.config)
         *parsed, unknown = self.parse_args_into_dataclasses(
@@ -198,12 +202,6 @@ class RecipeParser(HfArgumentParser):
         return f"there is no option {name}.{meant}"
 
 
-def _config_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    return parser
-
-
 def _simplify(action: argparse.Action) -> None:
     """Show one spelling of an option, and a short name for its value; the others still parse."""
     name = action.option_strings[0]
@@ -217,18 +215,8 @@ def _simplify(action: argparse.Action) -> None:
         action.metavar = "N" if action.type is int else "X" if action.type is float else last
 
 
-def _has_fields(kind: type) -> bool:
-    return bool(inspect.get_annotations(kind))
-
-
-def _is_ours(kind: type) -> bool:
-    return kind.__module__.split(".")[0] in ("hf_disranker", "recipes", "__main__")
-
-
-def _title(kind: type) -> str:
-    if _is_ours(kind):
-        return (kind.__doc__ or "").split("\n")[0].rstrip(".")
-    return f"{kind.__name__} of {kind.__module__.split('.')[0]}"
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] in ("hf_disranker", "recipes", "__main__")
 
 
 class _Help(argparse.Action):
@@ -317,7 +305,5 @@ def _is_relevant(record: logging.LogRecord) -> bool:
 
 def _raised_here(error: ValueError) -> bool:
     """Return whether our code raised the error; errors of other libraries keep their traceback."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and frame.tb_frame.f_globals["__name__"].split(".")[0] in ("hf_disranker", "__main__")
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return _is_ours(frame.f_globals["__name__"])

@@ -27,23 +27,11 @@ import yaml
 from hf_disranker.data.bm25 import bm25_scores
 from hf_disranker.data.schema import TableError
 from hf_disranker.data.tables import read_table
-from hf_disranker.data.trec import (
-    check_run_ids,
-    judged_split,
-    read_candidates,
-    read_judgments,
-    read_run,
-)
+from hf_disranker.data.trec import check_run_ids, judged_split, read_candidates, read_judgments, read_run
 from hf_disranker.evaluation.evaluate import best_passages, interval_text, join_run, value_text
 from hf_disranker.recipes.command_line import RecipeParser, recipe_parser, run_stage
-from hf_disranker.recipes.rankings import (
-    Evaluation,
-    check_evaluation_output,
-    describe,
-    score_with,
-)
-from hf_disranker.recipes.score import LikelihoodArguments, is_likelihood, load_from
-from hf_disranker.scoring.engines import Engine, load_engine
+from hf_disranker.recipes.rankings import Evaluation, check_evaluation_output, describe, score_with
+from hf_disranker.recipes.score import LikelihoodArguments, is_likelihood, load_local
 
 logger = logging.getLogger("hf_disranker")
 
@@ -152,11 +140,7 @@ def rank(args: EvaluateArguments, judgments: pd.DataFrame) -> tuple[pd.DataFrame
     joined = join_run(judgments, rows.assign(teacher_score=np.arange(len(rows)))) if args.candidates else rows
     check(args, joined)
     if args.model:
-        engine: Engine
-        if args.likelihood:
-            engine = load_from(args, args.model)
-        else:
-            engine = load_engine(args.model, generative=args.generative, label_index=args.label_index)
+        engine = load_local(args, args.model, args.generative, args.label_index)
         ranker = getattr(engine, "ranker", engine)
         scores, speed = score_with(ranker, rows)
         about = describe(ranker) | {"source": args.model, "pairs_per_s": speed}

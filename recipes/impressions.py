@@ -10,12 +10,14 @@ Formats are parquet (a file or a folder), csv and jsonl. A row is a result page 
 | dwell_seconds | total time on the clicked documents; null if unknown              |
 | page_id       | optional: page of the user; its rows are counted as one page      |
 | day           | optional: date, timestamp or number of the day                    |
+
+`columns` is the log's name of each of these columns that has another one, such as {"user_id": "visitor"}.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +27,18 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.dataset
 
-from hf_disranker.data.schema import SHOWN_ROWS, TableError
+from hf_disranker.data.schema import SHOWN_ROWS, TableError, columns_hint
 
 _MOST_DAYS, _PENDING_ROWS = 400, 1_000_000
 _FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json"}
 
 
 def read_log(
-    source: str, slices: Sequence[str] = (), covariates: Sequence[str] = (), exclude_mixed: bool = False
+    source: str,
+    slices: Sequence[str] = (),
+    covariates: Sequence[str] = (),
+    exclude_mixed: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[pd.DataFrame, int]:
     """Sum an impression log by user; memory grows with users and pages, not with rows.
 
@@ -41,6 +47,7 @@ def read_log(
         slices: Columns with one value per page.
         covariates: Numeric columns measured before the test, with one value per user.
         exclude_mixed: If True, drop users with several buckets instead of refusing the log.
+        columns: See the module docstring.
 
     Returns:
         A row per user, day and combination of slices, with user (int), bucket, day (if any), slices, covariates,
@@ -49,10 +56,11 @@ def read_log(
     Raises:
         TableError: If a column is missing or has an invalid value; the message shows the first rows.
     """
-    log = _open(source, ["user_id", "bucket", "clicked", "dwell_seconds", *slices, *covariates])
-    page, day = ([name] if name in log.schema.names else [] for name in ("page_id", "day"))
+    required = ["user_id", "bucket", "clicked", "dwell_seconds", *slices, *covariates]
+    log, fields = _open(source, required, ["page_id", "day"], columns or {})
+    page, day = ([name] if name in fields else [] for name in ("page_id", "day"))
     unit = ["user_id", "bucket", *covariates, *slices]
-    rows_of = _batches(log, [*unit, *page, *day, "clicked", "dwell_seconds"], source)
+    rows_of = _batches(log, fields, source)
     parts: Iterator[pa.Table] = (_events(rows, first, source, covariates) for first, rows in rows_of)
     if page:
         pages = _add_up(parts, [*unit, *page])
@@ -72,11 +80,11 @@ def read_log(
     return table[~mixed].drop(columns="user_id").astype(texts), len(names)
 
 
-def read_credit(source: str, lists: pd.DataFrame) -> pd.DataFrame:
+def read_credit(source: str, lists: pd.DataFrame, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
     """Compute the winner of each page of an interleaving: the ranker whose documents got more clicks.
 
     A row of the log is a shown document, with user_id, query_id, draft, doc_id, clicked [, page_id]; `lists` is the
-    result of `online.draft_lists`.
+    result of `online.draft_lists`, and `columns` as in the module docstring.
 
     Returns:
         A row per page with user_id and credit: 1 if the second ranker won, -1 if the first did, 0 for a tie.
@@ -84,13 +92,14 @@ def read_credit(source: str, lists: pd.DataFrame) -> pd.DataFrame:
     Raises:
         TableError: If a document is not on its list, a column is missing, or a value is invalid.
     """
-    log = _open(source, ["user_id", "query_id", "draft", "doc_id", "clicked"])
-    page = ["user_id", "query_id", "draft", *(["page_id"] if "page_id" in log.schema.names else [])]
+    required = ["user_id", "query_id", "draft", "doc_id", "clicked"]
+    log, fields = _open(source, required, ["page_id"], columns or {})
+    page = ["user_id", "query_id", "draft", *(["page_id"] if "page_id" in fields else [])]
     key = ["query_id", "draft", "doc_id"]
     team = lists.astype(dict.fromkeys(key, str)).set_index(key)["team"]
 
     def parts() -> Iterator[pa.Table]:
-        for first, rows in _batches(log, [*page, "doc_id", "clicked"], source):
+        for first, rows in _batches(log, fields, source):
             clicks, where = _numbers(rows["clicked"]), (source, first)
             for name in page:
                 _refuse(rows, name, _missing(rows[name]), "have no value", where)
@@ -104,8 +113,10 @@ def read_credit(source: str, lists: pd.DataFrame) -> pd.DataFrame:
     return pages[["user_id"]].assign(credit=np.sign(pages["credit"]).astype(int))
 
 
-def _open(source: str, required: Sequence[str]) -> pa.dataset.Dataset:
-    """Open a log and check its columns."""
+def _open(
+    source: str, required: Sequence[str], optional: Sequence[str], columns: Mapping[str, str]
+) -> tuple[pa.dataset.Dataset, dict[str, pc.Expression]]:
+    """Open a log; return it with the field of each column to read, by our name."""
     kind = "parquet" if os.path.isdir(source) else _FORMATS.get(Path(source).suffix)
     if kind is None or not os.path.exists(source):
         raise TableError(f"{source}: {'no such file or folder' if kind else 'a log is .parquet, .csv or .jsonl'}.")
@@ -116,21 +127,40 @@ def _open(source: str, required: Sequence[str]) -> pa.dataset.Dataset:
             types = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True)
             parse = pa.csv.ParseOptions(newlines_in_values=True)
             log = pa.dataset.dataset(source, format=pa.dataset.CsvFileFormat(parse, convert_options=types))
-        elif kind == "json" and "dwell_seconds" in names:
-            place = log.schema.get_field_index("dwell_seconds")
-            log = log.replace_schema(log.schema.set(place, pa.field("dwell_seconds", pa.float64())))
+        elif kind == "json" and (seconds := columns.get("dwell_seconds", "dwell_seconds")) in names:
+            place = log.schema.get_field_index(seconds)
+            log = log.replace_schema(log.schema.set(place, pa.field(seconds, pa.float64())))
     except pa.ArrowInvalid as error:
         raise TableError(f"{source}: cannot be read: {error}") from error
-    if missing := [name for name in required if name not in names]:
-        raise TableError(f"{source}: the log needs the column(s) {', '.join(missing)}; it has: {', '.join(names)}.")
-    return log
+    return log, _fields(source, names, required, optional, columns)
 
 
-def _batches(log: pa.dataset.Dataset, columns: Iterable[str], source: str) -> Iterator[tuple[int, pa.Table]]:
+def _fields(
+    source: str, names: Sequence[str], required: Sequence[str], optional: Sequence[str], columns: Mapping[str, str]
+) -> dict[str, pc.Expression]:
+    """Return the field of each column, by our name; TableError if `columns` or the log does not fit."""
+    for ours, theirs in columns.items():
+        if ours not in (*required, *optional):
+            known = ", ".join([*required, *optional])
+            raise TableError(f"There is no column '{ours}' to read '{theirs}' as; there are: {known}.")
+        if theirs not in names:
+            raise TableError(f"{source}: no column '{theirs}' to read as '{ours}'; it has: {', '.join(names)}.")
+        if ours in names and ours != theirs:
+            raise TableError(f"{source}: '{theirs}' cannot be read as '{ours}', since there is such a column already.")
+    found = {name: columns.get(name, name) for name in (*required, *optional)}
+    if missing := [name for name in required if found[name] not in names]:
+        raise TableError(
+            f"{source}: the log needs the column(s) {', '.join(missing)}; it has: {', '.join(names)}. "
+            f"If yours have other names: {columns_hint(dict.fromkeys(missing, 'YOURS'))}."
+        )
+    return {ours: pc.field(theirs) for ours, theirs in found.items() if theirs in names}
+
+
+def _batches(log: pa.dataset.Dataset, fields: dict[str, pc.Expression], source: str) -> Iterator[tuple[int, pa.Table]]:
     """Yield (number of the first row, rows) for each batch."""
     first = 0
     try:
-        for batch in log.to_batches(columns=list(dict.fromkeys(columns))):
+        for batch in log.to_batches(columns=fields):
             # Decode categories, whose codes may differ between batches.
             plain = [part.dictionary_decode() if pa.types.is_dictionary(part.type) else part for part in batch.columns]
             yield first, pa.table(plain, names=batch.schema.names)

@@ -8,7 +8,6 @@ query_id, draft, doc_id and clicked for every shown document. The ranker whose d
 users are the unit of the test.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from hf_disranker.evaluation.online import draft_lists, preference
-from hf_disranker.recipes.command_line import RecipeParser, recipe_parser, run_stage
+from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser, run_stage
 from hf_disranker.recipes.impressions import read_credit
 from hf_disranker.recipes.outputs import check_output, made_by, save_json
 
@@ -27,7 +26,7 @@ COLUMNS = ["query_id", "draft", "rank", "doc_id", "team"]
 
 
 @dataclass
-class InterleaveArguments:
+class InterleaveArguments(TableArguments):
     """Rankings or clicks, and output."""
 
     a: str | None = field(default=None, metadata={"help": "Ranking of the first ranker: TREC run or table of scores."})
@@ -48,10 +47,12 @@ def make_parser() -> RecipeParser:
 
 def main(args: InterleaveArguments) -> Any:
     """Write lists, or evaluate the clicks on them."""
+    if args.columns and not args.log:
+        raise SystemExit("--columns names the columns of --log.")
     if args.a and args.b and args.out and not args.log:
         return make_lists(args.a, args.b, args.out, args.depth, args.drafts)
     if args.lists and args.log and not (args.a or args.b):
-        return read_clicks(args.lists, args.log, args.out)
+        return read_clicks(args.lists, args.log, args.out, args.column_names())
     raise SystemExit("Name --a, --b and --out to make lists, or --lists and --log to read clicks.")
 
 
@@ -64,20 +65,21 @@ def make_lists(a: str, b: str, out: str, depth: int, drafts: int) -> pd.DataFram
     return lists
 
 
-def read_clicks(lists: str, log: str, out: str | None) -> dict[str, Any]:
+def read_clicks(lists: str, log: str, out: str | None, columns: dict[str, str]) -> dict[str, Any]:
     """Print which ranker the users prefer, and write the result."""
     if out:
         check_output(out, lambda path: made_by(path, MADE_BY), [lists, log])
     if columns_of(lists) != COLUMNS:
         raise SystemExit(f"{lists}: not lists of `{MADE_BY}`, whose columns are {', '.join(COLUMNS)}.")
-    found = {"made_by": MADE_BY, "lists": lists, "log": log} | preference(read_credit(log, pd.read_parquet(lists)))
+    credit = read_credit(log, pd.read_parquet(lists), columns)
+    found = {"made_by": MADE_BY, "lists": lists, "log": log} | preference(credit)
     low, high = found["interval"]
     print(f"{found['users']:,} users, {found['pages']:,} pages: a wins {found['first_wins']:,}, ", end="")
     print(f"b wins {found['second_wins']:,}, {found['ties']:,} are ties")
     print(f"b less a: {found['difference']:+.2%} of the pages [{low:+.2%}, {high:+.2%}], p = {found['p']:.4f}")
     print(f"sign test over users: p = {found['p_sign']:.4f}")
     if out:
-        save_json(json.loads(json.dumps(found), parse_constant=lambda _: None), out)
+        save_json(found, out)
     return found
 
 

@@ -20,10 +20,14 @@ def json_in(path: str | os.PathLike[str]) -> Any:
         return None
 
 
-def save_json(content: Any, path: str) -> None:
-    """Write indented json atomically, creating the folder."""
+def save_json(content: Any, path: str, default: Callable[[Any], Any] | None = None) -> None:
+    """Write indented json atomically, creating the folder; inf and nan, which json lacks, become null.
+
+    `default` converts what json cannot store, as in `json.dumps`.
+    """
     from hf_disranker.data.files import write_atomically  # imports pandas; reading json does without
 
+    content = json.loads(json.dumps(content, default=default), parse_constant=lambda _: None)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 

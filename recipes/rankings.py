@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from hf_disranker.data.tables import pair_texts
 from hf_disranker.data.trec import KEY, read_judgments, read_run, write_run
 from hf_disranker.evaluation.evaluate import best_passages, evaluate, join_run, per_query
 from hf_disranker.evaluation.significance import Comparison, changed_tops, compare
-from hf_disranker.recipes.outputs import check_output, json_in
+from hf_disranker.recipes.outputs import check_output, json_in, save_json
 
 if TYPE_CHECKING:
     from hf_disranker.models.base import PairRanker
@@ -64,8 +63,7 @@ class Evaluation:
         queries, run = _side_files(path)
         self.queries.to_parquet(queries, index=False)
         write_run(self.rows, run, self.name)
-        text = json.dumps(self.measures | {"name": self.name, "about": self.about}, indent=2, ensure_ascii=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        save_json(self.measures | {"name": self.name, "about": self.about}, os.fspath(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], judgments: pd.DataFrame) -> Evaluation:
@@ -104,7 +102,7 @@ def _read_measures(path: str | os.PathLike[str]) -> dict[str, Any]:
     for file in (Path(path), *_side_files(path)):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; `disranker evaluate --out {path}` writes it.")
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return json_in(path)
 
 
 def load_evaluations(paths: Iterable[str | os.PathLike[str]]) -> list[Evaluation]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
-import json
 import logging
 import os
 import shutil
@@ -189,7 +188,7 @@ def save_record(output_dir: str, arguments: Sequence[Any], sources: Mapping[str,
     versions = {name: metadata.version(name) for name in _PACKAGES if importlib.util.find_spec(name)}
     data = {name: {"source": source, "fingerprint": fingerprint(source)} for name, source in sources.items() if source}
     record = {"options": options, "data": data, "packages": versions, "git": _git_revision()}
-    save_json(json.loads(json.dumps(record, default=str)), f"{output_dir}/run.json")
+    save_json(record, f"{output_dir}/run.json", default=str)
 
 
 def fingerprint(source: str) -> str | None:

@@ -130,15 +130,21 @@ def make_engine(args: ScoreArguments) -> Engine:
         raise ValueError(f"{', '.join(ignored)}: for {kind}, not for --engine {args.engine}.")
     if is_server:
         return HttpEngine(args.engine, args.url, args.model, concurrency=args.concurrency)
-    if is_likelihood(args, args.generative, args.label_index):
-        return load_from(args, args.model, args.dtype, args.token_budget)
-    return load_engine(args.model, args.dtype, args.token_budget, args.generative, args.label_index)
+    is_likelihood(args, args.generative, args.label_index)  # refuses options that do not go together
+    return load_local(args, args.model, args.generative, args.label_index, args.dtype, args.token_budget)
 
 
-def load_from(
-    args: LikelihoodArguments, model: str, dtype: str = "auto", token_budget: int | None = None
-) -> RankerEngine:
-    """Load a language model as a teacher by query likelihood, on this process's GPU if there is one."""
+def load_local(
+    args: LikelihoodArguments,
+    model: str,
+    generative: bool,
+    label_index: int | None,
+    dtype: str = "auto",
+    token_budget: int | None = None,
+) -> Engine:
+    """Load a model, with --likelihood as a teacher by query likelihood, on this process's GPU if there is one."""
+    if not args.likelihood:
+        return load_engine(model, dtype, token_budget, generative, label_index)
     ranker = Ranker.from_pretrained(
         model,
         process_device(),

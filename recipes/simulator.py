@@ -44,7 +44,7 @@ def true_measures(
     """Compute the expected measures if a share of the pages shows the treatment's ranking."""
     pages = np.zeros((3, len(READINESS)))  # clicked pages, clicks and seconds per page, by kind of user
     for grades, weight in ((control, 1.0 - share), (treatment if treatment is not None else control, share)):
-        clicks = _probabilities(grades.to_numpy(), model)
+        clicks = _probabilities(grades.to_numpy(), READINESS[:, None, None], model)
         clicked = 1 - (1 - clicks).prod(axis=2)
         if model == "cascade":
             above = np.cumprod(1 - clicks, axis=2) / (1 - clicks)
@@ -91,7 +91,7 @@ def ab_log(
     clicks, seconds = _clicks(
         grades[shown, query], kind[visitor], rng.lognormal(-0.125, 0.5, users)[visitor], model, rng
     )
-    before = _probabilities(grades[0], model).mean(axis=(1, 2))[kind] * grades.shape[2]
+    before = _probabilities(grades[0], READINESS[:, None, None], model).mean(axis=(1, 2))[kind] * grades.shape[2]
     rows = {"user_id": np.char.add("u", visitor.astype(str)), "bucket": np.array(names)[bucket[visitor]]}
     rows |= {"query_id": control.index.to_numpy()[query], "day": np.datetime64("2026-03-02") + day}
     rows |= {"device": np.where(rng.random(users) < 0.6, "phone", "desktop")[visitor]}
@@ -146,20 +146,18 @@ def _grade(grades: np.ndarray) -> np.ndarray:
     return np.minimum(grades, len(ATTRACTION) - 1)
 
 
-def _probabilities(grades: np.ndarray, model: Model) -> np.ndarray:
-    """Return click probabilities, in a cascade given examination, shape (kinds of users, *grades.shape)."""
+def _probabilities(grades: np.ndarray, readiness: np.ndarray, model: Model) -> np.ndarray:
+    """Return click probabilities, in a cascade given examination; `readiness` broadcasts with `grades`."""
     examined = EXAMINED[: grades.shape[-1]] if model == "position" else 1.0
     attraction = np.where(grades >= 0, ATTRACTION[_grade(grades)], 0)
-    return np.minimum(READINESS.reshape(-1, *[1] * grades.ndim) * attraction * examined, 0.95)
+    return np.minimum(readiness * attraction * examined, 0.95)
 
 
 def _clicks(
     grades: np.ndarray, kind: np.ndarray, patience: np.ndarray, model: Model, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw clicks and dwell times in seconds on the documents of pages, both of shape (pages, depth)."""
-    examined = EXAMINED[: grades.shape[1]] if model == "position" else 1.0
-    chance = READINESS[kind][:, None] * np.where(grades >= 0, ATTRACTION[_grade(grades)], 0) * examined
-    clicks = rng.random(grades.shape) < np.minimum(chance, 0.95)
+    clicks = rng.random(grades.shape) < _probabilities(grades, READINESS[kind][:, None], model)
     if model == "cascade":
         clicks &= np.cumsum(clicks, axis=1) == 1
     seconds = rng.exponential(SECONDS[_grade(grades)]) * patience[:, None]

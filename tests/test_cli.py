@@ -221,7 +221,7 @@ def test_names_with_a_dot_do_not_share_files(run, tmp_path, judgments):
 
 
 def test_impossible_evaluations_are_refused_before_scoring(run, tmp_path, judgments, corpus, monkeypatch):
-    monkeypatch.setattr("hf_disranker.recipes.evaluate.load_engine", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("hf_disranker.recipes.evaluate.load_local", lambda *_: pytest.fail("a model was loaded"))
     blanks = judgments.assign(query_id=judgments["query"])
     steep = judgments.assign(label=judgments["label"].where(judgments.index != judgments.index[-1], 2000))
     for name, table in {"judgments": judgments, "blanks": blanks, "steep": steep, "corpus": corpus}.items():

@@ -25,9 +25,8 @@ _SKIPPED = re.compile(  # modules without user documentation, or with thousands 
 class _Module:
     """Docstrings, imports and exports of a source file."""
 
-    docstrings: dict[str, dict[str, str]] = field(
-        default_factory=dict
-    )  # name -> member ("" or ".method") -> docstring
+    # name -> member ("" or ".method") -> docstring
+    docstrings: dict[str, dict[str, str]] = field(default_factory=dict)
     imports: list[tuple[str, str, str]] = field(default_factory=list)  # (module, name or "*", alias)
     exported: set[str] = field(default_factory=set)  # __all__, if it is a plain list
 
@@ -121,9 +120,8 @@ def _public_names(modules: dict[str, _Module]) -> dict[tuple[str, str], str]:
     """Map each object (module, name) to its shortest public name in that module or a parent package."""
     known = {module: {name: (module, name) for name in content.docstrings} for module, content in modules.items()}
     outer_first = sorted(modules, key=lambda module: (module.count("."), module))
-    for module in (
-        outer_first[::-1] * 2
-    ):  # twice: pandas re-exports DataFrame from pandas.core.api, which imports it as well
+    # Twice: pandas re-exports DataFrame from pandas.core.api, which imports it as well.
+    for module in outer_first[::-1] * 2:
         for source, name, alias in modules[module].imports:
             if source in modules:
                 names = (modules[source].exported or known[source]) if name == "*" else [name]

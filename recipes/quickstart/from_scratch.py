@@ -90,18 +90,7 @@ def small_bert(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, **
 
     Additional options are passed to `BertConfig`.
     """
-    return BertDistilledRanker(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=size,
-            num_hidden_layers=layers,
-            num_attention_heads=max(1, size // 64),
-            intermediate_size=2 * size,
-            max_position_embeddings=tokenizer.model_max_length,
-            pad_token_id=tokenizer.pad_token_id,
-            **options,
-        )
-    )
+    return BertDistilledRanker(BertConfig(**_sizes(tokenizer, layers, size), **options))
 
 
 def small_llama(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, **options: Any) -> LlamaForCausalLM:
@@ -111,19 +100,26 @@ def small_llama(tokenizer: PreTrainedTokenizerBase, *, layers: int, size: int, *
     """
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=size,
-            num_hidden_layers=layers,
-            num_attention_heads=max(1, size // 64),
-            intermediate_size=2 * size,
-            max_position_embeddings=tokenizer.model_max_length,
+            **_sizes(tokenizer, layers, size),
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
             **options,
         )
     )
+
+
+def _sizes(tokenizer: PreTrainedTokenizerBase, layers: int, size: int) -> dict[str, Any]:
+    """Return the options that the configs of both models share."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, size // 64),
+        "intermediate_size": 2 * size,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
 
 
 def embed_by_svd(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:

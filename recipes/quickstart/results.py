@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from hf_disranker.data.bm25 import bm25_scores, mine_candidates
 from hf_disranker.data.tables import pair_texts, read_table
 from hf_disranker.evaluation import metrics
+from hf_disranker.evaluation.evaluate import interval_text, value_text
 from hf_disranker.models.ranker import Ranker
 from hf_disranker.recipes.outputs import save_json
 from hf_disranker.recipes.rankings import Evaluation, compare_evaluations, describe, score_with
@@ -69,7 +70,7 @@ def show_results(out: Path) -> None:
     (report / "searches.txt").write_text("\n\n".join(searches) + "\n", encoding="utf-8")
     student, teacher = (summary(evaluations[name]) for name in ("student", "teacher"))
     kept, faster = (student[name] / teacher[name] for name in ("ndcg@10", "pairs_per_s"))
-    text = f"""{results_table(results)}
+    text = f"""{results_table([*evaluations.values()])}
 
 The distilled BERT has {kept:.0%} of its teacher's NDCG@10 at {faster:.1f} times its pairs/s.
 {comparisons(out, evaluations)}
@@ -143,30 +144,22 @@ def comparisons(out: Path, evaluations: dict[str, Evaluation]) -> str:
     return "\n".join(lines)
 
 
-def results_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Format the rankers as a text table with 95% intervals by query in brackets.
-
-    Args:
-        results: One mapping per ranker, see `summary`; None where a value is undefined.
-    """
+def results_table(evaluations: Sequence[Evaluation]) -> str:
+    """Format the rankers as a text table with 95% intervals by query in brackets."""
     head = f"{'':22}{'parameters':>11}{'NDCG@5':>9}{'NDCG@10':>9}{'':16}{'PNR':>7}{'':15}{'pairs/s':>8}"
-    return "\n".join([head, *map(_line, results)])
+    return "\n".join([head, *map(_line, evaluations)])
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    parameters, speed = row["parameters"], row["pairs_per_s"]
+def _line(one: Evaluation) -> str:
+    measures, parameters, speed = one.measures, one.about.get("parameters"), one.about.get("pairs_per_s")
+    ndcg, pnr = (f"[{interval_text(measures, name, digits)}]" for name, digits in (("ndcg@10", 3), ("pnr", 2)))
     return (
-        f"{TITLES[row['name']]:22}"
+        f"{TITLES[one.name]:22}"
         + (f"{parameters / 1e6:10.1f}M" if parameters else f"{'-':>11}")
-        + f"{row['ndcg@5']:9.3f}{row['ndcg@10']:9.3f}{_interval(row, 'ndcg@10', 3):>16}"
-        + (f"{row['pnr']:7.2f}" if row["pnr"] is not None else f"{'inf':>7}")
-        + f"{_interval(row, 'pnr', 2):>15}"
+        + f"{measures['ndcg@5']:9.3f}{measures['ndcg@10']:9.3f}{ndcg:>16}"
+        + f"{value_text(measures, 'pnr', 2):>7}{pnr:>15}"
         + (f"{speed:8,.0f}" if speed else f"{'-':>8}")
     )
-
-
-def _interval(row: Mapping[str, Any], measure: str, digits: int) -> str:
-    return "[" + ", ".join("inf" if end is None else f"{end:.{digits}f}" for end in row["intervals"][measure]) + "]"
 
 
 def results_picture(evaluations: Sequence[Evaluation]) -> str:

@@ -15,7 +15,7 @@ import importlib
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -234,9 +234,9 @@ def inputs(out: Path, stage: Stage) -> dict[str, object]:
     return {name: (json_in(out / name / "finished.json") or {}).get("at") for name in stage.needs}
 
 
-def record(recipe: str, arguments: tuple[str, ...] | list[str], after: Mapping[str, object]) -> dict[str, Any]:
+def record(recipe: str, arguments: Sequence[str], after: Mapping[str, object]) -> dict[str, Any]:
     """Describe a run: recipe, command line, text of the config, and the runs whose output it reads."""
-    config = Path(arguments[1]).read_text() if arguments[:1] in (["--config"], ("--config",)) else ""
+    config = Path(arguments[1]).read_text() if "--config" in arguments[:1] else ""
     return {"recipe": recipe, "arguments": list(arguments), "config": config, "after": dict(after)}
 
 

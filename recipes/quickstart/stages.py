@@ -19,9 +19,7 @@ from hf_disranker.data.tables import read_table, write_table
 from hf_disranker.recipes.outputs import json_in, save_json
 from hf_disranker.recipes.quickstart import from_scratch, python_docs
 from hf_disranker.recipes.quickstart.results import show_results
-from hf_disranker.recipes.quickstart.run import CONFIGS, Stage, has_finished, inputs, record
-
-__all__ = ["CONFIGS", "MAX_LENGTH", "bf16_is_faster", "fast_precision", "make_data", "run_recipe", "run_stage"]
+from hf_disranker.recipes.quickstart.run import Stage, has_finished, inputs, record
 
 # Training queries with clicks in addition to the judged ones; all other queries are unlabelled.
 CLICKED_QUERIES = 2000

@@ -136,10 +136,9 @@ def scatter(x: np.ndarray, y: np.ndarray, fit: tuple[float, float], titles: tupl
     parts = axes.drawn(*titles)
     dots = "".join(f"M{a:g} {b:g}h0" for a, b in zip(axes.x(x), axes.y(y), strict=True))
     parts.append(f'<path class="dots s0" d="{dots}"/>')
-    ends = np.array([x.min(), x.max()])
-    for kind, values, start in (("s5", np.array([low, high]), None), ("s1", fit[0] + fit[1] * ends, ends)):
-        xs = values if start is None else start
-        (x1, x2), (y1, y2) = axes.x(xs), axes.y(values)
+    diagonal, ends = np.array([low, high]), np.array([x.min(), x.max()])
+    for kind, xs, ys in (("s5", diagonal, diagonal), ("s1", ends, fit[0] + fit[1] * ends)):
+        (x1, x2), (y1, y2) = axes.x(xs), axes.y(ys)
         parts.append(f'<line class="line {kind}" x1="{x1:g}" x2="{x2:g}" y1="{y1:g}" y2="{y2:g}"/>')
     return _svg(parts + _legend(["pairs", "fitted line", "equal scores"], (0, 1, 5)), spoken)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def write_report(
         titles: Display names of the rankers.
         abtest: Output of `disranker abtest --out`.
     """
-    shown = {one.name: (titles or {}).get(one.name, one.name) for one in evaluations}
+    titles = titles or {}
+    evaluations = [replace(one, name=titles.get(one.name, one.name)) for one in evaluations]
+    pairs = pairs and [(titles.get(first, first), titles.get(second, second)) for first, second in pairs]
     compared = compare_evaluations(evaluations, pairs=tested(evaluations, pairs)) if len(evaluations) > 1 else []
     bm25 = next((one.measures["ndcg@10"] for one in evaluations if one.about.get("role") == "bm25"), None)
     first = evaluations[0]
@@ -58,25 +61,24 @@ def write_report(
     template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     page = template.render(
         style=Markup(charts.STYLE),
-        titles=shown,
         about=first.about,
-        verdict=verdict(evaluations, shown, compared, why_not),
-        rankers=_rankers(evaluations, shown, compared, why_not),
+        verdict=verdict(evaluations, compared, why_not),
+        rankers=_rankers(evaluations, compared, why_not),
         pictures=[
-            Markup(charts.intervals([interval_bar(one, shown[one.name], measure) for one in evaluations], name))
+            Markup(charts.intervals([interval_bar(one, one.name, measure) for one in evaluations], name))
             for measure, name in (("ndcg@10", "NDCG@10"), ("pair_accuracy", "Pair accuracy"))
         ],
-        comparisons=[_comparison(one, shown) for one in compared],
+        comparisons=[_comparison(one) for one in compared],
         refusal=why_not if compared else None,
-        slices=_slices(evaluations, shown),
-        scatters=_scatters(evaluations, shown),
-        distributions=[one for run in evaluations for one in _distribution(run, shown[run.name])],
-        curves=[curve for one in evaluations for curve in _curves(one, shown[one.name])],
-        changes=_changes(evaluations, shown, texts),
+        slices=_slices(evaluations),
+        scatters=_scatters(evaluations),
+        distributions=[plot for one in evaluations for plot in _distribution(one)],
+        curves=[plot for one in evaluations for plot in _curves(one)],
+        changes=_changes(evaluations, texts),
         measures=first.measures,
         abtest=abtest,
-        cuts=[(shown[one.name], one.about) for one in evaluations if "documents_cut" in one.about],
-        configs=[(shown[one.name], options) for one in evaluations if (options := _options(one))],
+        cuts=[(one.name, one.about) for one in evaluations if "documents_cut" in one.about],
+        configs=[(one.name, options) for one in evaluations if (options := _options(one))],
         packages=first.about.get("packages", {}),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ def is_report(path: Path) -> bool:
 
 
 def _rankers(
-    evaluations: Sequence[Evaluation], titles: Mapping[str, str], compared: Sequence[Comparison], why_not: str | None
+    evaluations: Sequence[Evaluation], compared: Sequence[Comparison], why_not: str | None
 ) -> list[dict[str, Any]]:
     """Build the rows of the main table."""
     letters = {one.name: chr(ord("a") + place) for place, one in enumerate(evaluations)}
@@ -99,7 +101,7 @@ def _rankers(
         speed, parameters = one.about.get("pairs_per_s"), one.about.get("parameters")
         cells = {name: _with_interval(one.measures, name) for name in ("ndcg@10", "pnr", "pair_accuracy", "mrr")}
         rows.append(
-            {"letter": letters[one.name], "title": titles[one.name], "marks": beaten[one.name], **cells}
+            {"letter": letters[one.name], "title": one.name, "marks": beaten[one.name], **cells}
             | {"parameters": f"{parameters / 1e6:,.1f}M" if parameters else "–"}
             | {"speed": f"{speed:,.0f}" if speed else "–", "million": duration(1e6 / speed) if speed else "–"}
         )
@@ -120,11 +122,11 @@ def interval_bar(one: Evaluation, title: str, measure: str, note: str = "") -> c
     return charts.Bar(title, value, low, high, note, is_distilled(one))
 
 
-def _comparison(one: Comparison, titles: Mapping[str, str]) -> dict[str, Any]:
+def _comparison(one: Comparison) -> dict[str, Any]:
     low, high = one.interval
     return {
-        "first": titles[one.first],
-        "second": titles[one.second],
+        "first": one.first,
+        "second": one.second,
         "difference": f"{one.difference:+.3f}",
         "interval": f"{low:+.3f} to {high:+.3f}",
         "p": f"{one.p:.4f}",
@@ -136,17 +138,17 @@ def _comparison(one: Comparison, titles: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _slices(evaluations: Sequence[Evaluation], titles: Mapping[str, str]) -> list[dict[str, Any]]:
+def _slices(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """Return NDCG@10 by slice of the rankers that were evaluated by slices."""
     return [
-        {"title": titles[one.name], "value": value, "queries": found["queries"], "few": found["few"]}
+        {"title": one.name, "value": value, "queries": found["queries"], "few": found["few"]}
         | {"ndcg": _with_interval(found, "ndcg@10")}
         for one in evaluations
         for value, found in one.measures.get("slices", {}).items()
     ]
 
 
-def _scatters(evaluations: Sequence[Evaluation], titles: Mapping[str, str]) -> list[dict[str, Any]]:
+def _scatters(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """Plot the scores of each distilled student against its teacher's scores on the pairs that both ranked.
 
     Teacher scores are first mapped to the scale the student was trained on.
@@ -172,10 +174,10 @@ def _scatters(evaluations: Sequence[Evaluation], titles: Mapping[str, str]) -> l
             "Kendall tau": f"{tau:.3f}",
         }
         drawn = np.random.default_rng(0).permutation(len(x))[:_POINTS]
-        axes = titles[teacher.name] + (", rescaled" if one.about.get("score_transform") else ""), titles[one.name]
+        axes = teacher.name + (", rescaled" if one.about.get("score_transform") else ""), one.name
         spoken = f"Scores of {axes[1]} against {axes[0]}: scale {scale:.2f}, offset {offset:+.2f}"
         picture = Markup(charts.scatter(x[drawn], y[drawn], (offset, scale), axes, spoken))
-        found.append({"title": titles[one.name], "picture": picture, "facts": facts, "pairs": len(x)})
+        found.append({"title": one.name, "picture": picture, "facts": facts, "pairs": len(x)})
     return found
 
 
@@ -184,7 +186,7 @@ def _ranked(one: Evaluation) -> pd.DataFrame:
     return one.rows[~one.rows["missing"].astype(bool)] if "missing" in one.rows.columns else one.rows
 
 
-def _distribution(one: Evaluation, title: str) -> list[dict[str, Any]]:
+def _distribution(one: Evaluation) -> list[dict[str, Any]]:
     """Plot the density of a ranker's scores for each grade."""
     rows = _ranked(one)
     rows = rows[rows["label"] != UNJUDGED]
@@ -198,11 +200,11 @@ def _distribution(one: Evaluation, title: str) -> list[dict[str, Any]]:
             means.append(f"grade {grade} {part['score'].mean():.2f}")
     if not series:
         return []
-    spoken = f"Scores of {title} by grade; means: {', '.join(means)}"
-    return [{"title": title, "picture": Markup(charts.lines(series, "score", "density", spoken))}]
+    spoken = f"Scores of {one.name} by grade; means: {', '.join(means)}"
+    return [{"title": one.name, "picture": Markup(charts.lines(series, "score", "density", spoken))}]
 
 
-def _curves(one: Evaluation, title: str) -> list[dict[str, Any]]:
+def _curves(one: Evaluation) -> list[dict[str, Any]]:
     """Plot the loss terms logged during training."""
     history = _history(one)
     terms = {name for entry in history for name in entry if not name.startswith(("eval_", "train_"))} - {*_NOT_TERMS}
@@ -215,8 +217,8 @@ def _curves(one: Evaluation, title: str) -> list[dict[str, Any]]:
     if not series:
         return []
     ends = ", ".join(f"{name} from {y[0]:.2f} to {y[-1]:.2f}" for name, (_, y) in series.items())
-    picture = Markup(charts.lines(series, "step", "loss term", f"Learning curves of {title}: {ends}"))
-    return [{"title": title, "picture": picture}]
+    picture = Markup(charts.lines(series, "step", "loss term", f"Learning curves of {one.name}: {ends}"))
+    return [{"title": one.name, "picture": picture}]
 
 
 def _folder(one: Evaluation) -> Path:
@@ -240,7 +242,7 @@ def _options(one: Evaluation) -> str:
     return ""
 
 
-def _changes(evaluations: Sequence[Evaluation], titles: Mapping[str, str], texts: bool) -> dict[str, Any] | None:
+def _changes(evaluations: Sequence[Evaluation], texts: bool) -> dict[str, Any] | None:
     """Return the queries with the largest gains and losses, with the top documents of both rankers."""
     if len(evaluations) < 2:
         return None
@@ -253,16 +255,12 @@ def _changes(evaluations: Sequence[Evaluation], titles: Mapping[str, str], texts
     def cases(chosen: pd.DataFrame) -> list[dict[str, Any]]:
         return [
             {"before": f"{before:.2f}", "after": f"{after:.2f}", "change": f"{after - before:+.2f}"}
-            | {"query": _query(ours, query_id) if texts else query_id}
+            | {"query": ours.rows.loc[ours.rows["query_id"] == query_id, "query"].iloc[0] if texts else query_id}
             | {"tops": [_top(one, query_id, texts) for one in (base, ours)]}
             for query_id, before, after, _ in chosen.itertuples(index=False)
         ]
 
-    return {"base": titles[base.name], "ours": titles[ours.name], "gains": cases(gains), "losses": cases(losses)}
-
-
-def _query(one: Evaluation, query_id: str) -> str:
-    return str(one.rows.loc[one.rows["query_id"] == query_id, "query"].iloc[0])
+    return {"base": base.name, "ours": ours.name, "gains": cases(gains), "losses": cases(losses)}
 
 
 def _top(one: Evaluation, query_id: str, texts: bool) -> list[dict[str, Any]]:

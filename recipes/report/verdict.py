@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from hf_disranker.evaluation.significance import LEVEL, Comparison
 from hf_disranker.recipes.rankings import Evaluation
@@ -39,14 +39,11 @@ def tested(evaluations: Sequence[Evaluation], pairs: Iterable[tuple[str, str]] |
     return chosen + [(one.name, base) for one in evaluations if one.name not in named | {base}]
 
 
-def verdict(
-    evaluations: Sequence[Evaluation], titles: Mapping[str, str], compared: Sequence[Comparison], why_not: str | None
-) -> str:
+def verdict(evaluations: Sequence[Evaluation], compared: Sequence[Comparison], why_not: str | None) -> str:
     """Return one sentence on the student against the baseline and its teacher, or else the best ranker.
 
     Args:
         evaluations: Rankings of the same judgments.
-        titles: Display names of the rankers.
         compared: Paired tests, with that of the student and the baseline; without it there is no verdict.
         why_not: Reason not to call any difference significant, or None.
     """
@@ -57,17 +54,17 @@ def verdict(
     sign = 1 if one.first == ours.name else -1
     low, high = sorted(sign * end for end in one.interval)
     difference = f"{sign * one.difference:+.3f} NDCG@10, 95% interval {low:+.3f} to {high:+.3f}"
-    context = _context(ours, evaluations, titles)
+    context = _context(ours, evaluations)
     if why_not:
         verb, sure = ("leads" if sign * one.difference > 0 else "trails"), f"not called significant: {why_not}"
     else:
         won = "beats" if sign * one.difference > 0 else "loses to"
         verb = won if one.p_holm < LEVEL else "shows no significant difference from"
         sure = f"Holm-corrected p = {one.p_holm:.4f}"
-    return f"{titles[ours.name]} {verb} {titles[base.name]} ({difference}, {sure}){context}."
+    return f"{ours.name} {verb} {base.name} ({difference}, {sure}){context}."
 
 
-def _context(ours: Evaluation, evaluations: Sequence[Evaluation], titles: Mapping[str, str]) -> str:
+def _context(ours: Evaluation, evaluations: Sequence[Evaluation]) -> str:
     """Relate the student to its teacher in quality and speed, and name the best ranker if it is a third one."""
     parts, teacher = "", teacher_of(ours, evaluations) if is_distilled(ours) else None
     if teacher is not None and teacher.measures["ndcg@10"]:
@@ -77,8 +74,8 @@ def _context(ours: Evaluation, evaluations: Sequence[Evaluation], titles: Mappin
         if speed and slower:
             times = speed / slower
             parts += f" at {times:,.{int(times < 10)}f} times the speed"
-        parts += f" of {titles[teacher.name]}"
+        parts += f" of {teacher.name}"
     best = max(evaluations, key=lambda one: one.measures["ndcg@10"])
     if best.name not in (ours.name, teacher and teacher.name):
-        parts += f"; {titles[best.name]} has the highest NDCG@10 ({best.measures['ndcg@10']:.3f})"
+        parts += f"; {best.name} has the highest NDCG@10 ({best.measures['ndcg@10']:.3f})"
     return parts

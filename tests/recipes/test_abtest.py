@@ -70,6 +70,14 @@ def test_a_log_is_analysed_from_end_to_end(run, log):
     run("abtest", "log.parquet", "--control", "old", *options)  # its own file may be replaced
 
 
+def test_a_log_with_other_names_is_read_by_columns(run, log):
+    expected = run("abtest", "log.parquet", "--control", "old")
+    log.rename(columns={"user_id": "visitor", "clicked": "opened"}).to_csv("theirs.csv", index=False)
+    with pytest.raises(SystemExit, match="If yours have other names: --columns user_id=YOURS,clicked=YOURS"):
+        run("abtest", "theirs.csv", "--control", "old")
+    assert run("abtest", "theirs.csv", "--control", "old", "--columns", "user_id=visitor,clicked=opened") == expected
+
+
 def test_several_treatments_are_each_compared_with_the_control(run):
     simulator.ab_log(RANKINGS | {"same": RANKINGS["old"]}, 3000).to_csv("log.csv", index=False)
     run("abtest", "log.csv", "--control", "old", "--out", "abtest.json")
@@ -163,6 +171,9 @@ def test_interleaved_lists_are_written_and_their_clicks_evaluated(run, rankings)
     found = json.loads(Path("result.json").read_text())
     assert found["users"] == 400 and found["difference"] > 0 and found["p"] < 0.001 and found["interval"][0] > 0
     assert f"400 users, {found['pages']:,} pages: a wins {found['first_wins']:,}" in result
+    pd.read_parquet("clicks.parquet").rename(columns={"user_id": "visitor", "doc_id": "url"}).to_csv("theirs.csv")
+    options = ["--lists", "lists.parquet", "--log", "theirs.csv", "--columns", "user_id=visitor,doc_id=url"]
+    assert run("interleave", *options) == result
 
 
 def test_interleave_refuses_foreign_files_and_incomplete_options(run, rankings):
@@ -174,6 +185,8 @@ def test_interleave_refuses_foreign_files_and_incomplete_options(run, rankings):
     for options in ([], ["--a", "bad.run"], ["--lists", "lists.parquet"], ["--a", "bad.run", "--b", "good.run"]):
         with pytest.raises(SystemExit, match="Name --a, --b and --out to make lists, or --lists and --log"):
             run("interleave", *options)
+    with pytest.raises(SystemExit, match="--columns names the columns of --log"):
+        run("interleave", *lists, "lists.parquet", "--columns", "doc_id=url")
     with pytest.raises(SystemExit, match="judgments.parquet: not lists of `disranker interleave`"):
         run("interleave", "--lists", "judgments.parquet", "--log", "judgments.parquet")
 

@@ -174,8 +174,38 @@ def test_a_slice_has_one_value_per_page(tmp_path):
         read_log(save(rows, tmp_path / "log.parquet"), ["kind"])
 
 
+YOURS = {"user_id": "visitor", "dwell_seconds": "time", "day": "date", "device": "kind"}
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
+def test_a_log_with_other_names_is_the_same_log(tmp_path, ending):
+    rows = PAGES.assign(device="phone")
+    expected = read_log(save(rows, tmp_path / f"ours.{ending}"), ["device"])[0]
+    theirs = save(rows.rename(columns=YOURS), tmp_path / f"theirs.{ending}")
+    pd.testing.assert_frame_equal(read_log(theirs, ["device"], columns=YOURS)[0], expected)
+
+
+def test_a_column_may_be_read_under_two_names(tmp_path):
+    log, _ = read_log(save(PAGES, tmp_path / "log.parquet"), ["date"], columns={"date": "day"})
+    assert log["date"].tolist() == log["day"].tolist() == ["2026-03-01", "2026-03-02", "2026-03-02", "2026-03-02"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"user_id": "visitor"}, "log.parquet: no column 'visitor' to read as 'user_id'; it has: user_id, bucket"),
+        ({"user_id": "query"}, "log.parquet: 'query' cannot be read as 'user_id', since there is such a column"),
+        ({"user": "query"}, "There is no column 'user' to read 'query' as; there are: user_id, bucket, .*, day"),
+    ],
+)
+def test_invalid_columns_are_named(tmp_path, columns, message):
+    with pytest.raises(TableError, match=message):
+        read_log(save(PAGES, tmp_path / "log.parquet"), columns=columns)
+
+
 def test_an_invalid_log_is_refused(tmp_path):
-    with pytest.raises(TableError, match=r"needs the column\(s\) clicked, market; it has: user_id, bucket, query"):
+    message = r"needs the column\(s\) clicked, market; it has: user_id, .*names: --columns clicked=YOURS,market=YOURS"
+    with pytest.raises(TableError, match=message):
         read_log(save(PAGES.drop(columns="clicked"), tmp_path / "log.parquet"), ["market"])
     with pytest.raises(TableError, match="the log has no rows"):
         read_log(save(PAGES[:0], tmp_path / "empty.parquet"))

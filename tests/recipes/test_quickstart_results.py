@@ -9,8 +9,8 @@ from hf_disranker.recipes.quickstart.results import results_picture, results_tab
 from hf_disranker.recipes.rankings import Evaluation
 
 INTERVALS = {"ndcg@5": [0.1, 0.2], "ndcg@10": [0.601, 0.673], "pnr": [2.36, None]}
-BM25 = {"name": "bm25", "parameters": None, "ndcg@5": 0.619, "ndcg@10": 0.638, "pnr": 2.79, "pairs_per_s": None}
-STUDENT = {"name": "student", "parameters": 912_345, "ndcg@5": 0.5, "ndcg@10": 1.0, "pnr": None, "pairs_per_s": 1704.4}
+BM25 = {"ndcg@5": 0.619, "ndcg@10": 0.638, "pnr": 2.79, "concordant": 279, "intervals": INTERVALS}
+STUDENT = {"ndcg@5": 0.5, "ndcg@10": 1.0, "pnr": None, "concordant": 300, "intervals": INTERVALS}
 
 
 def test_results_picture_is_a_standalone_svg(judgments):
@@ -31,9 +31,10 @@ def test_results_picture_is_a_standalone_svg(judgments):
 
 
 def test_table_shows_every_number_in_aligned_columns():
-    head, bm25, student = results_table([BM25 | {"intervals": INTERVALS}, STUDENT | {"intervals": INTERVALS}]).split(
-        "\n"
-    )
+    rows = queries = pd.DataFrame()
+    about = {"parameters": 912_345, "pairs_per_s": 1704.4}
+    evaluations = Evaluation("bm25", rows, queries, BM25), Evaluation("student", rows, queries, STUDENT, about)
+    head, bm25, student = results_table(evaluations).split("\n")
     assert bm25.split() == ["BM25", "-", "0.619", "0.638", "[0.601,", "0.673]", "2.79", "[2.36,", "inf]", "-"]
     assert student.split()[-7:] == ["1.000", "[0.601,", "0.673]", "inf", "[2.36,", "inf]", "1,704"]
     assert "0.9M" in student and student.startswith("BERT, distilled")

@@ -42,13 +42,13 @@ def test_resume_point_skips_an_incomplete_checkpoint(tmp_path, caplog):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5"]
 
 
-def test_save_json_leaves_the_old_file_when_the_new_cannot_be_written(tmp_path):
+def test_save_json_writes_strict_json_and_leaves_the_old_file_when_the_new_cannot_be_written(tmp_path):
     path = tmp_path / "new" / "result.json"
-    save_json({"a": "ä"}, str(path))
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}
+    save_json({"a": "ä", "b": [float("inf"), float("nan"), 0.5]}, str(path))
+    assert "".join(path.read_text(encoding="utf-8").split()) == '{"a":"ä","b":[null,null,0.5]}'
     with pytest.raises(TypeError):
         save_json({"a": object()}, str(path))
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}
+    assert json.loads(path.read_text(encoding="utf-8"))["a"] == "ä"
 
 
 def test_a_record_contains_options_data_versions_and_revision(tmp_path, monkeypatch):
