@@ -79,7 +79,6 @@ def train(cell: dict[str, Any], config: dict[str, Any], args: argparse.Namespace
     )
     trainer.train()
     trainer.save_model(str(folder))
-    trainer.processing_class.save_pretrained(folder)
 
 
 def run(args: argparse.Namespace) -> None:

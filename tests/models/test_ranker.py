@@ -281,3 +281,16 @@ def test_half_precision_moves_scores_little_and_adds_no_ties(kind, request, judg
     assert len(set(scores)) == len(set(expected))
     # Of random models, whose weights do not average their rounding out.
     assert 0 < np.abs(scores - expected).max() < 0.05
+
+
+@pytest.mark.parametrize("kind", ["tiny_student", "tiny_teacher"])
+def test_scores_under_autocast_are_not_rounded_to_bf16(kind, request):
+    model = copy.deepcopy(request.getfixturevalue(kind)[0]).eval()
+    ids = torch.arange(3, 51).reshape(8, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert output.logits.dtype == torch.float32
+    assert (output.scores != output.scores.bfloat16().float()).sum() >= 7  # of 8; a rounded score equals its rounding
+    output.scores.sum().backward()
+    head = [weight.grad for name, weight in model.named_parameters() if name.startswith(("classifier.", "score."))]
+    assert head and all(grad is not None and grad.dtype == torch.float32 for grad in head)

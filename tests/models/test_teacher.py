@@ -230,6 +230,9 @@ def test_label_expectation_is_the_mean_grade_of_the_stock_language_model(tmp_pat
         expected.append(float(chances @ torch.arange(3.0)))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert abs(expected[0] - expected[1]) > 1e-3  # a hundred times the tolerance
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        grades = teacher(torch.tensor([ids, ids[::-1]])).scores
+    assert not torch.equal(grades, grades.bfloat16().float())  # not rounded
 
     teacher.save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")

@@ -8,7 +8,6 @@ import os
 import re
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
@@ -23,7 +22,7 @@ from hf_disranker.models.checkpoint import (
 from hf_disranker.models.checks import check_vocabulary, check_weights
 from hf_disranker.models.families import is_decoder, is_encoder
 from hf_disranker.models.packing import parameters
-from hf_disranker.models.student import DistilledRanker, output_layer
+from hf_disranker.models.student import DistilledRanker
 from hf_disranker.models.teacher import LLMForLastTokenRanking, fit_embeddings, prepare_tokenizer
 
 RankerModel = DistilledRanker | LLMForLastTokenRanking
@@ -124,13 +123,6 @@ def _prepare_pairs(model: DistilledRanker, tokenizer: PreTrainedTokenizerBase) -
     if not reads_types or getattr(model.config, "type_vocab_size", 2) < 2:
         names = tokenizer.model_input_names
         tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
-
-
-def keep_head_exact(model: RankerModel) -> None:
-    """Compute the head in fp32: bf16 has 8 bits of precision, so documents of a query would tie."""
-    head = output_layer(model) if isinstance(model, DistilledRanker) else getattr(model, "score", None)
-    if head is not None and head.weight.dtype != torch.float32:
-        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
 def has_own_input(model: str, config: PreTrainedConfig) -> bool:

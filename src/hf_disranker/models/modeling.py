@@ -9,8 +9,10 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import CommitInfo
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -195,3 +197,15 @@ def _with_signature(forward: Any, stock: Any) -> Any:
         return forward(self, **dict(zip(names, args, strict=False)) | kwargs)
 
     return wrapped
+
+
+def score_in_fp32(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+    """Forward hook of the layer that computes the score: fp32, also of a model in bf16 or under autocast.
+
+    bf16 has 8 bits of precision: documents of a query would tie, and training would see rounded scores.
+    """
+    if output.dtype.itemsize >= 4:
+        return None
+    with torch.autocast(output.device.type, enabled=False):
+        bias = None if layer.bias is None else layer.bias.float()
+        return nn.functional.linear(inputs[0].float(), layer.weight.float(), bias)

@@ -19,7 +19,7 @@ from hf_disranker.data.collators import Encoded, PairCollator, budget_batches, p
 from hf_disranker.data.templates import LIKELIHOOD_TEMPLATE
 from hf_disranker.models.base import Pair, PairRanker, check_batch_size, listed
 from hf_disranker.models.checks import check_length, position_limit
-from hf_disranker.models.loading import RankerModel, fit_tokenizer, keep_head_exact, load_ranker_model
+from hf_disranker.models.loading import RankerModel, fit_tokenizer, load_ranker_model
 from hf_disranker.models.packing import PACKED
 from hf_disranker.models.teacher import LLMForLastTokenRanking
 
@@ -223,8 +223,7 @@ def row_length(row: dict[str, list[int]]) -> int:
 
 
 def to_device(model: Any, device: str | None = None) -> Any:
-    """Move a loaded model to its device, by default a GPU if there is one, and keep its head exact."""
-    keep_head_exact(model)
+    """Move a loaded model to its device, by default a GPU if there is one."""
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -12,7 +12,7 @@ from transformers import BertForSequenceClassification, PreTrainedConfig, PreTra
 
 from hf_disranker.models.checkpoint import RankerOutput
 from hf_disranker.models.families import is_encoder
-from hf_disranker.models.modeling import PreTrainedRanker
+from hf_disranker.models.modeling import PreTrainedRanker, score_in_fp32
 from hf_disranker.models.packing import install, plan
 
 
@@ -35,7 +35,7 @@ class DistilledRanker(PreTrainedRanker):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        output_layer(self)
+        output_layer(self).register_forward_hook(score_in_fp32)
         install(self)
 
     def forward(self, **inputs: Any) -> RankerOutput | tuple[Tensor, ...]:

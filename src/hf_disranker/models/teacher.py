@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from hf_disranker.models.checkpoint import LABEL_EXPECTATION, RankerOutput
 from hf_disranker.models.checks import check_vocabulary
 from hf_disranker.models.families import is_decoder
-from hf_disranker.models.modeling import PreTrainedRanker
+from hf_disranker.models.modeling import PreTrainedRanker, score_in_fp32
 from hf_disranker.models.packing import install, parameters, plan
 
 PAD_TOKEN = "<|pad|>"
@@ -53,6 +53,8 @@ class LLMForLastTokenRanking(PreTrainedRanker):
             self.lm_head = nn.Linear(marked.hidden_size, marked.vocab_size, bias=False)
             self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
             self.post_init()
+        else:
+            self.score.register_forward_hook(score_in_fp32)
         install(self)
 
     def forward(
@@ -96,12 +98,12 @@ class LLMForLastTokenRanking(PreTrainedRanker):
     def _expected_grade(self, state: Tensor) -> Tensor:
         """Mean grade under the probabilities of the label tokens, shape (rows, 1), fp32."""
         marker = self.config.marker
-        # fp32 throughout: in bf16 close grades would tie.
-        logits = nn.functional.linear(state.float(), self.lm_head.weight[marker.label_tokens].float())
-        if cap := getattr(self.config, "final_logit_softcapping", None):
-            logits = cap * (logits / cap).tanh()
-        grades = torch.tensor(marker.grades, dtype=torch.float32, device=logits.device)
-        return (logits.softmax(dim=1) @ grades).unsqueeze(1)
+        with torch.autocast(state.device.type, enabled=False):  # in bf16 close grades would tie
+            logits = nn.functional.linear(state.float(), self.lm_head.weight[marker.label_tokens].float())
+            if cap := getattr(self.config, "final_logit_softcapping", None):
+                logits = cap * (logits / cap).tanh()
+            grades = torch.tensor(marker.grades, dtype=torch.float32, device=logits.device)
+            return (logits.softmax(dim=1) @ grades).unsqueeze(1)
 
 
 def __getattr__(name: str) -> Any:
