@@ -31,7 +31,7 @@ from hf_disranker.data.trec import check_run_ids, judged_split, read_candidates,
 from hf_disranker.evaluation.evaluate import best_passages, interval_text, join_run, value_text
 from hf_disranker.recipes.command_line import RecipeParser, recipe_parser, run_stage
 from hf_disranker.recipes.rankings import Evaluation, check_evaluation_output, describe, score_with
-from hf_disranker.recipes.score import LikelihoodArguments, is_likelihood, load_local
+from hf_disranker.recipes.score import LikelihoodArguments, check_options, load_local
 
 logger = logging.getLogger("hf_disranker")
 
@@ -93,8 +93,8 @@ def main(args: EvaluateArguments) -> Evaluation:
     """Score the judged pairs and measure the ranking."""
     if sum(map(bool, (args.model, args.run, args.scores, args.bm25))) != 1:
         raise SystemExit("disranker evaluate: name one of --model, --run, --scores and --bm25.")
-    is_own = is_likelihood(args, args.generative, args.label_index) or args.generative or args.label_index is not None
-    if is_own and not args.model:
+    check_options(args, args.generative, args.label_index)
+    if not args.model and (args.likelihood or args.generative or args.label_index is not None):
         raise SystemExit("disranker evaluate: --likelihood, --generative and --label_index need --model.")
     if args.out:
         inputs = (args.judgments, args.run, args.scores, args.corpus, args.queries, args.candidates, args.expect)

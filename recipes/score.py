@@ -130,7 +130,7 @@ def make_engine(args: ScoreArguments) -> Engine:
         raise ValueError(f"{', '.join(ignored)}: for {kind}, not for --engine {args.engine}.")
     if is_server:
         return HttpEngine(args.engine, args.url, args.model, concurrency=args.concurrency)
-    is_likelihood(args, args.generative, args.label_index)  # refuses options that do not go together
+    check_options(args, args.generative, args.label_index)
     return load_local(args, args.model, args.generative, args.label_index, args.dtype, args.token_budget)
 
 
@@ -158,13 +158,12 @@ def load_local(
     return RankerEngine(ranker, model)
 
 
-def is_likelihood(args: LikelihoodArguments, generative: bool, label_index: int | None) -> bool:
-    """Return whether to score by query likelihood; refuse options that do not go together."""
+def check_options(args: LikelihoodArguments, generative: bool, label_index: int | None) -> None:
+    """Raise ValueError if options do not go together."""
     if args.likelihood + generative + (label_index is not None) > 1:
         raise ValueError("--likelihood, --generative and --label_index are three ways to score: choose one.")
     if not args.likelihood and (ignored := changed(args, LIKELIHOOD_OPTIONS)):
         raise ValueError(f"{', '.join(ignored)}: only with --likelihood.")
-    return args.likelihood
 
 
 def changed(args: LikelihoodArguments, names: Sequence[str]) -> list[str]:

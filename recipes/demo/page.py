@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +187,8 @@ def example_queries(
 def page(args: DemoArguments) -> Any:
     """Load the models and build the gradio app."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio as gr
-    except ImportError as error:
-        raise ValueError("The page needs gradio: pip install hf-disranker[demo]") from error
+    import gradio as gr
+
     columns = args.column_names()
     corpus = read_table(args.corpus, "corpus", columns=columns)
     names = {"student": args.student} | ({"teacher": args.teacher} if args.teacher else {})
@@ -294,6 +293,8 @@ def make_parser() -> RecipeParser:
 
 def main(args: DemoArguments) -> None:
     """Serve the page, or push it as a Space."""
+    if find_spec("gradio") is None:
+        raise ValueError("The page needs gradio: pip install hf-disranker[demo]")
     if args.space is None:
         app, url, _ = serve(args, server_name="127.0.0.1", server_port=args.port, prevent_thread_lock=True)
         print(f"{args.title}: {url} (Ctrl+C ends it)", flush=True)

@@ -1,11 +1,13 @@
 """The search page: what it computes, what it shows in a browser, what it pushes."""
 
 import shutil
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from hf_disranker import cli
 from hf_disranker.recipes.demo import page as demo
 from hf_disranker.recipes.demo.page import Column, DemoArguments, Searcher
 
@@ -201,6 +203,16 @@ def test_a_phone_scrolls_down_only_and_speaks_the_browsers_language(opened):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     tops = {name: page.locator(f"#results section.{name}").bounding_box()["y"] for name in ("student", "bm25")}
     assert tops["student"] < tops["bm25"]
+
+
+def test_a_missing_gradio_is_named_before_a_table_is_read(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(sys, "argv", ["disranker"])
+    for options in ([], ["--space", "org/search"]):
+        with pytest.raises(
+            SystemExit, match=r"disranker demo: The page needs gradio: pip install hf-disranker\[demo\]"
+        ):
+            cli.main(["demo", "--corpus", "nowhere.parquet", "--student", "nowhere", *options])
 
 
 def test_a_space_contains_everything_it_needs(hub, student_dir, teacher_dir, tmp_path, monkeypatch):
