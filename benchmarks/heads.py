@@ -26,7 +26,7 @@ from hf_disranker import DistillationConfig, DistillationTrainer, LLMForLastToke
 from hf_disranker.data.bm25 import bm25_scores
 from hf_disranker.data.tables import pair_texts, read_table
 from hf_disranker.evaluation.significance import bootstrap, compare
-from hf_disranker.models.loading import load_ranker_model
+from hf_disranker.models.loading import load_ranker_model, with_text_template
 from hf_disranker.models.teacher import expect_labels
 from hf_disranker.recipes.quickstart.stages import bf16_is_faster
 from hf_disranker.recipes.rankings import Evaluation
@@ -55,8 +55,8 @@ def train(cell: dict[str, Any], config: dict[str, Any], args: argparse.Namespace
     number = config["steps"] * config["queries_per_step"] // len(cell["data"])
     parts = [sources[name]().shuffle(seed=args.seed).select(range(number)) for name in cell["data"]]
     rows = concatenate_datasets(parts)
-    tokenizer, model_config = AutoTokenizer.from_pretrained(args.model), AutoConfig.from_pretrained(args.model)
-    model_config.click_templates = {"text": cell["text"]}
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model_config = with_text_template(AutoConfig.from_pretrained(args.model), cell["text"])
     if cell["head"] == "label_expectation":
         model_config = expect_labels(model_config, tokenizer, list("01234"))
     model, tokenizer = load_ranker_model(

@@ -36,6 +36,7 @@ _COMMON = (
 _HABITS = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
 _WIDTH = 96
 GGUF_HELP = "GGUF file of the model, in its folder or Hub repository; its weights are dequantized."
+TEXT_HELP = "Text that a decoder reads, with {query} and {document} in any order. Default: the model's."
 # Extras by the package that the libraries name when they miss it.
 EXTRAS = {"bitsandbytes": "qlora"}
 # Messages of transformers: new heads and embeddings, which a stage trains, and file systems without exact times.

@@ -56,10 +56,11 @@ def main(script_args: ScriptArguments, training_args: CptConfig, model_args: Mod
             f"{model_args.model_name_or_path} is a {config.model_type}: cpt trains a decoder, such as Qwen3."
         )
     check_length(config, training_args.max_length or 1)  # before the tables are read
+    templates = Templates(text=script_args.text_template)
+    templates.prompt("")  # refuses a text without a query to start from
     columns = script_args.column_names()
     clicks = read_table(script_args.clicks, "clicks", columns=columns)
     clicks = prepare_clicks(clicks, script_args.min_users, training_args.seed)
-    templates = Templates(text=script_args.text_template)
     held_out = None
     if script_args.eval_clicks:
         held_out = read_table(script_args.eval_clicks, "clicks", columns=columns)[: script_args.eval_rows]

@@ -11,13 +11,14 @@ ones, by the losses on labels (`--hinge_weight 1`). An interrupted run resumes f
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from transformers import set_seed
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from hf_disranker.data.groups import SAMPLINGS, load_groups, sample_documents
 from hf_disranker.data.tables import usual_split
-from hf_disranker.models.checkpoint import load_config, load_tokenizer
-from hf_disranker.models.student import DistilledRanker
-from hf_disranker.recipes.command_line import RecipeParser, TableArguments, recipe_parser, run_stage
+from hf_disranker.models.checkpoint import load_config
+from hf_disranker.models.families import is_encoder
+from hf_disranker.models.loading import RankerModel, load_ranker_model, ranker_class, with_text_template
+from hf_disranker.recipes.command_line import TEXT_HELP, RecipeParser, TableArguments, recipe_parser, run_stage
 from hf_disranker.recipes.runs import check_output_dir, report_data, save_run, train, warn_shared_queries
 from hf_disranker.scoring.store import teacher_of
 from hf_disranker.training.distillation import LABEL_LOSSES, DistillationConfig, DistillationTrainer
@@ -29,7 +30,10 @@ class ScriptArguments(TableArguments):
     """Student and data."""
 
     model: str = field(
-        metadata={"help": "Encoder to start from, such as BERT: folder or Hub id.", "aliases": ["--student"]}
+        metadata={
+            "help": "Encoder to start from, such as BERT, or a decoder: folder or Hub id.",
+            "aliases": ["--student"],
+        }
     )
     scores: str = field(metadata={"help": "Teacher scores: score store or table."})
     more_scores: list[str] = field(
@@ -61,6 +65,7 @@ class ScriptArguments(TableArguments):
     student_layers: str | None = field(
         default=None, metadata={"help": "Encoder layers to keep, counted from 0, for example 0,3,6,9."}
     )
+    text_template: str | None = field(default=None, metadata={"help": TEXT_HELP})
     model_revision: str = field(
         default="main", metadata={"help": "Revision of the model on the Hub.", "aliases": ["--revision"]}
     )
@@ -78,7 +83,10 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     """Read the scores, train, evaluate, save."""
     check_output_dir(training_args, script_args.model)
     config = load_config(script_args.model, revision=script_args.model_revision)  # before the tables are read
-    DistilledRanker.family_class(config.model_type)
+    if script_args.student_layers and not is_encoder(config.model_type):
+        raise ValueError(f"--student_layers is for an encoder; {script_args.model} is a {config.model_type}.")
+    config = with_text_template(config, script_args.text_template) if script_args.text_template else config
+    ranker_class(config.model_type)
     sources = [script_args.scores, *script_args.more_scores]
     teachers = [teacher for teacher in map(teacher_of, sources) if teacher]
     source = sources if script_args.more_scores else script_args.scores
@@ -99,7 +107,7 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     if eval_dataset is not None:
         warn_shared_queries(sample_groups(train_dataset)["query"], eval_dataset["query"])
     report_data("distill", train_dataset, eval_dataset)
-    student = load_student(script_args, training_args)
+    student, tokenizer = load_student(script_args, training_args, config)
     several = {"id": " + ".join(str(teacher["id"]) for teacher in teachers), "revision": None}
     student.config.update_marker(teacher=several if len(teachers) > 1 else next(iter(teachers), None))
 
@@ -108,7 +116,7 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=load_tokenizer(script_args.model, revision=script_args.model_revision),
+        processing_class=tokenizer,
     )
     measures = train(trainer)
     tables = {"corpus": script_args.corpus, "labels": script_args.labels, "judgments": script_args.judgments}
@@ -139,18 +147,22 @@ def with_labelled(
     return concatenate_datasets([groups, labelled])
 
 
-def load_student(script_args: ScriptArguments, training_args: DistillationConfig) -> DistilledRanker:
-    """Load the encoder to start from, with the chosen layers."""
+def load_student(
+    script_args: ScriptArguments, training_args: DistillationConfig, config: PreTrainedConfig
+) -> tuple[RankerModel, PreTrainedTokenizerBase]:
+    """Load the model to start from, with the chosen layers, and its tokenizer."""
     set_seed(training_args.seed)  # same new head in every run and process
-    student = DistilledRanker.from_pretrained(
+    student, tokenizer = load_ranker_model(
         script_args.model,
+        config=config,
+        new_head=True,
         revision=script_args.model_revision,
         dtype=training_args.weights_dtype,
         attn_implementation=script_args.attn_implementation,
     )
     if script_args.student_layers:
         student.keep_layers([int(layer) for layer in script_args.student_layers.split(",")])
-    return student
+    return student, tokenizer
 
 
 if __name__ == "__main__":

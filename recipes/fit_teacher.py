@@ -21,9 +21,16 @@ from hf_disranker.data.groups import load_groups
 from hf_disranker.data.tables import usual_split
 from hf_disranker.models.checkpoint import LABEL_EXPECTATION, load_config, load_tokenizer
 from hf_disranker.models.families import is_encoder
-from hf_disranker.models.loading import load_ranker_model
+from hf_disranker.models.loading import load_ranker_model, with_text_template
 from hf_disranker.models.teacher import expect_labels
-from hf_disranker.recipes.command_line import GGUF_HELP, RecipeParser, TableArguments, recipe_parser, run_stage
+from hf_disranker.recipes.command_line import (
+    GGUF_HELP,
+    TEXT_HELP,
+    RecipeParser,
+    TableArguments,
+    recipe_parser,
+    run_stage,
+)
 from hf_disranker.recipes.runs import check_output_dir, report_data, save_run, train, warn_shared_queries
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
 
@@ -52,6 +59,7 @@ class ScriptArguments(TableArguments):
         default_factory=lambda: list("01234"),
         metadata={"help": "Words of the grades from 0 up for label_expectation, one token each."},
     )
+    text_template: str | None = field(default=None, metadata={"help": TEXT_HELP})
     student_layers: str | None = field(
         default=None, metadata={"help": "Encoder layers of a student to keep, counted from 0, for example 0,3,6,9."}
     )
@@ -71,6 +79,8 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     config = load_config(source, **where)  # before the tables are read
     if script_args.student_layers and not is_encoder(config.model_type):
         raise ValueError(f"--student_layers is for an encoder; {source} is a {config.model_type}.")
+    if script_args.text_template:
+        config = with_text_template(config, script_args.text_template)
     train_dataset, eval_dataset = load_datasets(script_args, training_args)
 
     report_data("fit_teacher", train_dataset, eval_dataset)

@@ -325,3 +325,25 @@ def test_a_student_without_a_teacher_keeps_the_chosen_layers(tables, student_dir
     assert json.loads((tables / "student" / "config.json").read_text())["num_hidden_layers"] == 1
     assert f"Model saved to {tables / 'student'}. Next: disranker evaluate --model" in caplog.text
     assert "fitted to graded judgments, without a teacher" in (tables / "student" / "README.md").read_text()
+
+
+def test_a_decoder_learns_scores_and_then_labels_from_a_text_with_the_document_first(
+    tables, language_model, student_dir, judgments
+):
+    judgments.assign(teacher_score=np.arange(len(judgments), dtype=np.float32)).to_parquet(tables / "scores.parquet")
+    scores, graded = ["--scores", tables / "scores.parquet"], ["--judgments", tables / "judgments.parquet"]
+    text, rest = ["--text_template", "{document}\nquery: {query}"], [*SHORT, "--max_steps", 1, "--save_strategy", "no"]
+    for stage, data in (("distill", scores), ("fit_teacher", graded)):
+        with pytest.raises(ValueError, match="A text template is for a decoder; a bert reads a query and a document"):
+            run(stage, "--model", student_dir, *data, *text, "--out", tables / "refused", *rest)
+    with pytest.raises(ValueError, match="the query has to come first"):
+        run("cpt", "--model", language_model, "--clicks", tables / "clicks.parquet", *text, "--out", tables / "cpt")
+
+    run("distill", "--model", language_model, *scores, *text, "--out", tables / "first", *rest)
+    run("fit_teacher", "--model", tables / "first", *graded, "--out", tables / "second", *rest)
+    ranker = Ranker.from_pretrained(tables / "second")
+    assert ranker.templates.text == "{document}\nquery: {query}" and ranker.model.role == "teacher"
+    ids = ranker.tokenizer("open a file\nquery: read", return_tensors="pt")
+    with torch.no_grad():
+        expected = ranker.model(**ids).scores
+    np.testing.assert_allclose(ranker.predict([("read", "open a file")]), expected, atol=1e-5)

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+from dataclasses import replace
 from typing import Any
 
 from safetensors import safe_open
@@ -90,6 +91,23 @@ def load_ranker_model(
         )
     tokenizer = load_tokenizer(name, **hub) if tokenizer is None else copy.deepcopy(tokenizer)
     return model, fit_tokenizer(model, tokenizer)
+
+
+def with_text_template(config: PreTrainedConfig, text: str) -> PreTrainedConfig:
+    """Return the config of a teacher that reads another text; pass it to `load_ranker_model`.
+
+    Args:
+        config: Config of a decoder.
+        text: Template with the fields `query` and `document`, in any order (`Templates.text`).
+
+    Raises:
+        ValueError: If the template is invalid, or the family consists of encoders, which read pairs.
+    """
+    if not is_decoder(config.model_type):
+        raise ValueError(f"A text template is for a decoder; a {config.model_type} reads a query and a document.")
+    config = ranker_class(config.model_type).config_class.mark(config)
+    config.update_marker(templates=replace(config.marker.templates, text=text))
+    return config
 
 
 def load_language_model(name: str | os.PathLike, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
