@@ -337,10 +337,23 @@ def test_a_decoder_learns_scores_and_then_labels_from_a_text_with_the_document_f
         with pytest.raises(ValueError, match="A text template is for a decoder; a bert reads a query and a document"):
             run(stage, "--model", student_dir, *data, *text, "--out", tables / "refused", *rest)
     with pytest.raises(ValueError, match="the query has to come first"):
-        run("cpt", "--model", language_model, "--clicks", tables / "clicks.parquet", *text, "--out", tables / "cpt")
+        run(
+            "cpt",
+            "--model",
+            language_model,
+            "--clicks",
+            tables / "clicks.parquet",
+            *text,
+            "--out",
+            tables / "cpt",
+            *rest,
+        )
 
     run("distill", "--model", language_model, *scores, *text, "--out", tables / "first", *rest)
     run("fit_teacher", "--model", tables / "first", *graded, "--out", tables / "second", *rest)
+    changed = ["--text_template", "{document} Q {query}", "--out", tables / "third"]
+    run("fit_teacher", "--model", tables / "first", *graded, *changed, *rest)
+    assert Ranker.from_pretrained(tables / "third").templates.text == "{document} Q {query}"
     ranker = Ranker.from_pretrained(tables / "second")
     assert ranker.templates.text == "{document}\nquery: {query}" and ranker.model.role == "teacher"
     ids = ranker.tokenizer("open a file\nquery: read", return_tensors="pt")

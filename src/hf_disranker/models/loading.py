@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from hf_disranker.data.templates import Templates
 from hf_disranker.models.checkpoint import (
     RankerConfigMixin,
     hub_options,
@@ -105,8 +106,11 @@ def with_text_template(config: PreTrainedConfig, text: str) -> PreTrainedConfig:
     """
     if not is_decoder(config.model_type):
         raise ValueError(f"A text template is for a decoder; a {config.model_type} reads a query and a document.")
-    config = ranker_class(config.model_type).config_class.mark(config)
-    config.update_marker(templates=replace(config.marker.templates, text=text))
+    config = copy.deepcopy(config)
+    if isinstance(config, RankerConfigMixin):
+        config.update_marker(templates=replace(config.marker.templates, text=text))
+    else:  # as a language model after continued pre-training says it
+        config.click_templates = Templates(text=text).to_dict()
     return config
 
 
