@@ -97,9 +97,11 @@ def run(args: argparse.Namespace) -> None:
         if (args.out / f"{name}.json").exists() or (args.only and name not in args.only):
             continue
         begin = time.process_time()
-        train(cell, config, args, folder)
+        if not (folder / "config.json").exists():
+            train(cell, config, args, folder)
         seconds = time.process_time() - begin
-        scores = Ranker.from_pretrained(folder, dtype=torch.float32).predict(pair_texts(dev))
+        dtype = torch.bfloat16 if bf16_is_faster() else torch.float32
+        scores = Ranker.from_pretrained(folder, dtype=dtype).predict(pair_texts(dev))
         save(name, dev, scores, args.out, {"cpu_seconds": seconds, "seed": args.seed})
         shutil.rmtree(folder)
         print(f"{name}: {seconds:.0f} CPU seconds", flush=True)

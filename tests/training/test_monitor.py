@@ -88,7 +88,11 @@ def test_truncation_of_more_than_five_percent_warns(tiny_student, caplog, monkey
     monkeypatch.setattr(collators, "_DOCUMENT_ROOM", 0)
     warn_truncated(groups, GroupCollator(replace(collate.pairs, max_length=14, max_query_length=14)))
     assert len(lines(caplog)) == 1
-    assert "% of documents are truncated at max_length 14: raise --max_length" in lines(caplog)[0]
+    expected = "% of documents are truncated at max_length 14: raise --max_length, or split documents into passages."
+    assert lines(caplog)[0].endswith(expected)
+    caplog.clear()
+    warn_truncated(groups, GroupCollator(replace(collate.pairs, max_query_length=1)))
+    assert lines(caplog)[0].endswith("% of queries are truncated at max_query_length 1: raise --max_query_length.")
 
 
 def test_streams_are_checked_on_their_first_rows(student_dir, tmp_path):

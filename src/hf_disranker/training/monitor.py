@@ -87,14 +87,14 @@ def warn_truncated(groups: Dataset, collate: GroupCollator) -> None:
     """Warn if more than 5% of the documents or queries of a sample are truncated."""
     rows = groups.select(range(min(_SAMPLE // 10, len(groups)))).to_list()
     encoded = collate.encode_pairs(rows)
-    cut = {"documents": encoded.documents_cut, "queries": encoded.queries_cut}
-    for what, limit in (("documents", "max_length"), ("queries", "max_query_length")):
-        if cut[what] > _TRUNCATED_SHARE * len(encoded.rows):
-            share = 100 * cut[what] / len(encoded.rows)
-            logger.warning(
-                "%.0f%% of %s are truncated at %s %d: raise --%s, or split documents into passages.",
-                *(share, what, limit, getattr(collate.pairs, limit), limit),
-            )
+    for what, cut, limit, other in (
+        ("documents", encoded.documents_cut, "max_length", ", or split documents into passages"),
+        ("queries", encoded.queries_cut, "max_query_length", ""),
+    ):
+        if cut > _TRUNCATED_SHARE * len(encoded.rows):
+            share, length = 100 * cut / len(encoded.rows), getattr(collate.pairs, limit)
+            raised = f"{limit} {length}: raise --{limit}{other}"
+            logger.warning("%.0f%% of %s are truncated at %s.", share, what, raised)
 
 
 class LossMonitor:
