@@ -28,7 +28,6 @@ from hf_disranker.data.tables import pair_texts, read_table
 from hf_disranker.evaluation.significance import bootstrap, compare
 from hf_disranker.models.loading import load_ranker_model, with_text_template
 from hf_disranker.models.teacher import expect_labels
-from hf_disranker.recipes.quickstart.stages import bf16_is_faster
 from hf_disranker.recipes.rankings import Evaluation
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
 
@@ -67,7 +66,7 @@ def train(cell: dict[str, Any], config: dict[str, Any], args: argparse.Namespace
     options = {name: config[name] for name in ("max_length", "max_query_length", "learning_rate")}
     options |= {"max_steps": config["steps"], "per_device_train_batch_size": config["queries_per_step"] // 2}
     options |= {"gradient_accumulation_steps": 2}
-    options |= {"bf16": torch.cuda.is_available() or bf16_is_faster(), "use_cpu": not torch.cuda.is_available()}
+    options |= {"bf16": args.dtype == "bfloat16", "use_cpu": not torch.cuda.is_available()}
     options |= {"report_to": "none", "save_strategy": "no", "eval_strategy": "no", "logging_steps": 10}
     options |= {"warmup_steps": 0.1, "seed": args.seed, "disable_tqdm": True} | cell.get("options", {})
     trainer = kinds[0](
@@ -100,8 +99,7 @@ def run(args: argparse.Namespace) -> None:
         if not (folder / "config.json").exists():
             train(cell, config, args, folder)
         seconds = time.process_time() - begin
-        dtype = torch.bfloat16 if bf16_is_faster() else torch.float32
-        scores = Ranker.from_pretrained(folder, dtype=dtype).predict(pair_texts(dev))
+        scores = Ranker.from_pretrained(folder, dtype=args.dtype).predict(pair_texts(dev))
         save(name, dev, scores, args.out, {"cpu_seconds": seconds, "seed": args.seed})
         shutil.rmtree(folder)
         print(f"{name}: {seconds:.0f} CPU seconds", flush=True)
@@ -137,6 +135,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/heads"))
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", help="bfloat16 for mixed-precision training and scoring in bf16")
     parser.add_argument("--only", nargs="+", default=[], help="names of the cells to run")
     args = parser.parse_args()
     {"run": run, "show": show}[args.what](args)

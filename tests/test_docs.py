@@ -439,7 +439,7 @@ def test_the_site_lists_every_option_with_its_default():
     assert tables.startswith("before\n") and tables.endswith("\nafter")
     for stage in hooks.STAGES:
         assert f"## disranker {stage}\n" in tables
-    assert "| `point_weight` | `0.5` | Weight of Point-MSE, on absolute scores. | the loss: yes;" in tables
+    assert "| `point_weight` | `0.05` | Weight of Point-MSE, on absolute scores. | the loss: yes;" in tables
     assert "| `hinge_margin` | `1.0` |" in tables and "| `scores` | required |" in tables
     assert tables.count("\n| `model` |") >= 6 and tables.count("\n| `out` |") >= 7
     for (stage, option), stated in hooks.PAPER.items():

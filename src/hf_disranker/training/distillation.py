@@ -26,7 +26,7 @@ class DistillationConfig(RankingConfig):
     """
 
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
-    point_weight: float = field(default=0.5, metadata={"help": "Weight of Point-MSE, on absolute scores."})
+    point_weight: float = field(default=0.05, metadata={"help": "Weight of Point-MSE, on absolute scores."})
     margin_weight: float = field(default=0.5, metadata={"help": "Weight of Margin-MSE, on the order."})
     kl_weight: float = field(default=0.0, metadata={"help": "Weight of the listwise Kullback-Leibler divergence."})
     kl_temperature: float = field(default=1.0, metadata={"help": "Softmax temperature of the divergence."})

@@ -24,7 +24,7 @@ class PointMarginMSELoss(nn.Module):
     pass. The mean is taken over the batch of one call, as in every loss of that trainer. The model has one label.
     """
 
-    def __init__(self, model: CrossEncoder, point_weight: float = 0.5, margin_weight: float = 0.5) -> None:
+    def __init__(self, model: CrossEncoder, point_weight: float = 0.05, margin_weight: float = 0.5) -> None:
         super().__init__()
         dtype = next(model.parameters()).dtype
         if dtype != torch.float32:
