@@ -101,7 +101,7 @@ def test_logged_terms_are_those_of_the_batch(student_dir, tmp_path):
             margins, weight = margins + np.mean(pairs) * (len(error) - 1), weight + len(error) - 1
     assert log["point_mse"] == pytest.approx(squares / count, rel=1e-3)
     assert log["margin_mse"] == pytest.approx(margins / weight, rel=1e-3)
-    assert log["loss"] == pytest.approx(0.5 * squares / count + 0.5 * margins / weight, rel=1e-3)
+    assert log["loss"] == pytest.approx(0.05 * squares / count + 0.5 * margins / weight, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])
@@ -271,7 +271,7 @@ def test_labels_of_some_documents_will_do_for_a_loss_on_labels(student_dir, tmp_
     batch["teacher_scores"] = torch.tensor([[1.0, 2.0, 3.0]])
     terms = trainer.loss_terms(torch.tensor([[0.0, 9.0, 0.0]]), batch)
     assert {name: weight for name, (weight, _) in terms.items()} == {
-        "point_mse": 0.5,
+        "point_mse": 0.05,
         "margin_mse": 0.5,
         "kl": 0.1,
         "hinge": 0.3,
