@@ -96,8 +96,7 @@ def run(args: argparse.Namespace) -> None:
         if (args.out / f"{name}.json").exists() or (args.only and name not in args.only):
             continue
         begin = time.process_time()
-        if not (folder / "config.json").exists():
-            train(cell, config, args, folder)
+        train(cell, config, args, folder)
         seconds = time.process_time() - begin
         scores = Ranker.from_pretrained(folder, dtype=args.dtype).predict(pair_texts(dev))
         save(name, dev, scores, args.out, {"cpu_seconds": seconds, "seed": args.seed})
@@ -122,7 +121,8 @@ def show(args: argparse.Namespace) -> None:
         test, seconds = tests.get(name), one["about"].get("cpu_seconds")
         difference = f"{test.difference:+.3f} [{test.interval[0]:+.3f}, {test.interval[1]:+.3f}]" if test else ""
         cells = [name, f"{one['ndcg@10']:.3f} [{low:.3f}, {high:.3f}]", difference]
-        cells += [f"{test.p_holm:.4f}" if test else "", f"{one['pnr']:.2f}", f"{seconds:,.0f}" if seconds else ""]
+        pnr = np.inf if one["pnr"] is None else one["pnr"]
+        cells += [f"{test.p_holm:.4f}" if test else "", f"{pnr:.2f}", f"{seconds:,.0f}" if seconds else ""]
         print(f"| {' | '.join(cells)} |")
 
 

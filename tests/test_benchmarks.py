@@ -16,6 +16,7 @@ from transformers import BertConfig, BertModel
 
 from hf_disranker import Ranker
 from hf_disranker.data.tables import pair_texts, write_table
+from hf_disranker.recipes.quickstart.from_scratch import small_llama
 
 load = importlib.import_module  # pytest has benchmarks/ on its path
 
@@ -97,6 +98,38 @@ def test_the_cells_of_every_system_train_and_are_compared(
     assert Ranker.from_pretrained(cell / "0" / "model").model.config.num_hidden_layers == 1
     dev = judgments["split"].to_numpy() == "dev"
     assert np.load(tmp_path / "other" / "teacher.npy") == pytest.approx(scores[dev])
+
+
+def test_heads_of_one_model_learn_from_equal_numbers_of_queries(
+    tiny_teacher, judgments, corpus, tmp_path, monkeypatch, capsys
+):
+    heads, showcase = load("heads"), tmp_path / "showcase"
+    small_llama(tiny_teacher[1], layers=1, size=64).save_pretrained(tmp_path / "model")
+    tiny_teacher[1].save_pretrained(tmp_path / "model")
+    pairs = judgments.drop(columns=["label", "split"])
+    scores = pairs.assign(teacher_score=np.arange(len(pairs), dtype=np.float32))
+    tables = {"data/judgments": judgments, "data/corpus": corpus.assign(split=judgments["split"])}
+    tables |= {"data/clicks_and_labels": judgments.drop(columns="split"), "scores/0": scores, "dev_scores/0": scores}
+    for name, table in tables.items():
+        write_table(table, str(showcase / f"{name}.parquet"))
+    config = yaml.safe_load(heads.CONFIG.read_text()) | {"steps": 1, "max_length": 64, "dev_queries": 3}
+    config["cells"] = {name: cell for name, cell in config["cells"].items() if cell["head"] == "last_token"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    seen = []
+    for trainer in ("RankingTrainer", "DistillationTrainer"):
+        kind = getattr(heads, trainer)
+        monkeypatch.setattr(heads, trainer, lambda kind=kind, **options: seen.append(options) or kind(**options))
+    options = ["--showcase", showcase, "--model", tmp_path / "model", "--out", tmp_path / "out"]
+
+    for what in ("run", "run", "show"):  # the second finds all done
+        call(heads, monkeypatch, what, *options, "--config", tmp_path / "config.yaml")
+
+    assert [len(one["train_dataset"]) for one in seen] == [8] * len(config["cells"])
+    rates = {group["lr"] for one in seen for group in one["optimizers"][0].param_groups}
+    texts = {one["model"].config.marker.templates.text for one in seen}
+    assert len(texts) == 2 and rates <= {0.0, config["learning_rate"], config["head_learning_rate"]}
+    printed = capsys.readouterr().out
+    assert all(f"| {name} | 0." in printed for name in [*config["cells"], "bm25", heads.REFERENCE])
 
 
 def test_pooled_gives_every_set_the_same_weight():
