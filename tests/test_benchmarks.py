@@ -129,7 +129,7 @@ def test_heads_of_one_model_learn_from_equal_numbers_of_queries(
     texts = {one["model"].config.marker.templates.text for one in seen}
     assert len(texts) == 2 and rates <= {0.0, config["learning_rate"], config["head_learning_rate"]}
     printed = capsys.readouterr().out
-    assert all(f"| {name} | 0." in printed for name in [*config["cells"], "bm25", heads.REFERENCE])
+    assert all(printed.count(f"| {name} | ") == 1 for name in [*config["cells"], "bm25", heads.REFERENCE])
 
 
 def test_pooled_gives_every_set_the_same_weight():
