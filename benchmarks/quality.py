@@ -241,6 +241,8 @@ def show(args: argparse.Namespace) -> None:
     bm25 = found["bm25"][0][0]["ndcg@10"]
     for question, title in TITLES.items():
         names = [name for name, cell in config["cells"].items() if question in cell["question"] and found[name]]
+        if not names:
+            continue
         values = {name: mean_by_query(found[name]) for name in [*names, "teacher", "bm25"]}
         print(f"\n## {question}. {title}\n\n{table(names, found, values, config['reference'])}")
         if why_not := refusal(len(values["bm25"]), bm25):
