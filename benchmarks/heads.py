@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 import yaml
 from datasets import concatenate_datasets
+from quality import sample_queries
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from hf_disranker import DistillationConfig, DistillationTrainer, LLMForLastTokenRanking, Ranker, load_groups
@@ -86,9 +87,7 @@ def run(args: argparse.Namespace) -> None:
     data = args.showcase / "data"
     judged, corpus = read_table(data / "judgments.parquet", "judgments", split="dev"), data / "corpus.parquet"
     known = read_table(args.showcase / "dev_scores", "scores", texts=False)[["query_id", "doc_id", "teacher_score"]]
-    dev = judged.merge(known, on=["query_id", "doc_id"])
-    queries = dev["query_id"].drop_duplicates().sample(config["dev_queries"], random_state=0)
-    dev = dev[dev["query_id"].isin(queries)].reset_index(drop=True)
+    dev = sample_queries(judged.merge(known, on=["query_id", "doc_id"]), config["dev_queries"])
     save("bm25", dev, bm25_scores(dev, read_table(corpus, "corpus", split="dev")), args.out, {})
     save(REFERENCE, dev, dev["teacher_score"].to_numpy(), args.out, {})
     for name, cell in config["cells"].items():

@@ -175,8 +175,7 @@ def run(args: argparse.Namespace) -> None:
     config["bf16"] = torch.cuda.is_available() or bf16_is_faster()
     dev = read_table(args.quickstart / "data" / "judgments.parquet", "judgments", split="dev")
     if "dev_queries" in config:
-        queries = dev["query_id"].drop_duplicates().sample(config["dev_queries"], random_state=0)
-        dev = dev[dev["query_id"].isin(queries)].reset_index(drop=True)
+        dev = sample_queries(dev, config["dev_queries"])
     facts = {"judgments": str(args.quickstart / "data" / "judgments.parquet"), "split": "dev"}
     baselines(args, dev, facts)
     teacher = np.load(args.out / "teacher.npy")
@@ -202,6 +201,12 @@ def run(args: argparse.Namespace) -> None:
         shutil.rmtree(folder / "work", ignore_errors=True)
         Evaluation.of(name, dev.assign(score=scores), **about).save(folder / "eval.json")
         print(f"{name}, seed {seed}: {seconds:.0f} CPU seconds", flush=True)
+
+
+def sample_queries(rows: pd.DataFrame, number: int) -> pd.DataFrame:
+    """Return the rows of a random sample of queries, the same in every call."""
+    queries = rows["query_id"].drop_duplicates().sample(number, random_state=0)
+    return rows[rows["query_id"].isin(queries)].reset_index(drop=True)
 
 
 def measured(ranker: Ranker, rows: pd.DataFrame) -> tuple[np.ndarray, float]:
