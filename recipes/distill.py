@@ -16,10 +16,16 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 from hf_disranker.data.groups import SAMPLINGS, load_groups, sample_documents
 from hf_disranker.data.tables import usual_split
 from hf_disranker.models.checkpoint import load_config
-from hf_disranker.models.families import is_encoder
-from hf_disranker.models.loading import RankerModel, load_ranker_model, ranker_class, with_text_template
+from hf_disranker.models.loading import RankerModel, load_ranker_model
 from hf_disranker.recipes.command_line import TEXT_HELP, RecipeParser, TableArguments, recipe_parser, run_stage
-from hf_disranker.recipes.runs import check_output_dir, report_data, save_run, train, warn_shared_queries
+from hf_disranker.recipes.runs import (
+    check_output_dir,
+    report_data,
+    save_run,
+    starting_config,
+    train,
+    warn_shared_queries,
+)
 from hf_disranker.scoring.store import teacher_of
 from hf_disranker.training.distillation import LABEL_LOSSES, DistillationConfig, DistillationTrainer
 from hf_disranker.training.monitor import sample_groups
@@ -83,10 +89,7 @@ def main(script_args: ScriptArguments, training_args: DistillationConfig) -> Non
     """Read the scores, train, evaluate, save."""
     check_output_dir(training_args, script_args.model)
     config = load_config(script_args.model, revision=script_args.model_revision)  # before the tables are read
-    if script_args.student_layers and not is_encoder(config.model_type):
-        raise ValueError(f"--student_layers is for an encoder; {script_args.model} is a {config.model_type}.")
-    config = with_text_template(config, script_args.text_template) if script_args.text_template else config
-    ranker_class(config.model_type)
+    config = starting_config(config, script_args.model, script_args.student_layers, script_args.text_template)
     sources = [script_args.scores, *script_args.more_scores]
     teachers = [teacher for teacher in map(teacher_of, sources) if teacher]
     source = sources if script_args.more_scores else script_args.scores

@@ -21,7 +21,7 @@ from hf_disranker.data.groups import load_groups
 from hf_disranker.data.tables import usual_split
 from hf_disranker.models.checkpoint import LABEL_EXPECTATION, load_config, load_tokenizer
 from hf_disranker.models.families import is_encoder
-from hf_disranker.models.loading import load_ranker_model, with_text_template
+from hf_disranker.models.loading import load_ranker_model
 from hf_disranker.models.teacher import expect_labels
 from hf_disranker.recipes.command_line import (
     GGUF_HELP,
@@ -31,7 +31,14 @@ from hf_disranker.recipes.command_line import (
     recipe_parser,
     run_stage,
 )
-from hf_disranker.recipes.runs import check_output_dir, report_data, save_run, train, warn_shared_queries
+from hf_disranker.recipes.runs import (
+    check_output_dir,
+    report_data,
+    save_run,
+    starting_config,
+    train,
+    warn_shared_queries,
+)
 from hf_disranker.training.ranking_trainer import RankingConfig, RankingTrainer
 
 logger = logging.getLogger("hf_disranker")
@@ -77,10 +84,7 @@ def main(script_args: ScriptArguments, training_args: RankingConfig, model_args:
     source = model_args.model_name_or_path
     where = {"revision": model_args.model_revision, "gguf_file": script_args.gguf_file}
     config = load_config(source, **where)  # before the tables are read
-    if script_args.student_layers and not is_encoder(config.model_type):
-        raise ValueError(f"--student_layers is for an encoder; {source} is a {config.model_type}.")
-    if script_args.text_template:
-        config = with_text_template(config, script_args.text_template)
+    config = starting_config(config, source, script_args.student_layers, script_args.text_template)
     train_dataset, eval_dataset = load_datasets(script_args, training_args)
 
     report_data("fit_teacher", train_dataset, eval_dataset)

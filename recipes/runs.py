@@ -19,14 +19,16 @@ from fsspec.core import url_to_fs
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_disranker.data.files import beir_files
 from hf_disranker.data.tables import parquet_files
 from hf_disranker.models.card import model_card, training_facts
+from hf_disranker.models.families import is_encoder
 from hf_disranker.models.hub import TrainerHubMixin
+from hf_disranker.models.loading import ranker_class, with_text_template
 from hf_disranker.recipes.outputs import check_output_folder, json_in, save_json
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,20 @@ def check_output_dir(training_args: TrainingArguments, model: str) -> None:
     else:
         is_ours = (folder / "started.json").is_file() or any(folder.glob("checkpoint-*/trainer_state.json"))
     check_output_folder(folder, is_ours, [model])
+
+
+def starting_config(
+    config: PreTrainedConfig, model: str, student_layers: str | None, text_template: str | None
+) -> PreTrainedConfig:
+    """Return the config of a ranker to train, with its text template.
+
+    Raises:
+        ValueError: If its family is not supported, or has no use for one of the options.
+    """
+    if student_layers and not is_encoder(config.model_type):
+        raise ValueError(f"--student_layers is for an encoder; {model} is a {config.model_type}.")
+    ranker_class(config.model_type)
+    return with_text_template(config, text_template) if text_template else config
 
 
 def resume_point(output_dir: str) -> str | None:
